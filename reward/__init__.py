@@ -1,0 +1,31 @@
+"""From a completion to a verdict: extraction of the code, tests, format, and reward functions of the user."""
+
+if __name__ != "coupled.reward":
+    raise ImportError("import coupled.reward, not reward: the folder is a package of the distribution 'coupled'")
+
+from coupled.reward.asserts import ParsedTest, parse_test, parse_tests
+from coupled.reward.extract import Extraction, extract
+from coupled.reward.functions import BUILT_IN, RewardSpec
+from coupled.reward.judge import Judge
+from coupled.reward.score import PUBLISHED, Scorer
+from coupled.reward.types import Judgement, RewardError, Status, Task, UnsupportedTest, Verdict, stdio_test
+
+__all__ = [
+    "BUILT_IN",
+    "PUBLISHED",
+    "Extraction",
+    "Judge",
+    "Judgement",
+    "ParsedTest",
+    "RewardError",
+    "RewardSpec",
+    "Scorer",
+    "Status",
+    "Task",
+    "UnsupportedTest",
+    "Verdict",
+    "extract",
+    "parse_test",
+    "parse_tests",
+    "stdio_test",
+]

@@ -1,0 +1,65 @@
+"""The program in a completion, and how well the completion keeps to the format.
+
+The format part is 1.0 for a fenced python block whose code parses, 0.5 for a fenced block whose code does
+not, 0.0 without one. Decisions, where the rule leaves room:
+
+* A fence opens on a line of its own: three backticks and `python`, at most three spaces before, blanks after.
+* It closes on the next line that starts with three backticks. Without that line there is no block: 0.0. A
+  completion cut off inside its program has not kept to the format.
+* The first python block counts, whatever comes after it; blocks in other languages, or in none, are skipped.
+* A block without a statement (empty, comments only) does not count as parsing: 0.5.
+* Code without a fence is 0.0, even when it would run. Indented body-only code does not parse: 0.5.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import warnings
+from dataclasses import dataclass
+
+MAX_CODE = 200_000
+"""Characters; a longer program is not parsed and counts as one that does not parse."""
+
+_FENCE = re.compile(r"^ {0,3}```([^`\n]*)$", re.MULTILINE)
+_CLOSE = re.compile(r"^[ \t]*```", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Extraction:
+    """What a completion contains. Example: `Extraction(code="x = 1", format=1.0)`."""
+
+    code: str | None
+    """The text of the first closed python block; None without one."""
+    format: float
+    """1.0, 0.5 or 0.0; see the head of this file."""
+
+
+def extract(completion: str) -> Extraction:
+    """Return the first python block of a completion and its format part. Never raises, never runs code."""
+    text = completion.replace("\r\n", "\n")
+    start = 0
+    while (opening := _FENCE.search(text, start)) is not None:
+        closing = _CLOSE.search(text, opening.end())
+        if closing is None:
+            break
+        if opening[1].strip() == "python":
+            code = text[opening.end() + 1 : closing.start()]
+            return Extraction(code=code, format=1.0 if has_program(code) else 0.5)
+        line_end = text.find("\n", closing.end())
+        start = len(text) if line_end < 0 else line_end + 1
+    return Extraction(code=None, format=0.0)
+
+
+def has_program(code: str) -> bool:
+    """True when the text parses as Python and has at least one statement."""
+    if len(code) > MAX_CODE:
+        return False
+    with warnings.catch_warnings():
+        # An odd escape in a string is a warning; a caller that turns warnings into errors must get the same
+        # reward.
+        warnings.simplefilter("ignore")
+        try:
+            return bool(ast.parse(code).body)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return False

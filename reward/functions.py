@@ -1,0 +1,188 @@
+"""Reward functions: the built-in names, and functions of the user loaded from a file.
+
+A user's function has the signature that TRL's GRPO reward functions have, sync or async:
+`def score(prompts, completions, **columns) -> list[float | None]`. Columns are lists with one entry per
+completion: the dataset's, and the task's own `uid`, `visible_tests`, `hidden_tests`, `entry_point` and
+`setup`. A function without `**` gets those it names. None means: not scored by this function.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib.util
+import inspect
+import math
+import numbers
+import queue
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from coupled.reward.types import RewardError, Task
+
+BUILT_IN = ("code", "format")
+"""`code`: share of the hidden tests passed, 0 unless the format is right. `format`: see `extract`."""
+
+_OWN_COLUMNS = ("uid", "visible_tests", "hidden_tests", "entry_point", "setup")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardSpec:
+    """One reward function and its weight: a built-in by `name`, or a user's by `path`.
+
+    Example: `RewardSpec(path="my_reward.py:score", weight=0.5)`.
+    """
+
+    name: str | None = None
+    path: str | None = None
+    """`file.py:function`, relative to the root given to the scorer."""
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if (self.name is None) == (self.path is None):
+            raise RewardError(
+                f"a reward function has a name or a path; received name={self.name!r}, path={self.path!r}: "
+                f"give one; built-in names: {', '.join(BUILT_IN)}"
+            )
+        if self.name is not None and self.name not in BUILT_IN:
+            raise RewardError(
+                f"a reward function's name is one of the built-in ones; received {self.name!r}: "
+                f"{_nearest(self.name, BUILT_IN)}, or give the path of your own as 'file.py:function'"
+            )
+        if not math.isfinite(self.weight):
+            raise RewardError(f"a weight is a finite number; {self.key} has {self.weight!r}")
+
+    @property
+    def key(self) -> str:
+        """The name of its part in a verdict: the built-in's, or the function's."""
+        return self.name or str(self.path).rpartition(":")[2]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UserFunction:
+    """A loaded function of the user; `label` is its path as the recipe gave it."""
+
+    label: str
+    call: Callable[..., Any]
+
+
+def load_function(path: str, root: Path) -> UserFunction:
+    """Import `file.py:function`; RewardError when either is missing or the import fails."""
+    file_name, colon, name = path.rpartition(":")
+    if not colon or not file_name or not name.isidentifier():
+        raise RewardError(f"a path to a reward function is 'file.py:function'; received {path!r}")
+    file = (root / file_name).expanduser()
+    if not file.is_file():
+        siblings = [entry.name for entry in file.parent.glob("*.py")] if file.parent.is_dir() else []
+        raise RewardError(
+            f"the file of a reward function must exist; received {path!r}, looked for {file.resolve()}: "
+            f"{_nearest(file.name, siblings)}"
+        )
+    module = _import_file(file.resolve(), path)
+    function = getattr(module, name, None)
+    if not callable(function):
+        known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
+        raise RewardError(f"{file.name} must define the function {name!r}; {path!r}: {_nearest(name, known)}")
+    return UserFunction(label=path, call=function)
+
+
+def call_function(
+    function: UserFunction, tasks: Sequence[Task], completions: Sequence[str], timeout_seconds: float
+) -> list[float | None]:
+    """Return the user's score of each completion, checked.
+
+    Runs in a daemon thread, since Python cannot stop a function that hangs. RewardError when it raises (with
+    the traceback), takes longer than `timeout_seconds`, or returns anything but one finite number or None
+    for each.
+    """
+    keywords = _arguments(function, tasks, completions)
+    answer: queue.SimpleQueue[tuple[Any, str | None]] = queue.SimpleQueue()
+
+    def work() -> None:
+        try:
+            result = function.call(**keywords)
+            answer.put((asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result, None))
+        except BaseException:  # the border to the user's code: reported below, in the caller's thread
+            answer.put((None, traceback.format_exc()))
+
+    threading.Thread(target=work, daemon=True, name=f"reward {function.label}").start()
+    try:
+        result, trace = answer.get(timeout=timeout_seconds)
+    except queue.Empty:
+        raise RewardError(
+            f"a reward function must return within reward.timeout_seconds; {function.label} was still "
+            f"running after {timeout_seconds} s on {len(completions)} completions: make it faster or raise the limit"
+        ) from None
+    if trace is not None:
+        raise RewardError(f"the reward function {function.label} raised:\n{trace}")
+    return _checked(function.label, result, len(completions))
+
+
+async def _awaited(awaitable: Any) -> Any:
+    return await awaitable
+
+
+def _import_file(file: Path, path: str) -> Any:
+    name = f"coupled_user_reward_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    if spec is None or spec.loader is None:
+        raise RewardError(f"the file of a reward function is Python source ending in .py; received {path!r}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle in the user's file look their module up
+    try:
+        spec.loader.exec_module(module)
+    except Exception:  # the border to the user's code
+        del sys.modules[name]
+        raise RewardError(
+            f"the file of the reward function {path!r} failed to import:\n{traceback.format_exc()}"
+        ) from None
+    return module
+
+
+def _arguments(function: UserFunction, tasks: Sequence[Task], completions: Sequence[str]) -> dict[str, Any]:
+    """Return the keyword arguments the signature accepts; RewardError when it requires one we lack."""
+    offered: dict[str, list[Any]] = {name: [getattr(task, name) for task in tasks] for name in _OWN_COLUMNS}
+    names = {name for task in tasks for name in task.columns}
+    offered |= {name: [task.columns.get(name) for task in tasks] for name in sorted(names)}
+    offered |= {"prompts": [task.prompt for task in tasks], "completions": list(completions)}
+    parameters = inspect.signature(function.call).parameters.values()
+    required = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    missing = [name for name in required if name not in offered]
+    if missing:
+        raise RewardError(
+            f"a reward function's parameters are prompts, completions and columns of the dataset; "
+            f"{function.label} requires {missing[0]!r}: {_nearest(missing[0], offered)}"
+        )
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return offered
+    accepted = {p.name for p in parameters}
+    return {name: column for name, column in offered.items() if name in accepted}
+
+
+def _checked(label: str, result: Any, num_completions: int) -> list[float | None]:
+    rule = f"a reward function returns a list with one number or None per completion; {label}"
+    if not isinstance(result, list | tuple):
+        raise RewardError(f"{rule} returned a {type(result).__name__}: convert it, e.g. with .tolist()")
+    if len(result) != num_completions:
+        raise RewardError(f"{rule} returned {len(result)} for {num_completions} completions")
+    for index, score in enumerate(result):
+        if score is None:
+            continue
+        if not isinstance(score, numbers.Real):
+            raise RewardError(
+                f"{rule} returned {score!r} (a {type(score).__name__}) at {index}: return a float or None"
+            )
+        if not math.isfinite(score):
+            raise RewardError(f"{rule} returned {score!r} at {index}: return None for what cannot be scored")
+    return [None if score is None else float(score) for score in result]
+
+
+def _nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
+    match = get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {match[0]!r}?" if match else f"there are: {', '.join(sorted(known)) or 'none'}"

@@ -1,0 +1,96 @@
+"""From completions to verdicts: every reward function, weighted and added up."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from coupled.reward.extract import Extraction, extract
+from coupled.reward.functions import RewardSpec, UserFunction, call_function, load_function
+from coupled.reward.judge import Judge
+from coupled.reward.types import Judgement, RewardError, Status, Task, Verdict
+from coupled.sandbox import Executor, Limits
+
+PUBLISHED = (RewardSpec(name="code", weight=2.0), RewardSpec(name="format", weight=0.5))
+"""The published reward: 2.0 x pass rate, counted only when the format is right, plus 0.5 x format."""
+
+
+class Scorer:
+    """Scores completions. The executor stays the caller's to close; without `code` none is needed.
+
+    `timeout_seconds` bounds one call of a user's function. Raises RewardError for a function that cannot be
+    loaded.
+    """
+
+    def __init__(
+        self,
+        functions: Sequence[RewardSpec] = PUBLISHED,
+        executor: Executor | None = None,
+        *,
+        timeout_seconds: float = 60.0,
+        limits: Limits | None = None,
+        root: Path | None = None,
+    ) -> None:
+        keys = [spec.key for spec in functions]
+        twice = [key for key in keys if keys.count(key) > 1]
+        if not functions or twice:
+            raise RewardError(
+                f"a reward has one function or more, each named once; received {keys}: "
+                + (f"rename one of the functions called {twice[0]!r}" if twice else "add one, such as name: code")
+            )
+        if timeout_seconds <= 0:
+            raise RewardError(f"timeout_seconds is above 0; received {timeout_seconds}")
+        if "code" in keys and executor is None:
+            raise RewardError("the reward function 'code' runs programs; received no executor: open one")
+        self._functions = tuple(functions)
+        self._judge = Judge(executor, limits) if "code" in keys and executor is not None else None
+        self._timeout_seconds = timeout_seconds
+        self._users: dict[str, UserFunction] = {
+            spec.key: load_function(spec.path, root or Path()) for spec in functions if spec.path is not None
+        }
+
+    def score(self, tasks: Sequence[Task], completions: Sequence[str]) -> list[Verdict]:
+        """Return one verdict per completion; each program runs once, whatever the number of functions.
+
+        A sample without a verdict on its program (INFRA) has no score at all: a sum without that part would
+        be a reward for something else. Raises RewardError for a user's function that misbehaves,
+        UnsupportedTest for a test that cannot be run, ValueError when the lengths differ.
+        """
+        if len(tasks) != len(completions):
+            raise ValueError(f"one task per completion; received {len(tasks)} tasks, {len(completions)} completions")
+        if not tasks:
+            return []
+        extractions = [extract(completion) for completion in completions]
+        judgements: Sequence[Judgement | None] = [None] * len(tasks)
+        if self._judge is not None:
+            judgements = self._judge.judge_programs(tasks, [extraction.code for extraction in extractions])
+        theirs = {
+            key: call_function(function, tasks, completions, self._timeout_seconds)
+            for key, function in self._users.items()
+        }
+        return [
+            self._verdict(extraction, judgement, {key: scores[index] for key, scores in theirs.items()})
+            for index, (extraction, judgement) in enumerate(zip(extractions, judgements, strict=True))
+        ]
+
+    def _verdict(
+        self, extraction: Extraction, judgement: Judgement | None, theirs: Mapping[str, float | None]
+    ) -> Verdict:
+        values: dict[str, float | None] = {"format": extraction.format, **theirs}
+        is_infra = judgement is not None and judgement.status is Status.INFRA
+        if judgement is not None and not is_infra:
+            values["code"] = judgement.pass_rate if extraction.format == 1.0 else 0.0
+        parts: dict[str, float] = {}
+        for spec in self._functions:
+            value = values.get(spec.key)
+            if value is not None:
+                parts[spec.key] = value
+        total = sum(spec.weight * parts[spec.key] for spec in self._functions if spec.key in parts)
+        return Verdict(
+            score=None if is_infra or not parts else float(total),
+            parts=parts,
+            status=judgement.status if judgement else Status.OK,
+            passed=judgement.passed if judgement else 0,
+            total=judgement.total if judgement else 0,
+            outcome=judgement.outcome if judgement else "not_run",
+        )

@@ -1,0 +1,47 @@
+"""Runs untrusted programs and returns the values they compute, never a verdict. Knows nothing of rewards.
+
+with open_executor(num_workers=2) as executor:
+    job = Job(uid="1", source="def f(x): return x + 1", calls=(Call(function="f", args=(1,)),))
+    (execution,) = executor.run([job])
+    execution.results[0].value  # 2
+"""
+
+if __name__ != "coupled.sandbox":
+    raise ImportError("import coupled.sandbox, not sandbox: the folder is a package of the distribution 'coupled'")
+
+from coupled.sandbox.check import Check, self_check
+from coupled.sandbox.codec import CodecError, Opaque
+from coupled.sandbox.executor import TIERS, Executor, ProcessExecutor, open_executor
+from coupled.sandbox.types import (
+    Call,
+    CallResult,
+    Execution,
+    Isolation,
+    Job,
+    Limits,
+    Outcome,
+    Raised,
+    SandboxUnavailable,
+    Usage,
+)
+
+__all__ = [
+    "TIERS",
+    "Call",
+    "CallResult",
+    "Check",
+    "CodecError",
+    "Execution",
+    "Executor",
+    "Isolation",
+    "Job",
+    "Limits",
+    "Opaque",
+    "Outcome",
+    "ProcessExecutor",
+    "Raised",
+    "SandboxUnavailable",
+    "Usage",
+    "open_executor",
+    "self_check",
+]

@@ -1,0 +1,264 @@
+"""Values across the border: tagged JSON that can say only what builtins can say.
+
+The program's side encodes, the host decodes (and the reverse for arguments). Decoding builds None, bool, int,
+float, complex, str, bytes, range, list, tuple, set, frozenset and dict, nothing else; no byte of a document
+is ever executed. Types are exact: a subclass is flattened to its base with the base's own methods, whatever
+the subclass overrides. A value of any other type becomes `Opaque`, which is equal to nothing.
+
+null, true, 1, 1.5, "x", [..]   themselves; ints beyond 2**53 as {"i": hex}, nan and inf as {"f": "nan"}
+{"t": [..]}  tuple      {"s": [..]}  set      {"S": [..]}  frozenset     {"d": [[key, value], ..]}  dict
+{"b": hex}   bytes      {"c": [re, im]} complex     {"r": [start, stop, step]}  range
+{"o": [type name, truth or null]}  anything else
+
+This file is also loaded by path inside the sandbox, so it imports the standard library only.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+MAX_DEPTH = 64
+"""Containers within containers."""
+MAX_NODES = 400_000
+"""Values in one document, containers included."""
+MAX_COLLISIONS = 64
+"""Members of one set or dict that share a hash: more is an attack that makes lookups quadratic."""
+
+_PLAIN_INT = 2**53
+
+
+class CodecError(ValueError):
+    """A document that this codec did not write, or a value beyond its limits."""
+
+
+class Opaque:
+    """A value the border does not carry. Equal to nothing, not even to itself.
+
+    Its truth is what the program says it is, which gains a forger nothing: any true value would do as well.
+    """
+
+    __slots__ = ("truth", "type_name")
+
+    def __init__(self, type_name: str, truth: bool | None = None) -> None:
+        self.type_name = type_name
+        self.truth = truth
+
+    def __eq__(self, other: object) -> bool:
+        return False
+
+    def __ne__(self, other: object) -> bool:
+        return True
+
+    def __hash__(self) -> int:
+        return object.__hash__(self)
+
+    def __bool__(self) -> bool:
+        if self.truth is None:
+            raise TypeError(f"a value of type {self.type_name!r} has no truth")
+        return self.truth
+
+    def __repr__(self) -> str:
+        return f"Opaque({self.type_name!r})"
+
+
+def encode(value: object) -> str:
+    """Return the document of a value: ASCII JSON on one line.
+
+    A value too deep or too large as a whole becomes opaque; a part of another type becomes opaque in its
+    place.
+    """
+    try:
+        tree = _Encoder().tree(value, 0)
+    except (CodecError, RuntimeError) as error:  # RuntimeError: a container changed while it was walked
+        tree = {"o": [f"{type(value).__name__}: {error}"[:200], None]}
+    return json.dumps(tree, allow_nan=False, separators=(",", ":"))
+
+
+def decode(document: str | bytes) -> object:
+    """Return the value of a document; CodecError for anything that `encode` would not have written."""
+    return decode_tree(parse(document))
+
+
+def parse(document: str | bytes) -> Any:
+    """Return the JSON tree of a document; CodecError when it is no JSON, too deep, or has NaN in it."""
+    try:
+        return json.loads(document, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise CodecError(f"no JSON document: {type(error).__name__}: {error}"[:200]) from None
+
+
+def decode_tree(tree: Any) -> object:
+    """Return the value of a tree that `parse` gave; CodecError as for `decode`."""
+    return _Decoder().value(tree, 0)
+
+
+def _refuse_constant(name: str) -> Any:
+    raise CodecError(f"{name} is no JSON: nan and inf are tagged")
+
+
+class _Encoder:
+    """Walks a value; counts nodes, so that a small value that contains itself many times ends."""
+
+    def __init__(self) -> None:
+        self.left = MAX_NODES
+
+    def tree(self, value: Any, depth: int) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise CodecError(f"more than {MAX_NODES} values")
+        if depth > MAX_DEPTH:
+            raise CodecError(f"more than {MAX_DEPTH} levels")
+        kind = type(value)
+        if kind is bool or value is None or kind is str:
+            return value
+        if kind is int:
+            return value if -_PLAIN_INT <= value <= _PLAIN_INT else {"i": hex(value)}
+        if kind is float:
+            return value if math.isfinite(value) else {"f": repr(value)}
+        if kind is list:
+            return [self.tree(item, depth + 1) for item in value]
+        if kind is dict:
+            return {"d": [[self.tree(k, depth + 1), self.tree(v, depth + 1)] for k, v in value.items()]}
+        for base, tag in ((tuple, "t"), (set, "s"), (frozenset, "S")):
+            if kind is base:
+                return {tag: [self.tree(item, depth + 1) for item in value]}
+        if kind is bytes:
+            return {"b": value.hex()}
+        if kind is complex:
+            return {"c": [self.tree(value.real, depth + 1), self.tree(value.imag, depth + 1)]}
+        if kind is range:
+            return {"r": [self.tree(part, depth + 1) for part in (value.start, value.stop, value.step)]}
+        return self.flattened(value, kind, depth)
+
+    def flattened(self, value: Any, kind: type, depth: int) -> Any:
+        for base, plain in _FLATTEN:
+            if issubclass(kind, base):
+                return self.tree(plain(value), depth)
+        try:
+            truth = bool(value)
+        except Exception:  # whatever the program's `__bool__` raises
+            truth = None
+        return {"o": [str(kind.__name__)[:80], truth]}
+
+
+# The base's own methods: what a subclass says about itself is not asked.
+_FLATTEN: tuple[tuple[type, Callable[[Any], object]], ...] = (
+    (int, int.__int__),
+    (float, float.__float__),
+    (complex, lambda value: complex(_part(value, "real"), _part(value, "imag"))),
+    (str, str.__str__),
+    (bytes, lambda value: bytes.__getitem__(value, slice(None))),
+    (tuple, lambda value: tuple(tuple.__iter__(value))),
+    (list, lambda value: list(list.__iter__(value))),
+    (set, lambda value: set(set.__iter__(value))),
+    (frozenset, lambda value: frozenset(frozenset.__iter__(value))),
+    (dict, lambda value: dict(dict.items(value))),
+)
+
+
+def _part(value: complex, name: str) -> float:
+    part: float = complex.__dict__[name].__get__(value)
+    return part
+
+
+class _Decoder:
+    """Builds a value from a hostile tree within the limits."""
+
+    def __init__(self) -> None:
+        self.left = MAX_NODES
+
+    def value(self, tree: Any, depth: int) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise CodecError(f"more than {MAX_NODES} values")
+        if depth > MAX_DEPTH:
+            raise CodecError(f"more than {MAX_DEPTH} levels")
+        if type(tree) is list:
+            return [self.value(item, depth + 1) for item in tree]
+        if type(tree) is dict:
+            if len(tree) != 1:
+                raise CodecError(f"an object has one tag; received {len(tree)}")
+            ((tag, body),) = tree.items()
+            return self.tagged(tag, body, depth)
+        return tree
+
+    def items(self, body: Any, depth: int) -> list[Any]:
+        if type(body) is not list:
+            raise CodecError(f"a container's body is a list; received {type(body).__name__}")
+        return [self.value(item, depth + 1) for item in body]
+
+    def tagged(self, tag: str, body: Any, depth: int) -> Any:
+        if tag == "t":
+            return tuple(self.items(body, depth))
+        if tag == "s":
+            return build_set(self.items(body, depth))
+        if tag == "S":
+            return frozenset(build_set(self.items(body, depth)))
+        if tag == "d":
+            if type(body) is not list or any(type(pair) is not list or len(pair) != 2 for pair in body):
+                raise CodecError("a dict's body is a list of pairs")
+            pairs = [(self.value(key, depth + 1), self.value(item, depth + 1)) for key, item in body]
+            check_collisions([key for key, _ in pairs])
+            return dict(pairs)
+        if tag == "r" or tag == "c":
+            return self.numbers(tag, body)
+        if tag == "o":
+            if (
+                type(body) is not list
+                or len(body) != 2
+                or type(body[0]) is not str
+                or body[1] not in (None, True, False)
+            ):
+                raise CodecError("an opaque value is a type's name and its truth")
+            return Opaque(body[0][:200], None if body[1] is None else bool(body[1]))
+        if type(body) is not str:
+            raise CodecError(f"the body of tag {tag[:20]!r} is text; received {type(body).__name__}")
+        return self.text(tag, body)
+
+    def text(self, tag: str, body: str) -> Any:
+        if tag == "f" and body in ("nan", "inf", "-inf"):
+            return float(body)
+        try:
+            if tag == "i":
+                return int(body, 16)
+            if tag == "b":
+                return bytes.fromhex(body)
+        except ValueError as error:
+            raise CodecError(f"the body of tag {tag!r} is no hexadecimal number: {error}"[:200]) from None
+        raise CodecError(f"unknown tag {tag[:20]!r}")
+
+    def numbers(self, tag: str, body: Any) -> Any:
+        parts = self.items(body, 0)
+        if tag == "c":
+            if len(parts) != 2 or any(type(part) is not float for part in parts):
+                raise CodecError("a complex number is two floats")
+            return complex(*parts)
+        if len(parts) != 3 or any(type(part) is not int for part in parts) or parts[2] == 0:
+            raise CodecError("a range is three ints, the last not 0")
+        return range(*parts)
+
+
+def build_set(items: Iterable[Any]) -> set[Any]:
+    """Return the set of hashable values; CodecError when one is unhashable or too many share a hash."""
+    items = list(items)
+    check_collisions(items)
+    return set(items)
+
+
+def check_collisions(items: list[Any]) -> None:
+    """Raise CodecError when a hash table of these values would take quadratic time, or cannot be built."""
+    try:
+        if len(set(map(hash, items))) + MAX_COLLISIONS >= len(items):
+            return
+        buckets: dict[int, list[Any]] = {}
+        for item in items:
+            bucket = buckets.setdefault(hash(item), [])
+            if item not in bucket:
+                bucket.append(item)
+                if len(bucket) > MAX_COLLISIONS:
+                    raise CodecError(f"more than {MAX_COLLISIONS} members share a hash")
+    except TypeError as error:
+        raise CodecError(f"not hashable: {error}"[:200]) from None

@@ -1,0 +1,163 @@
+"""The records of the sandbox: what to run, within which limits, and what came of it."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+class SandboxUnavailable(RuntimeError):
+    """This machine cannot run untrusted programs as asked; the message says why and what would help."""
+
+
+class Outcome(enum.StrEnum):
+    """How one program ended. None of them says that the program is right: the caller compares the values."""
+
+    OK = "ok"
+    """Every call was answered (a raised exception is an answer), every input was run to exit status 0."""
+    LOAD_ERROR = "load_error"
+    """The program, or the setup after it, does not compile or raised while it was loaded."""
+    TIMEOUT = "timeout"
+    KILLED = "killed"
+    """Something other than a limit of ours killed it, such as the kernel's out-of-memory killer."""
+    CRASH = "crash"
+    """It died of a signal of its own, or, reading stdin, ended with a status other than 0."""
+    VIOLATION = "violation"
+    """It did what a program here must not do: a forbidden system call, or an attack on its supervisor."""
+    OUTPUT_LIMIT = "output_limit"
+    PROTOCOL = "protocol"
+    """It wrote something else than the replies that were asked for; its replies are thrown away."""
+    INCOMPLETE = "incomplete"
+    """It ended, or stopped replying, before every call was answered."""
+    SANDBOX_ERROR = "sandbox_error"
+    """The sandbox failed before the program began."""
+    OVERLOADED = "overloaded"
+    """The wall time went by while the program waited for a processor."""
+
+    @property
+    def is_infrastructure(self) -> bool:
+        """True when the outcome says nothing about the program and nothing it did can have caused it."""
+        return self in (Outcome.SANDBOX_ERROR, Outcome.OVERLOADED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one program may use. Example: `Limits(cpu_seconds=1, memory_mb=256)`."""
+
+    cpu_seconds: int = 2
+    """Processor time of the program with all its calls; whole seconds because the kernel counts so."""
+    wall_seconds: float = 6.0
+    """Time from start to end, whatever the program waits for."""
+    memory_mb: int = 512
+    """Address space on top of the interpreter's own."""
+    output_kb: int = 4096
+    """All replies, or all of standard output, together."""
+    max_files: int = 64
+    """Descriptors open at once."""
+    file_kb: int = 16_384
+    """Size of one file."""
+    max_processes: int = 0
+    """Processes and threads besides the program itself; 0: it can start none."""
+
+    def __post_init__(self) -> None:
+        for name in ("cpu_seconds", "wall_seconds", "memory_mb", "output_kb", "max_files", "file_kb"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"a limit is a finite number above 0; received {name}={value!r}")
+        if not isinstance(self.cpu_seconds, int):
+            raise ValueError(f"cpu_seconds counts whole seconds; received {self.cpu_seconds!r}: round it up")
+        if self.max_files < 8:
+            raise ValueError(f"an interpreter needs 8 descriptors; received max_files={self.max_files}")
+        if self.max_processes < 0:
+            raise ValueError(f"max_processes is 0 or more; received {self.max_processes}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One call of the program's. Example: `Call(function="add", args=(1, 2))`."""
+
+    function: str
+    """`name`, or `Class().method` for a method of a fresh instance."""
+    args: tuple[object, ...] = ()
+    kwargs: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One program with what is asked of it: either calls, or inputs to read from stdin.
+
+    With `calls` the source is loaded once and answers them in order in one process. With `stdin_cases` it
+    runs once per input as `__main__`, each in a process of its own.
+    """
+
+    uid: str
+    source: str
+    setup: str = ""
+    """Code that is loaded after the source, in its namespace, before the first call."""
+    calls: tuple[Call, ...] = ()
+    stdin_cases: tuple[str, ...] = ()
+    limits: Limits = field(default_factory=Limits)
+
+    def __post_init__(self) -> None:
+        if self.calls and self.stdin_cases:
+            raise ValueError(f"a job has calls or stdin_cases, not both; job {self.uid!r} has both: make two jobs")
+        if self.setup and self.stdin_cases:
+            raise ValueError(f"setup goes with calls; job {self.uid!r} reads stdin: put it into the source")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Raised:
+    """An exception as the program told it: its type's name and its text, both untrusted."""
+
+    type: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallResult:
+    """One reply: a value built of builtins only (see `codec`), or an exception."""
+
+    value: object = None
+    raised: Raised | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Time that one program took."""
+
+    cpu_seconds: float = 0.0
+    wall_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Execution:
+    """What came of a job. `results` has one entry per answered call (or input), in order; maybe not all."""
+
+    uid: str
+    outcome: Outcome
+    results: tuple[CallResult, ...] = ()
+    usage: Usage = field(default_factory=Usage)
+    tier: str
+    detail: str = ""
+    """One line for people; untrusted where the program caused it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Isolation:
+    """What holds a program on this machine, as it took effect and not as it was asked for."""
+
+    tier: str
+    user: str
+    """Who the program runs as. Example: `uid 62001`."""
+    has_network: bool
+    """True: nothing keeps the program from the host's network."""
+    filesystem: str
+    """`private root (...)`, or `host (...)`: what the host lets that user read can be read."""
+    processes: str
+    """How processes of the program are stopped: `own pid namespace`, or `killed by the supervisor`."""
+    has_own_ipc: bool
+    """False: System V shared memory is the host's."""
+    notes: tuple[str, ...] = ()
+    """Why something did not take effect, one line each."""

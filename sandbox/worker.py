@@ -1,0 +1,316 @@
+"""One zygote seen from the host: starts it, has it run programs one at a time, and ends what overstays."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import select
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from coupled.sandbox.types import Isolation, Limits, SandboxUnavailable
+
+TIER = "process"
+LOCKED = 0x55
+"""First byte on the result socket: the lock-down is done and no byte of the program has been read."""
+
+_ZYGOTE = Path(__file__).with_name("zygote.py")
+_START_SECONDS = 30.0
+_LINGER_SECONDS = 0.02
+"""How long a program that has closed its result socket may take to end on its own."""
+_REPORT_SECONDS = 5.0
+"""How long a zygote may take to report a program that is ending; then it is stopped itself."""
+_TRIAL = "import sched"
+"""A module of the standard library that the zygote does not load beforehand."""
+_FIRST_UID = 62_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """One run of a program as the host saw it, before anything is concluded from it."""
+
+    stream: bytes
+    """Everything the program's process wrote to the result socket."""
+    stdout: bytes = b""
+    exit: int | None
+    """Status, or minus the signal that ended it; None when the zygote died instead of reporting."""
+    cpu_seconds: float = 0.0
+    wall_seconds: float = 0.0
+    queued_seconds: float = 0.0
+    """How long it was runnable without a processor; measured only when the wall time ran out."""
+    ran_out_of_time: bool = False
+    wrote_too_much: bool = False
+    was_ended: bool = False
+    """True: the host had it killed, so `exit` is not the program's own."""
+
+
+class WorkerDied(RuntimeError):
+    """The zygote is gone although no program of ours ran."""
+
+
+class Worker:
+    """Owns one zygote process. Not for use by two threads at once; `run` brings a dead zygote back."""
+
+    def __init__(self, index: int) -> None:
+        self._uid = _FIRST_UID + (os.getpid() * 16 + index) % 2000
+        self._serial = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._control: socket.socket | None = None
+        self._base = ""
+        self.isolation: Isolation = self._start()
+
+    def run(self, body: bytes, limits: Limits, stdin: bytes | None = None) -> Finished:
+        """Run one program whose job is `body`; with `stdin` its standard output is collected.
+
+        Raises WorkerDied when the zygote is gone before the program could start, SandboxUnavailable when it
+        cannot be started again.
+        """
+        if self._process is None or self._process.poll() is not None:
+            self.restart()
+        self._serial += 1
+        ours, theirs = socket.socketpair()
+        handed, stdout = [theirs.detach()], -1
+        try:
+            if stdin is not None:
+                stdout, write_end = os.pipe()
+                handed += [_sealed_file(stdin), write_end]
+            try:
+                self._ask({"op": "run", "serial": self._serial, "limits": dataclasses.asdict(limits)}, handed)
+            except OSError as error:
+                raise WorkerDied(f"the zygote does not listen: {error}") from error
+            finally:
+                # Our copies must go first: the sockets close when the program's process has closed its own.
+                for fd in handed:
+                    os.close(fd)
+            return self._attend(ours, stdout, struct.pack(">I", len(body)) + body, limits)
+        finally:
+            ours.close()
+            if stdout >= 0:
+                os.close(stdout)
+
+    def _attend(self, ours: socket.socket, stdout: int, body: bytes, limits: Limits) -> Finished:
+        """Feed the job, collect what comes back, and see to it that the program ends."""
+        start = time.monotonic()
+        deadline = start + limits.wall_seconds
+        ours.setblocking(False)
+        collected = {ours.fileno(): bytearray(), stdout: bytearray()}
+        open_fds = {ours.fileno()} | ({stdout} if stdout >= 0 else set())
+        unsent = memoryview(body)
+        unsent = unsent[_send_some(ours, unsent) :]
+        budget = limits.output_kb << 10
+        too_much = late = False
+        poll = select.poll()
+        for fd in open_fds:
+            poll.register(fd, select.POLLIN | (select.POLLOUT if unsent and fd == ours.fileno() else 0))
+        while open_fds and not too_much and not late:
+            for fd, events in poll.poll(max(0.0, deadline - time.monotonic()) * 1000 + 1):
+                if events & select.POLLOUT:
+                    unsent = unsent[_send_some(ours, unsent) :]
+                    if not unsent:
+                        poll.modify(fd, select.POLLIN)
+                if events & (select.POLLIN | select.POLLHUP | select.POLLERR):
+                    part = _read_some(fd, budget + 1)
+                    collected[fd] += part
+                    budget -= len(part)
+                    too_much = budget < 0
+                    if not part:
+                        open_fds.discard(fd)
+                        poll.unregister(fd)
+            late = time.monotonic() >= deadline
+        report, was_ended = self._report(at_once=too_much or late, deadline=deadline, waits=stdout >= 0)
+        return Finished(
+            stream=bytes(collected[ours.fileno()]),
+            stdout=bytes(collected[stdout]),
+            exit=None if report is None else report["exit"],
+            cpu_seconds=0.0 if report is None else report["cpu_seconds"],
+            queued_seconds=0.0 if report is None else report["queued_seconds"],
+            wall_seconds=time.monotonic() - start,
+            ran_out_of_time=time.monotonic() >= deadline and was_ended and not too_much,
+            wrote_too_much=too_much,
+            was_ended=was_ended,
+        )
+
+    def _report(self, *, at_once: bool, deadline: float, waits: bool) -> tuple[dict[str, Any] | None, bool]:
+        """Return the zygote's report and whether the program had to be killed for it."""
+        patience = 0.0 if at_once else max(0.0, deadline - time.monotonic()) if waits else _LINGER_SECONDS
+        report = self._receive(patience)
+        if report is not None:
+            return report, False
+        with contextlib.suppress(OSError):
+            self._ask({"op": "kill", "serial": self._serial}, [])
+        report = self._receive(_REPORT_SECONDS)
+        if report is None:
+            self._stop()  # dead, or stopped by the program it should have ended
+        return report, True
+
+    def _ask(self, request: dict[str, Any], fds: list[int]) -> None:
+        assert self._control is not None
+        socket.send_fds(self._control, [json.dumps(request).encode()], fds)
+
+    def _receive(self, seconds: float) -> dict[str, Any] | None:
+        """Return the next message, or None when none comes in time or the zygote is gone."""
+        assert self._control is not None
+        poll = select.poll()
+        poll.register(self._control, select.POLLIN)
+        if not poll.poll(seconds * 1000):
+            return None
+        try:
+            data = self._control.recv(16_384)
+        except OSError:
+            return None
+        message: dict[str, Any] | None = json.loads(data) if data else None
+        return message
+
+    def restart(self) -> None:
+        """End the zygote, if it lives, and start another; SandboxUnavailable when that fails."""
+        self._stop()
+        self.isolation = self._start()
+
+    def close(self) -> None:
+        """End the zygote and whatever it runs; harmless when repeated."""
+        self._stop()
+
+    def forget(self) -> None:
+        """In a forked copy of the host: drop the sockets, so that the zygote still notices its host's end."""
+        if self._control is not None:
+            self._control.close()
+        if self._process is not None:
+            self._process.returncode = 0  # not our child here: nothing to wait for, nothing to warn of
+        self._control = self._process = None
+        self._base = ""
+
+    def _start(self) -> Isolation:
+        self._base = tempfile.mkdtemp(prefix="coupled-sandbox-")
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            # As -I, but heeding PYTHONHASHSEED: set order must not change a verdict from worker to worker. No
+            # PDEATHSIG: it would fire when the thread that starts the zygote ends, not when the host does.
+            self._process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-P",
+                    "-s",
+                    "-S",
+                    "-B",
+                    str(_ZYGOTE),
+                    str(theirs.fileno()),
+                    self._base,
+                    str(self._uid),
+                ],
+                pass_fds=[theirs.fileno()],
+                env={"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                cwd="/",
+                start_new_session=True,
+            )
+        hello = self._receive(_START_SECONDS)
+        if hello is None or "error" in hello:
+            status = self._process.poll()
+            self._stop()
+            said = hello["error"] if hello else f"it said nothing within {_START_SECONDS} s, exit status {status}"
+            raise SandboxUnavailable(
+                f"a worker of the sandbox must be able to lock programs down; it could not start: {said}\n"
+                "remedy: run as a normal user, or as the host's root; in a container allow user namespaces"
+            )
+        if hello["has_private_root"]:
+            self._remove_base()  # nothing hangs on it any more, and nothing is left if we are killed
+        self._try_out(hello)
+        return _isolation(hello)
+
+    def _try_out(self, hello: dict[str, Any]) -> None:
+        """Prove that a program is locked down and can import what the zygote has not loaded."""
+        job = {"mode": "calls", "source": _TRIAL, "setup": "", "calls": []}
+        run = self.run(json.dumps(job).encode(), Limits())
+        said = run.stream[:1].hex() + run.stream[5:].decode(errors="replace")
+        if run.stream[:1] != bytes([LOCKED]) or json.loads(run.stream[5:] or b"0") != {"load": None}:
+            self._stop()
+            raise SandboxUnavailable(
+                f"a program must be locked down as uid {hello['uid']} and read the standard library; the "
+                f"trial ({_TRIAL!r}) gave {said[-1500:]!r}, exit {run.exit}; {'; '.join(hello['notes'])}\n"
+                f"remedy: as root grant CAP_SETUID and CAP_SETGID and use an interpreter everybody may read "
+                f"(this one: {sys.executable}), or run as a normal user"
+            )
+
+    def _stop(self) -> None:
+        if self._control is not None:
+            self._control.close()
+            self._control = None
+        if self._process is not None:
+            # With its socket closed the zygote ends what it runs, cleans up and goes; killing it is the
+            # fallback.
+            try:
+                self._process.wait(1.0)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+        self._remove_base()
+
+    def _remove_base(self) -> None:
+        if self._base:
+            shutil.rmtree(self._base, ignore_errors=True)
+        self._base = ""
+
+
+def _isolation(hello: dict[str, Any]) -> Isolation:
+    namespaces = hello["namespaces"]
+    return Isolation(
+        tier=TIER,
+        user=f"uid {hello['uid']}",
+        has_network="network" not in namespaces,
+        filesystem=(
+            "private root (system libraries and the interpreter, read-only; /tmp of its own)"
+            if hello["has_private_root"]
+            else f"host (whatever uid {hello['uid']} may read)"
+        ),
+        processes="own pid namespace" if "pid" in namespaces else "killed by the supervisor",
+        has_own_ipc="ipc" in namespaces,
+        notes=tuple(hello["notes"]),
+    )
+
+
+def _sealed_file(content: bytes) -> int:
+    """Return a descriptor that reads `content` and cannot be used to write."""
+    fd = os.memfd_create("stdin", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with open(fd, "wb", closefd=False) as file:
+        file.write(content)
+    fcntl.fcntl(
+        fd,
+        fcntl.F_ADD_SEALS,
+        fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE,
+    )
+    os.lseek(fd, 0, os.SEEK_SET)
+    return fd
+
+
+def _send_some(sock: socket.socket, data: memoryview) -> int:
+    if not data:
+        return 0
+    try:
+        return sock.send(data)
+    except BlockingIOError:
+        return 0
+    except OSError:
+        return len(data)  # the program is gone; its silence will be noticed
+
+
+def _read_some(fd: int, most: int) -> bytes:
+    try:
+        return os.read(fd, min(most, 1 << 20))
+    except (BlockingIOError, InterruptedError):
+        raise AssertionError("poll said there was something to read") from None
+    except ConnectionResetError:
+        return b""

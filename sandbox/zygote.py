@@ -1,0 +1,157 @@
+"""The zygote: a clean, warm interpreter that forks one process per program and never sees a program's bytes.
+
+Started by `worker` as `python -P -s -S -B zygote.py CONTROL_FD BASE UID` with an empty environment. Messages
+on the control socket are JSON, one per packet. The host sends `{"op": "run", "serial", "limits"}` with the
+program's descriptors, and `{"op": "kill", "serial"}`; the zygote answers a hello once and then one report
+per program. When the host goes away the control socket closes, and the zygote ends together with what it
+runs.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import importlib.util
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import traceback
+from typing import Any
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+_MAX_MESSAGE = 16_384
+_NOT_LOCKED_DOWN = 70
+
+# What programs usually import, so that their import statements cost nothing; the rest is read from the disk.
+_HEADER = """
+    typing math cmath re heapq itertools collections collections.abc functools random string datetime json
+    bisect operator copy fractions decimal statistics dataclasses enum abc io textwrap time array
+"""
+
+
+def main(control_fd: int, base: str, uid: int) -> None:
+    """Prepare, say hello, then serve until the host goes away."""
+    confine, child, codec = _load("confine"), _load("child"), _load("codec")
+    control = socket.socket(fileno=confine.service(control_fd))
+    os.close(control_fd)
+    try:
+        for name in _HEADER.split():
+            importlib.import_module(name)
+        here = confine.enter(base, uid)
+        confine.clear_scratch(here)
+    except Exception:  # the border: whatever went wrong is told to the host, which refuses to start
+        control.send(json.dumps({"error": traceback.format_exc()[-4000:]}).encode())
+        raise
+    hello = {
+        "uid": here.uid,
+        "namespaces": sorted(here.namespaces),
+        "has_private_root": here.has_private_root,
+        "notes": here.notes,
+    }
+    control.send(json.dumps(hello).encode())
+    gc.collect()
+    gc.freeze()  # a collection in a program must not touch, and so copy, the pages it shares with us
+    try:
+        while (request := _receive(control)) is not None:
+            message, fds = request
+            if message["op"] == "run":
+                _run(control, here, message, fds, confine, child, codec)
+    finally:
+        if not here.has_private_root:
+            confine.remove_tree(base)
+
+
+def _run(
+    control: socket.socket,
+    here: Any,
+    request: dict[str, Any],
+    fds: list[int],
+    confine: Any,
+    child: Any,
+    codec: Any,
+) -> None:
+    confine.before_fork(here)
+    pid = os.fork()
+    if pid == 0:
+        status = _NOT_LOCKED_DOWN
+        try:
+            try:
+                confine.lock_down(here, request["limits"], fds)
+            except BaseException:
+                # Received descriptors take the lowest numbers, so this is the result socket at any point.
+                os.write(confine.RESULT_FD, traceback.format_exc().encode())
+                raise
+            status = child.serve(confine.RESULT_FD, codec)
+        finally:
+            os._exit(status)
+    for fd in fds:
+        os.close(fd)
+    queued = _wait(control, here, pid, request["serial"], confine)
+    _, status, usage = os.wait4(pid, 0)
+    while orphans := confine.living_children(here):
+        for orphan in orphans:
+            _kill(orphan)
+            os.waitpid(orphan, 0)
+    confine.clear_scratch(here)
+    report = {
+        "serial": request["serial"],
+        "exit": os.waitstatus_to_exitcode(status),
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "queued_seconds": queued,
+    }
+    control.send(json.dumps(report).encode())
+
+
+def _wait(control: socket.socket, here: Any, pid: int, serial: int, confine: Any) -> float:
+    """Return when the process ended, killing it when the host says so or is gone; the seconds it queued."""
+    queued = 0.0
+    pidfd = os.pidfd_open(pid)
+    poll = select.poll()
+    poll.register(pidfd, select.POLLIN)
+    poll.register(control, select.POLLIN)
+    try:
+        while True:
+            ready = {fd for fd, _ in poll.poll()}
+            if pidfd in ready:
+                return queued
+            request = _receive(control)
+            if request is None:
+                poll.unregister(control)
+                _kill(pid)
+            elif request[0] == {"op": "kill", "serial": serial}:
+                queued = confine.queued_seconds(here, pid)
+                _kill(pid)
+    finally:
+        os.close(pidfd)
+
+
+def _kill(pid: int) -> None:
+    """Kill a process and its group; it may have left its group, or the group may be gone."""
+    for kill in (os.killpg, os.kill):
+        try:
+            kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+
+
+def _receive(control: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
+    data, fds, _, _ = socket.recv_fds(control, _MAX_MESSAGE, 3)
+    return (json.loads(data), list(fds)) if data else None
+
+
+def _load(name: str) -> Any:
+    """Load a neighbour by path: in this interpreter the package does not exist."""
+    spec = importlib.util.spec_from_file_location(f"coupled_sandbox_{name}", os.path.join(_HERE, f"{name}.py"))
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{name}.py is missing beside {__file__}: reinstall the package")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
