@@ -1,0 +1,200 @@
+"""Datasets: rows of a JSONL file, a Parquet file or a hub dataset → tasks, prompts and token batches.
+
+The columns that are understood: prompt, hidden_tests, visible_tests, entry_point, setup, solution, uid, style.
+`data.columns` maps them to what the file calls them. Every other column is handed to user reward functions.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from coupled.reward import Task, UnsupportedTest, parse_tests
+from coupled.rl.errors import DataError, nearest
+from coupled.rl.keys import generator
+from coupled.rl.recipe import Data
+from coupled.rl.types import Prompt
+
+OURS = ("uid", "prompt", "hidden_tests", "visible_tests", "entry_point", "setup", "solution", "style")
+
+
+def load_rows(path: str, *, split: str = "train") -> list[dict[str, Any]]:
+    """All rows of a dataset, through the `datasets` library.
+
+    Raises:
+        DataError: no such file, not a dataset, or not a single row.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    file = Path(path)
+    suffix = file.suffix.lower()
+    if suffix in (".jsonl", ".json", ".parquet", ".gz"):
+        if not file.is_file():
+            folder = file.parent if file.parent.is_dir() else Path()
+            raise DataError(f"no dataset at {path}; {nearest(file.name, [p.name for p in folder.iterdir()])}")
+        kind = "parquet" if suffix == ".parquet" else "json"
+        arguments: dict[str, Any] = {"path": kind, "data_files": str(file), "split": "train"}
+    else:
+        arguments = {"path": path, "split": split}
+    try:
+        rows = datasets.load_dataset(**arguments).to_list()
+    except Exception as error:  # the library raises a dozen types for unreadable input; all mean the same to a user
+        raise DataError(f"cannot read the dataset {path} ({type(error).__name__}: {error})") from error
+    if not rows:
+        raise DataError(f"the dataset {path} has no rows")
+    return list(rows)
+
+
+def to_task(
+    row: dict[str, Any],
+    columns: dict[str, str],
+    index: int,
+    *,
+    num_visible: int = 0,
+    needs_tests: bool = True,
+) -> Task:
+    """One dataset row as a Task. The first `num_visible` tests are shown in the prompt and not scored.
+
+    Raises:
+        DataError: a column that is needed is absent or of the wrong type.
+    """
+    prompt = _text(row, columns, "prompt")
+    tests = _tests(row, columns, "hidden_tests", is_required=needs_tests)
+    visible = _tests(row, columns, "visible_tests", is_required=False)
+    if num_visible:
+        if num_visible >= len(tests):
+            raise DataError(
+                f"data.num_visible_tests ({num_visible}) must leave a test to score with; row {index} has {len(tests)}"
+            )
+        shown, tests = tests[:num_visible], tests[num_visible:]
+        prompt = "\n".join((prompt, *shown))
+        visible = (*visible, *shown)
+    uid = row.get(columns.get("uid", "uid"))
+    named = {columns.get(ours, ours) for ours in OURS}
+    return Task(
+        uid=f"row-{index}" if uid is None else str(uid),
+        prompt=prompt,
+        visible_tests=visible,
+        hidden_tests=tests,
+        entry_point=row.get(columns.get("entry_point", "entry_point")),
+        setup=row.get(columns.get("setup", "setup")) or "",
+        style=row.get(columns.get("style", "style")) or "assert",
+        columns={k: v for k, v in row.items() if k not in named},
+    )
+
+
+def load_tasks(data: Data, path: str | None = None, *, needs_tests: bool = True) -> list[Task]:
+    """The tasks of `data.path` (or of `path`, with the same columns).
+
+    A task with a test that cannot be split into calls and a check is left out, and said so: it could not be judged.
+
+    Raises:
+        DataError: unreadable, a row lacks a column, two tasks share a uid, or no task can be judged.
+    """
+    source = data.path if path is None else path
+    rows = load_rows(source, split=data.split)
+    tasks = [
+        to_task(row, data.columns, i, num_visible=data.num_visible_tests, needs_tests=needs_tests)
+        for i, row in enumerate(rows)
+    ]
+    if len({task.uid for task in tasks}) != len(tasks):
+        raise DataError("two tasks have the same uid; map data.columns.uid to a column that is unique, or to none")
+    return _judgeable(tasks, source)
+
+
+def _judgeable(tasks: list[Task], source: str) -> list[Task]:
+    kept, reason = [], ""
+    for task in tasks:
+        try:
+            if task.style == "assert":
+                parse_tests(task)
+            kept.append(task)
+        except UnsupportedTest as error:
+            reason = reason or str(error)
+    if not kept:
+        raise DataError(f"{source}: no task has tests that can be judged. The first: {reason}")
+    if reason:
+        warnings.warn(
+            f"{source}: left out {len(tasks) - len(kept)} of {len(tasks)} tasks whose tests cannot be judged; "
+            f"the first: {reason}",
+            stacklevel=2,
+        )
+    return kept
+
+
+def encode_prompts(tasks: Sequence[Task], tokenizer: Any, max_tokens: int) -> list[Prompt]:
+    """Tokenise tasks through the tokenizer's chat template; prompts over `max_tokens` are dropped.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    texts = [render_prompt(task.prompt, tokenizer) for task in tasks]
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    prompts = [
+        Prompt(task=task, token_ids=tuple(ids))
+        for task, ids in zip(tasks, encoded, strict=True)
+        if len(ids) <= max_tokens
+    ]
+    if not prompts:
+        shortest = min(len(ids) for ids in encoded)
+        raise DataError(
+            f"data.max_prompt_tokens is {max_tokens} but the shortest prompt has {shortest} tokens; raise it"
+        )
+    return prompts
+
+
+def render_prompt(text: str, tokenizer: Any) -> str:
+    """The user's text as the model was taught to read it."""
+    if not tokenizer.chat_template:
+        return text
+    message = [{"role": "user", "content": text}]
+    return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+
+
+def epoch_order(num_rows: int, *, seed: int, epoch: int, stream: str) -> list[int]:
+    """The order in which an epoch visits the rows: a pure function of its arguments."""
+    return [int(i) for i in generator(seed, stream, epoch).permutation(num_rows)]
+
+
+def rows_of_step(num_rows: int, *, step: int, per_step: int, seed: int, stream: str) -> list[int]:
+    """Indices of the rows step `step` (from 0) takes; no row is skipped or repeated within an epoch.
+
+    Example: with 5 rows and 2 a step, step 2 takes the last row of epoch 0 and the first of epoch 1.
+    """
+    first = step * per_step
+    wanted = range(first, first + per_step)
+    orders = {e: epoch_order(num_rows, seed=seed, epoch=e, stream=stream) for e in {i // num_rows for i in wanted}}
+    return [orders[i // num_rows][i % num_rows] for i in wanted]
+
+
+def _text(row: dict[str, Any], columns: dict[str, str], name: str) -> str:
+    value = _value(row, columns, name)
+    if not isinstance(value, str):
+        raise DataError(f"column {columns.get(name, name)!r} must hold text; got {type(value).__name__}")
+    return value
+
+
+def _tests(row: dict[str, Any], columns: dict[str, str], name: str, is_required: bool = True) -> tuple[str, ...]:
+    if not is_required and columns.get(name, name) not in row:
+        return ()
+    value = _value(row, columns, name)
+    if isinstance(value, str):
+        value = [line for line in value.splitlines() if line.strip()]
+    if not isinstance(value, list) or (is_required and not value) or not all(isinstance(t, str) for t in value):
+        raise DataError(
+            f"column {columns.get(name, name)!r} must hold a non-empty list of test strings; got {value!r:.80}"
+        )
+    return tuple(value)
+
+
+def _value(row: dict[str, Any], columns: dict[str, str], name: str) -> Any:
+    column = columns.get(name, name)
+    if column not in row:
+        raise DataError(
+            f"the dataset has no column {column!r} (for {name}); {nearest(column, row)} "
+            f"Map it in the recipe, for example data.columns.{name}=NAME"
+        )
+    return row[column]

@@ -1,0 +1,134 @@
+"""What this machine can and cannot do: versions, processor, GPU, sandbox, disk, each with a remedy."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+import shutil
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from coupled.sandbox import Isolation, SandboxUnavailable, open_executor, self_check
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "safetensors",
+    "numpy",
+    "pydantic",
+    "datasets",
+    "ray",
+    "tensorboard",
+)
+MIN_SHM_GIB = 1.0
+MIN_DISK_GIB = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One thing looked at. `is_needed`: without it nothing trains."""
+
+    name: str
+    is_good: bool
+    detail: str
+    remedy: str = ""
+    is_needed: bool = False
+
+
+def examine() -> list[Finding]:
+    """All findings, in the order a user cares for them. Starts and stops a sandbox; needs a few seconds."""
+    return [_python(), *_packages(), _processor(), _gpu(), *_sandbox(), _shared_memory(), _disk()]
+
+
+def _python() -> Finding:
+    good = sys.version_info >= (3, 11)
+    return Finding(
+        name="python",
+        is_good=good,
+        detail=platform.python_version(),
+        remedy="" if good else "install Python 3.11 or newer",
+        is_needed=True,
+    )
+
+
+def _packages() -> list[Finding]:
+    findings = []
+    for name in PACKAGES:
+        try:
+            findings.append(Finding(name=name, is_good=True, detail=importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            findings.append(
+                Finding(
+                    name=name,
+                    is_good=False,
+                    detail="not installed",
+                    remedy=f"pip install -c constraints.txt {name}",
+                    is_needed=name not in ("ray", "tensorboard"),
+                )
+            )
+    return findings
+
+
+def _processor() -> Finding:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Finding(
+        name="processor", is_good=True, detail=f"{usable} cores usable, torch uses {torch.get_num_threads()}"
+    )
+
+
+def _gpu() -> Finding:
+    if torch.cuda.is_available():
+        names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+        return Finding(name="gpu", is_good=True, detail=names)
+    return Finding(
+        name="gpu",
+        is_good=False,
+        detail=f"torch {torch.__version__} sees none; the embedded model trains on a CPU",
+        remedy="for larger models: a CUDA build of torch on a machine with a GPU",
+    )
+
+
+def _sandbox() -> list[Finding]:
+    try:
+        executor = open_executor(tier="process", num_workers=1)
+    except SandboxUnavailable as error:
+        return [Finding(name="sandbox", is_good=False, detail=str(error), is_needed=True)]
+    with executor:
+        findings = [Finding(name="sandbox", is_good=True, detail=_isolation(executor.isolation()))]
+        findings += [
+            Finding(name=f"sandbox: {check.name}", is_good=check.held, detail=check.detail)
+            for check in self_check(executor)
+        ]
+    return findings
+
+
+def _isolation(found: Isolation) -> str:
+    network = "a network" if found.has_network else "no network"
+    notes = "".join(f"; {note}" for note in found.notes)
+    return f"tier {found.tier}; {found.user}; {network}; {found.filesystem}; {found.processes}{notes}"
+
+
+def _shared_memory() -> Finding:
+    free = shutil.disk_usage("/dev/shm").free / 2**30 if os.path.isdir("/dev/shm") else 0.0
+    good = free >= MIN_SHM_GIB
+    return Finding(
+        name="shared memory",
+        is_good=good,
+        detail=f"{free:.1f} GiB free in /dev/shm",
+        remedy="" if good else "Ray falls back to slow files; start the container with --shm-size=2g",
+    )
+
+
+def _disk() -> Finding:
+    free = shutil.disk_usage(".").free / 2**30
+    good = free >= MIN_DISK_GIB
+    return Finding(
+        name="disk",
+        is_good=good,
+        detail=f"{free:.0f} GiB free here",
+        remedy="" if good else "free some space, or set output_dir to another disk",
+    )

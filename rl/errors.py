@@ -1,0 +1,33 @@
+"""Errors a user can cause. Each message states the rule, the value received and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class CoupledError(ValueError):
+    """Base of every error that the user's input can cause; the command line prints it without a traceback."""
+
+
+class RecipeError(CoupledError):
+    """The recipe, or an override of it, breaks a rule of the schema."""
+
+
+class DataError(CoupledError):
+    """A dataset is missing, unreadable, or lacks what the recipe says it has."""
+
+
+class CheckpointError(CoupledError):
+    """A checkpoint is missing, incomplete, or does not fit the recipe."""
+
+
+class RolloutError(CoupledError):
+    """Rollouts that cannot be trained on, such as a group whose samples are all the same by construction."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return `; did you mean 'x'?`, or the list of what exists when nothing is close."""
+    known = sorted(known)
+    match = get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {match[0]!r}?" if match else f"known: {', '.join(known)}"

@@ -1,0 +1,179 @@
+"""Held-out evaluation: pass@1 with confidence intervals, and the table that compares before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from coupled.reward import Judgement, Task
+from coupled.rl.denoise import Request, Sampler
+from coupled.rl.engine import RolloutEngine
+from coupled.rl.errors import CoupledError
+from coupled.rl.grading import Grader
+from coupled.rl.keys import generator
+from coupled.rl.recipe import Recipe
+from coupled.rl.types import Prompt
+
+NUM_RESAMPLES = 10_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """A mean with its 95 % confidence interval. Example: 0.54 [0.49, 0.59]."""
+
+    mean: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{100 * self.mean:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassRates:
+    """Pass@1 of one way of decoding: the share of a problem's completions that pass all its hidden tests."""
+
+    temperature: float
+    num_samples: int
+    uids: tuple[str, ...]
+    rates: tuple[float, ...]
+    """One per problem."""
+
+    @property
+    def pass_at_1(self) -> Interval:
+        return bootstrap(self.rates)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What was measured of one set of weights. `greedy` is None when the recipe leaves it out."""
+
+    step: int
+    sampled: PassRates
+    greedy: PassRates | None
+
+    def to_row(self) -> dict[str, Any]:
+        """Plain values, for evaluation.jsonl."""
+        row = asdict(self)
+        for kind in ("sampled", "greedy"):
+            if row[kind] is not None:
+                row[kind]["pass_at_1"] = asdict(getattr(self, kind).pass_at_1)
+        return row
+
+    @staticmethod
+    def from_row(row: dict[str, Any]) -> Evaluation:
+        """The inverse of `to_row`."""
+
+        def rates(part: dict[str, Any] | None) -> PassRates | None:
+            if part is None:
+                return None
+            return PassRates(
+                temperature=part["temperature"],
+                num_samples=part["num_samples"],
+                uids=tuple(part["uids"]),
+                rates=tuple(part["rates"]),
+            )
+
+        sampled = rates(row["sampled"])
+        assert sampled is not None, "every evaluation samples"
+        return Evaluation(step=row["step"], sampled=sampled, greedy=rates(row["greedy"]))
+
+
+def bootstrap(values: Sequence[float]) -> Interval:
+    """Mean and its 95 % percentile bootstrap interval, resampling problems (not completions: those of one problem
+    are alike). The resamples are keyed, so equal values give equal intervals."""
+    array = np.asarray(values, dtype=np.float64)
+    picks = generator("bootstrap", len(array)).integers(0, len(array), size=(NUM_RESAMPLES, len(array)))
+    low, high = np.percentile(array[picks].mean(-1), [2.5, 97.5])
+    return Interval(mean=float(array.mean()), low=float(low), high=float(high))
+
+
+def paired_gain(before: PassRates, after: PassRates) -> Interval:
+    """after - before with its 95 % interval, by problem: the same problems, so their difficulty cancels.
+
+    Raises:
+        CoupledError: the two are not of the same problems.
+    """
+    if before.uids != after.uids:
+        raise CoupledError("a paired comparison needs the same problems in the same order on both sides")
+    return bootstrap(np.subtract(after.rates, before.rates).tolist())
+
+
+def is_pass(judgement: Judgement) -> bool:
+    """All hidden tests passed, and there were some."""
+    return len(judgement.per_test) > 0 and all(judgement.per_test)
+
+
+def evaluate(
+    engine: RolloutEngine, grader: Grader, prompts: Sequence[Prompt], recipe: Recipe, *, step: int
+) -> Evaluation:
+    """Sample and greedily decode held-out problems under the engine's weights, and run every program.
+
+    The random numbers are those of the problem and the sample, not of the step: before and after are compared on
+    the same draws.
+    """
+    sampler = sampler_of(recipe)
+    greedy = None
+    if recipe.evaluation.has_greedy:
+        greedy = _pass_rates(engine, grader, prompts, replace(sampler, temperature=0.0, top_p=1.0), 1, recipe.seed)
+    sampled = _pass_rates(engine, grader, prompts, sampler, recipe.evaluation.num_samples, recipe.seed)
+    return Evaluation(step=step, sampled=sampled, greedy=greedy)
+
+
+def sampler_of(recipe: Recipe) -> Sampler:
+    """The rollout sampler of a recipe."""
+    rollout = recipe.rollout
+    return Sampler(
+        canvas=rollout.canvas,
+        denoising_steps=rollout.denoising_steps,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        order=rollout.order,
+    )
+
+
+def comparison_table(before: Evaluation, after: Evaluation) -> Table:
+    """Held-out pass@1 before and after, in per cent with 95 % intervals."""
+    table = Table(title="held-out pass@1, % [95 % interval]")
+    for column in ("decoding", "problems × samples", "before", "after", "gain"):
+        table.add_column(column, justify="left" if column == "decoding" else "right")
+    for name, old, new in (
+        (f"sampled, temperature {before.sampled.temperature:g}", before.sampled, after.sampled),
+        ("greedy", before.greedy, after.greedy),
+    ):
+        if old is not None and new is not None:
+            gain = paired_gain(old, new)
+            count = f"{len(old.rates)} × {old.num_samples}"
+            signed = f"{100 * gain.mean:+.1f} [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
+            table.add_row(name, count, str(old.pass_at_1), str(new.pass_at_1), signed)
+    return table
+
+
+def _pass_rates(
+    engine: RolloutEngine,
+    grader: Grader,
+    prompts: Sequence[Prompt],
+    sampler: Sampler,
+    num_samples: int,
+    seed: int,
+) -> PassRates:
+    requests = [
+        Request(uid=f"evaluation/{p.task.uid}/{sample}", prompt_ids=p.token_ids)
+        for p in prompts
+        for sample in range(num_samples)
+    ]
+    rollouts = engine.generate(requests, sampler, seed=seed)
+    tasks: list[Task] = [p.task for p in prompts for _ in range(num_samples)]
+    judgements = grader.judge(tasks, [r.text for r in rollouts])
+    passes = np.array([is_pass(j) for j in judgements], dtype=np.float64)
+    rates = passes.reshape(len(prompts), num_samples).mean(-1)
+    return PassRates(
+        temperature=sampler.temperature,
+        num_samples=num_samples,
+        uids=tuple(p.task.uid for p in prompts),
+        rates=tuple(rates.tolist()),
+    )

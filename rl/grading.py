@@ -1,0 +1,49 @@
+"""The judge of a run: sandbox, hidden tests and reward functions, opened and checked before training starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from coupled.reward import Judge, Judgement, RewardSpec, Scorer, Task, Verdict
+from coupled.rl.recipe import Recipe
+from coupled.sandbox import Executor, Limits, open_executor
+
+
+class Grader:
+    """Scores completions for training, and judges them for evaluation, with sandbox workers of its own."""
+
+    def __init__(self, executor: Executor, scorer: Scorer, judge: Judge) -> None:
+        self._executor = executor
+        self._scorer = scorer
+        self._judge = judge
+
+    def score(self, tasks: Sequence[Task], completions: Sequence[str]) -> list[Verdict]:
+        """Weighted rewards, one verdict per completion. Raises RewardError when a user's function misbehaves."""
+        return self._scorer.score(tasks, completions)
+
+    def judge(self, tasks: Sequence[Task], completions: Sequence[str]) -> list[Judgement]:
+        """Hidden tests only, whatever the recipe rewards."""
+        return self._judge.judge(tasks, completions)
+
+    def close(self) -> None:
+        """Stop the sandbox workers."""
+        self._executor.close()
+
+
+def open_grader(recipe: Recipe) -> Grader:
+    """The grader of a recipe; close it when done.
+
+    Raises:
+        SandboxUnavailable: this host cannot give the tier that the recipe asks for.
+        RewardError: a reward function cannot be loaded.
+    """
+    sandbox = recipe.sandbox
+    limits = Limits(cpu_seconds=sandbox.cpu_seconds, wall_seconds=sandbox.wall_seconds, memory_mb=sandbox.memory_mb)
+    specs = [RewardSpec(name=f.name, path=f.path, weight=f.weight) for f in recipe.reward.functions]
+    executor = open_executor(tier=sandbox.tier, num_workers=sandbox.num_workers)
+    try:
+        scorer = Scorer(specs, executor, timeout_seconds=recipe.reward.timeout_seconds, limits=limits)
+    except BaseException:
+        executor.close()
+        raise
+    return Grader(executor, scorer, Judge(executor, limits))

@@ -1,0 +1,103 @@
+"""The numbers of a step. Each is of the batch that was optimised; a name's unit is in its comment."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from coupled.rl.batch import rewards_of
+from coupled.rl.shapes import Float
+from coupled.rl.types import Group
+
+
+def add_sums(total: dict[str, float], part: dict[str, float]) -> None:
+    """Add the sums of a micro-batch to those of the batch, in place."""
+    for name, value in part.items():
+        total[name] = total.get(name, 0.0) + value
+
+
+class StepMetrics:
+    """Collects what the parts of a step report; `row` is what is logged."""
+
+    def __init__(self) -> None:
+        self._row: dict[str, float] = {}
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._updates: list[dict[str, float]] = []
+
+    def add_seconds(self, part: str, seconds: float) -> None:
+        """Wall-clock time of a part of the step."""
+        self._seconds[part] += seconds
+
+    def of_groups(self, groups: Sequence[Group]) -> None:
+        """Rewards and completions."""
+        verdicts = [v for g in groups for v in g.verdicts]
+        rollouts = [r for g in groups for r in g.rollouts]
+        scored = [v for v in verdicts if v.score is not None]
+        self._row["reward"] = float(np.mean([v.score for v in scored])) if scored else float("nan")
+        for part in sorted({name for v in scored for name in v.parts}):
+            self._row[f"reward/{part}"] = float(np.mean([v.parts[part] for v in scored if part in v.parts]))
+        self._row["pass_rate"] = float(np.mean([v.total > 0 and v.passed == v.total for v in verdicts]))
+        self._row["unscored"] = float(len(verdicts) - len(scored))  # completions without a verdict
+        lengths = np.array([r.completion_length for r in rollouts])
+        self._row["completion_length"] = float(lengths.mean())  # tokens, end token included
+        self._row["end_rate"] = float(np.mean([r.finish_reason == "end" for r in rollouts]))
+        entropies = [r.commit_entropy[: r.completion_length].mean() for r in rollouts]
+        self._row["entropy"] = float(np.mean(entropies))  # nats per token, when committed
+        self._row["num_forwards"] = float(np.mean([r.num_forwards for r in rollouts]))  # per completion
+        distinct = [len({r.text for r in g.rollouts}) / len(g.rollouts) for g in groups]
+        self._row["group_diversity"] = float(np.mean(distinct))  # distinct completions / G
+        rewards = rewards_of(groups)
+        self._row["reward_std"] = float(rewards.nan_to_num(0.0).std(-1).mean())  # within a group
+        self._tokens = int(lengths.sum())
+
+    def of_advantages(self, advantages: Float[Tensor, "P G"]) -> None:
+        """How many groups teach nothing."""
+        self._row["zero_advantage_groups"] = float((advantages.abs().amax(-1) == 0).float().mean())
+
+    def of_update(self, sums: dict[str, float], grad_norm: float, rate: float) -> None:
+        """Sums of an update's micro-batches, divided by its tokens here."""
+        tokens = max(1.0, sums.get("tokens", 0.0))
+        self._updates.append(
+            {
+                "loss": sums.get("loss", 0.0),
+                "kl": sums.get("kl", 0.0) / tokens,  # k3, nats per token
+                "ratio": sums.get("ratio", 0.0) / tokens,
+                "clip_fraction_low": sums.get("clip_low", 0.0) / tokens,
+                "clip_fraction_high": sums.get("clip_high", 0.0) / tokens,
+                "grad_norm": grad_norm,  # before clipping
+                "learning_rate": rate,
+            }
+        )
+
+    def row(self) -> dict[str, float]:
+        """Name → number; updates are averaged over the inner iterations."""
+        row = dict(self._row)
+        if self._updates:
+            row |= {name: float(np.mean([u[name] for u in self._updates])) for name in self._updates[0]}
+        row |= {f"time/{part}_seconds": seconds for part, seconds in self._seconds.items()}
+        total = sum(self._seconds.values())
+        row["time/step_seconds"] = total
+        row["tokens_per_second"] = self._tokens / total if total else 0.0  # completion tokens trained on
+        if torch.cuda.is_available():
+            row["memory/gpu_peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
+        return row
+
+    def headline(self) -> dict[str, float]:
+        """What the progress display shows."""
+        row = self.row()
+        shown = {
+            "reward": "reward",
+            "pass": "pass_rate",
+            "kl": "kl",
+            "tok/s": "tokens_per_second",
+            "s/step": "time/step_seconds",
+        }
+        return {label: row[name] for label, name in shown.items() if name in row}
+
+
+DETERMINISTIC_EXCEPT = ("time/", "memory/", "tokens_per_second")
+"""Metrics that start with one of these depend on the machine; all others are the same for a resumed run."""

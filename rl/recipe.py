@@ -1,0 +1,345 @@
+"""The recipe: everything a run depends on, validated before anything starts.
+
+Every field states its unit, its range and what 0 or none means. An unknown key is an error that names the nearest
+known one. Defaults are the vetted settings; a recipe file lists only what differs.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from coupled.rl.errors import RecipeError, nearest
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+PATH_FIELDS = (("model", "path"), ("data", "path"), ("data", "eval_path"))
+
+
+class Section(BaseModel):
+    """A part of the recipe: frozen, strict about unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Adapter(Section):
+    """LoRA: train low-rank adapters instead of all weights."""
+
+    rank: Positive = Field(default=16, description="rank of the update matrices")
+    alpha: float = Field(default=32.0, gt=0, description="scale of the update: alpha / rank")
+    targets: tuple[str, ...] = Field(
+        default=("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),
+        description="names of the linear layers that get adapters",
+    )
+
+
+class Model(Section):
+    path: str = Field(description="checkpoint folder (relative to the recipe file), or a hub name 'owner/name'")
+    init: Literal["checkpoint", "random"] = Field(
+        default="checkpoint",
+        description="'random' reads only config.json and the tokenizer, and draws the weights",
+    )
+    family: str | None = Field(default=None, description="model family; none reads it from the checkpoint")
+    shift: Annotated[int, Field(ge=0, le=1)] | None = Field(
+        default=None, description="logit shift, 0 or 1; none takes the family's"
+    )
+    adapter: Adapter | None = Field(default=None, description="none trains all weights")
+    compute_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="bfloat16 runs the forward pass under autocast; log-softmax stays fp32"
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes a GPU when there is one")
+
+
+class Data(Section):
+    path: str = Field(description="JSONL or Parquet file (relative to the recipe file), or a dataset name of the hub")
+    eval_path: str | None = Field(default=None, description="held-out problems, same format; none skips evaluation")
+    split: str = Field(default="train", description="split to take of a hub dataset")
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="our column name → the file's, e.g. {prompt: text, hidden_tests: test_list}",
+    )
+    num_visible_tests: int = Field(
+        default=0,
+        ge=0,
+        description="the first n hidden tests of a row are shown in its prompt and not scored",
+    )
+    max_prompt_tokens: Positive = Field(default=200, description="longer prompts are dropped, and counted")
+
+
+class Rollout(Section):
+    workers: Literal["inline", "ray"] = Field(default="inline", description="inline: in this process; ray: actors")
+    num_workers: Positive = Field(default=2, description="rollout actors, when workers is ray")
+    num_prompts: Positive = Field(default=16, description="prompts per step")
+    group_size: Annotated[int, Field(ge=2)] = Field(default=10, description="completions per prompt, G")
+    canvas: Positive = Field(default=256, description="positions denoised after the prompt, in tokens")
+    denoising_steps: Positive = Field(default=256, description="forward passes per completion; at most canvas")
+    temperature: float = Field(default=1.2, gt=0, description="of the token distribution")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, description="nucleus mass kept; 1 keeps all")
+    order: Literal["entropy", "maskgit", "margin", "origin"] = Field(
+        default="entropy",
+        description="which positions are committed: lowest entropy, likeliest draw, largest margin, or random",
+    )
+    batch_size: Positive = Field(default=64, description="rows per forward pass; also what one actor gets at a time")
+
+
+class Estimator(Section):
+    name: Literal["coupled", "decoupled", "full_mask"] = Field(
+        default="coupled", description="how a completion's per-token log-probabilities are estimated"
+    )
+    mask_ratio: tuple[Fraction, Fraction] = Field(
+        default=(0.2, 0.8), description="range of t, symmetric about 1/2; the pair has ratios t and 1 - t"
+    )
+    num_pairs: Positive = Field(default=1, description="mask pairs per inner iteration, λ")
+    post_eos: Literal["kept", "mask"] = Field(
+        default="kept",
+        description="positions after the end token: as the sampler left them, or all MASK (lets a group share its "
+        "fully masked pass)",
+    )
+
+    @model_validator(mode="after")
+    def _symmetric(self) -> Estimator:
+        low, high = self.mask_ratio
+        if not (0 < low <= high < 1) or abs(low + high - 1) > 1e-9:
+            raise ValueError(
+                f"mask_ratio must be a range (lo, hi) inside (0, 1) with lo + hi = 1, so that t and 1 - t have the "
+                f"same law; got ({low}, {high}); for example [0.2, 0.8]"
+            )
+        return self
+
+
+class Loss(Section):
+    clip_low: float = Field(default=0.5, ge=0, lt=1, description="ratios below 1 - clip_low stop counting")
+    clip_high: float = Field(default=0.5, ge=0, description="ratios above 1 + clip_high stop counting")
+    kl_beta: float = Field(default=0.01, ge=0, description="weight of the KL penalty (k3); 0 leaves the reference out")
+    max_log_ratio: float = Field(
+        default=5.0, gt=0, description="log-ratios are clamped to ± this: k3 is exponential in them"
+    )
+
+
+class Optimizer(Section):
+    learning_rate: float = Field(default=1e-6, gt=0, description="peak, AdamW")
+    warmup_steps: int = Field(default=0, ge=0, description="steps of linear rise from 0")
+    schedule: Literal["cosine", "constant"] = Field(default="cosine", description="after the warm-up")
+    final_fraction: Fraction = Field(default=0.1, description="learning rate at the end, as a share of the peak")
+    betas: tuple[Fraction, Fraction] = Field(default=(0.9, 0.99), description="AdamW moment decays")
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay; 0 is none")
+    max_grad_norm: float = Field(default=0.2, gt=0, description="gradients are scaled down to this global norm")
+    micro_batch_size: Positive = Field(
+        default=16, description="rows per backward pass; the gradient does not depend on it"
+    )
+
+
+class Reward(Section):
+    name: str | None = Field(default=None, description="a built-in reward: code or format")
+    path: str | None = Field(default=None, description="file.py:function of your own, with TRL's signature")
+    weight: float = Field(default=1.0, description="factor in the sum")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Reward:
+        if (self.name is None) == (self.path is None):
+            raise ValueError(f"a reward has either name or path; got name={self.name!r}, path={self.path!r}")
+        return self
+
+
+class Rewards(Section):
+    functions: tuple[Reward, ...] = Field(
+        default=(Reward(name="code", weight=2.0), Reward(name="format", weight=0.5)),
+        min_length=1,
+        description="summed with their weights; the default is the published reward",
+    )
+    timeout_seconds: float = Field(default=60.0, gt=0, description="a reward function of yours may take this long")
+
+
+class Sandbox(Section):
+    tier: Literal["process"] = Field(default="process", description="isolation level of the programs that are run")
+    num_workers: Positive = Field(default=2, description="programs run at the same time")
+    cpu_seconds: Positive = Field(default=2, description="CPU time a program may use, whole seconds")
+    wall_seconds: float = Field(default=6.0, gt=0, description="wall-clock time a program may take")
+    memory_mb: Positive = Field(default=512, description="address space a program may add, in MiB")
+
+
+class Evaluation(Section):
+    every: int = Field(
+        default=0, ge=0, description="steps between evaluations during training; 0: only before and after"
+    )
+    num_problems: Positive = Field(default=200, description="held-out problems, the first of eval_path")
+    num_samples: Positive = Field(default=4, description="completions per problem at the rollout temperature")
+    has_greedy: bool = Field(default=True, description="also decode each problem once at temperature 0")
+
+
+class Checkpoint(Section):
+    every: Positive = Field(default=1, description="steps between checkpoints; a crash loses at most these")
+    keep: Positive = Field(default=2, description="newest checkpoints kept")
+
+
+class Fit(Section):
+    """What `stage: pretrain` and `stage: sft` train on; the `rl` stage ignores it."""
+
+    objective: Literal["masked_diffusion", "autoregressive"] = Field(
+        default="masked_diffusion", description="masked diffusion with weight 1/t, or next-token prediction"
+    )
+    batch_size: Positive = Field(default=64, description="rows per optimizer step")
+    canvas: Positive = Field(default=256, description="response positions, in tokens; longer responses are dropped")
+    mask_ratio: tuple[Fraction, Fraction] = Field(default=(0.001, 1.0), description="range of t, uniform")
+
+
+class Recipe(Section):
+    """A run. `stage` chooses the loop."""
+
+    stage: Literal["rl", "sft", "pretrain"] = Field(description="rl: coupled-GRPO; sft, pretrain: likelihood training")
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9._-]+$", description="first part of the run's folder name")
+    seed: int = Field(default=0, ge=0, description="the root of every random draw")
+    num_steps: Positive = Field(default=100, description="optimizer steps (sft, pretrain) or rollout steps (rl)")
+    num_updates: Positive = Field(default=2, description="optimizer updates per rollout step, each with fresh masks")
+    advantage: Literal["mean", "loo", "z"] = Field(
+        default="mean", description="reward minus the group's mean; leave-one-out mean; or standardised"
+    )
+    num_threads: int = Field(default=0, ge=0, description="torch threads of each process; 0 leaves torch's choice")
+    output_dir: str = Field(default="runs", description="folder that run folders are made in")
+    model: Model
+    data: Data
+    rollout: Rollout = Rollout()
+    estimator: Estimator = Estimator()
+    loss: Loss = Loss()
+    optimizer: Optimizer = Optimizer()
+    reward: Rewards = Rewards()
+    sandbox: Sandbox = Sandbox()
+    evaluation: Evaluation = Evaluation()
+    checkpoint: Checkpoint = Checkpoint()
+    fit: Fit = Fit()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        if self.rollout.denoising_steps > self.rollout.canvas:
+            raise ValueError(
+                f"rollout.denoising_steps ({self.rollout.denoising_steps}) must not exceed rollout.canvas "
+                f"({self.rollout.canvas}): a step that unmasks nothing is wasted"
+            )
+        if self.optimizer.warmup_steps > self.num_steps:
+            raise ValueError(
+                f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) must not exceed num_steps ({self.num_steps})"
+            )
+        return self
+
+
+def load_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe file, apply `key=value` overrides, and validate.
+
+    Relative paths in the file are meant from the file's folder; those in overrides from the working folder.
+
+    Raises:
+        RecipeError: the file is missing or not YAML, a key is unknown, or a value breaks a rule.
+    """
+    file = Path(path)
+    if not file.is_file():
+        shipped = Path(__file__).parent.parent / "recipes"
+        if (shipped / f"{path}.yaml").is_file():
+            file = shipped / f"{path}.yaml"
+        else:
+            candidates = [p.name for p in (file.parent if file.parent.is_dir() else shipped).glob("*.yaml")]
+            raise RecipeError(f"no recipe at {path}; {nearest(file.name, candidates)}")
+    try:
+        values = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{file} is not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"{file} must hold a mapping of recipe fields; got {type(values).__name__}")
+    values.setdefault("name", file.stem)
+    for section, key in PATH_FIELDS:
+        _resolve(values, section, key, file.parent)
+    for function in (values.get("reward") or {}).get("functions") or []:
+        if isinstance(function, dict) and isinstance(function.get("path"), str):
+            function["path"] = _from(file.parent, function["path"])
+    for override in overrides:
+        _apply_override(values, override)
+    return validate(values, source=str(file))
+
+
+def validate(values: dict[str, Any], source: str) -> Recipe:
+    """Build a Recipe of plain values, turning every complaint into one readable RecipeError."""
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        lines = [_complaint(item) for item in error.errors()]
+        raise RecipeError(f"{source} breaks {len(lines)} rule(s):\n  " + "\n  ".join(lines)) from error
+
+
+def apply_overrides(recipe: Recipe, overrides: tuple[str, ...]) -> Recipe:
+    """The recipe with `key=value` settings changed.
+
+    Raises:
+        RecipeError: an unknown key or a value that breaks a rule.
+    """
+    values = recipe.model_dump(mode="json")
+    for override in overrides:
+        _apply_override(values, override)
+    return validate(values, source="the recipe with its overrides")
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML: what `--dry-run` prints and the run folder keeps."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
+
+
+def json_schema() -> str:
+    """JSON schema of recipe files, for editors: `recipes/schema.json`."""
+    schema = Recipe.model_json_schema()
+    schema["title"] = "coupled recipe"
+    return json.dumps(schema, indent=1, sort_keys=True) + "\n"
+
+
+def _from(folder: Path, value: str) -> str:
+    path, colon, function = value.partition(":")
+    candidate = folder / path
+    return str(candidate.resolve()) + colon + function if candidate.exists() else value
+
+
+def _resolve(values: dict[str, Any], section: str, key: str, folder: Path) -> None:
+    part = values.get(section)
+    if isinstance(part, dict) and isinstance(part.get(key), str):
+        part[key] = _from(folder, part[key])
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise RecipeError(f"an override is written key=value; got {override!r}, for example num_steps=10")
+    *parents, last = key.strip().split(".")
+    node = values
+    for parent in parents:
+        node = node.setdefault(parent, {})
+        if not isinstance(node, dict):
+            raise RecipeError(f"{key}: {parent} is a value, not a section; it has no fields to override")
+    node[last] = yaml.safe_load(text)
+
+
+def _complaint(item: Any) -> str:
+    where = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = _fields_at(item["loc"][:-1])
+        return f"{where}: unknown key; {nearest(str(item['loc'][-1]), known)}"
+    if item["type"] == "missing":
+        return f"{where}: required but absent"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return f"{where}: {message}" if where else message
+    return f"{where}: {message}; got {item['input']!r}"
+
+
+def _fields_at(location: tuple[Any, ...]) -> list[str]:
+    section: Any = Recipe
+    for part in location:
+        if isinstance(part, int):
+            section = Reward
+            continue
+        annotation = section.model_fields[part].annotation
+        options = [annotation, *getattr(annotation, "__args__", ())]
+        found = [o for o in options if isinstance(o, type) and issubclass(o, BaseModel)]
+        if not found:
+            return []
+        section = found[0]
+    return list(section.model_fields)

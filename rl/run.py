@@ -1,0 +1,281 @@
+"""A run owns what training needs: policy, optimizer, rollout engine, sandbox, tasks and the run folder.
+
+`train` reads as the algorithm because the handling of resources, clocks and files is here.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from coupled.reward import RewardError
+from coupled.rl.advantage import group_advantages
+from coupled.rl.batch import collate, micro_batches, refuse_identical_groups, rewards_of
+from coupled.rl.checkpoint import open_policy, read_checkpoint, use_threads, write_checkpoint
+from coupled.rl.data import encode_prompts, load_tasks, rows_of_step
+from coupled.rl.denoise import Request
+from coupled.rl.engine import InlineEngine, RolloutEngine
+from coupled.rl.errors import DataError, RecipeError
+from coupled.rl.evaluate import Evaluation, evaluate, sampler_of
+from coupled.rl.grading import Grader, open_grader
+from coupled.rl.logprob import estimate_logp
+from coupled.rl.loss import coupled_grpo_loss
+from coupled.rl.metrics import StepMetrics, add_sums
+from coupled.rl.optimizer import apply_step, learning_rate, make_optimizer
+from coupled.rl.policy import Policy
+from coupled.rl.progress import Progress
+from coupled.rl.recipe import Recipe
+from coupled.rl.rollout_log import write_rollouts
+from coupled.rl.rundir import RunDir, open_run_dir
+from coupled.rl.types import Anchor, Group, MaskPair, Prompt, Rollout, TrainBatch
+
+
+class Run:
+    """Everything of one RL run. Use `open_run`, as a context manager."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        policy: Policy,
+        prompts: Sequence[Prompt],
+        held_out: Sequence[Prompt],
+        grader: Grader,
+        folder: RunDir,
+        engine: RolloutEngine,
+    ) -> None:
+        self.recipe = recipe
+        self.policy = policy
+        self.folder = folder
+        self._prompts = prompts
+        self._held_out = held_out
+        self._grader = grader
+        self._engine = engine
+        self._optimizer = make_optimizer(policy, recipe.optimizer)
+        self._metrics = StepMetrics()
+        self._progress: Progress | None = None
+        policy.freeze_reference()
+        self._done = 0
+        if (latest := folder.latest()) is not None:
+            self._done = int(read_checkpoint(latest, policy, self._optimizer)["step"])
+            folder.forget_after(self._done)
+        engine.load_weights(policy, self._done)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._engine.close()
+        self._grader.close()
+        self.folder.close()
+
+    def steps(self) -> Iterator[int]:
+        """The steps still to do, 1 … num_steps, with the progress display around them."""
+        title = f"coupled-GRPO {self.folder.path}"
+        with Progress(self.recipe.num_steps, self._done, title=title) as self._progress:
+            for step in range(self._done + 1, self.recipe.num_steps + 1):
+                self._metrics = StepMetrics()
+                yield step
+
+    def rollouts(self, step: int) -> list[Group]:
+        """Denoise a group of completions per prompt of the step, and have every program executed and scored."""
+        rollout = self.recipe.rollout
+        chosen = rows_of_step(
+            len(self._prompts),
+            step=step - 1,
+            per_step=rollout.num_prompts,
+            seed=self.recipe.seed,
+            stream="prompts",
+        )
+        prompts = [self._prompts[i] for i in chosen]
+        requests = [
+            Request(uid=f"step-{step}/{place}-{p.task.uid}/{sample}", prompt_ids=p.token_ids)
+            for place, p in enumerate(prompts)
+            for sample in range(rollout.group_size)
+        ]
+        with self._clock("rollout"):
+            made = self._engine.generate(requests, sampler_of(self.recipe), seed=self.recipe.seed)
+        with self._clock("sandbox"):
+            groups = self._judge(step, prompts, made)
+        write_rollouts(self.folder.path, step, groups)
+        refuse_identical_groups(groups)
+        self._metrics.of_groups(groups)
+        return groups
+
+    def collate(self, groups: Sequence[Group]) -> TrainBatch:
+        """Groups and their advantages as one batch of tensors."""
+        advantages = group_advantages(rewards_of(groups), self.recipe.advantage)
+        self._metrics.of_advantages(advantages)
+        return collate(groups, advantages, self.policy)
+
+    @torch.no_grad()
+    def anchor(self, batch: TrainBatch, masks: tuple[MaskPair, ...], *, is_first: bool) -> Anchor:
+        """Scores under the rollout policy and the reference, before any weight moves.
+
+        For the first update the rollout policy *is* the policy: its scores are taken from the update's own forward
+        pass instead of a second one.
+        """
+        with self._clock("scoring"):
+            old = None if is_first else self._scores(self.policy, batch, masks)
+            reference = None
+            if self.recipe.loss.kl_beta > 0:
+                with self.policy.reference() as frozen:
+                    reference = self._scores(frozen, batch, masks)
+        return Anchor(old=old, reference=reference)
+
+    def update(self, step: int, batch: TrainBatch, masks: tuple[MaskPair, ...], anchor: Anchor) -> None:
+        """One clipped optimizer step on the whole batch, in micro-batches whose gradients add up to the joint one."""
+        recipe = self.recipe
+        num_tokens = max(1, int(batch.valid.sum()))
+        sums: dict[str, float] = {}
+        with self._clock("update"):
+            for rows in micro_batches(len(batch), recipe.optimizer.micro_batch_size):
+                part, part_anchor = batch.rows(rows), anchor.rows(rows)
+                if not part.valid.any():
+                    continue
+                new = estimate_logp(self.policy, part, tuple(m.rows(rows) for m in masks), recipe.estimator)
+                old = new.detach() if part_anchor.old is None else part_anchor.old
+                output = coupled_grpo_loss(
+                    new, old, part_anchor.reference, part.advantages, part.valid, num_tokens, recipe.loss
+                )
+                output.loss.backward()
+                add_sums(sums, output.sums)
+            rate = learning_rate(step - 1, recipe.num_steps, recipe.optimizer)
+            norm = apply_step(self._optimizer, self.policy, rate, recipe.optimizer.max_grad_norm)
+        self._metrics.of_update(sums, norm, rate)
+
+    def sync_weights(self, step: int) -> None:
+        """From here on rollouts are made with the updated weights."""
+        with self._clock("sync"):
+            self._engine.load_weights(self.policy, step)
+
+    def log(self, step: int) -> None:
+        """Write the step's metrics and show them."""
+        peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        row = {"step": step, **self._metrics.row(), "memory/peak_mb": peak_mb}
+        self.folder.log(row)
+        assert self._progress is not None
+        self._progress.update(step, self._metrics.headline())
+
+    def evaluate_if_due(self, step: int) -> None:
+        """Evaluate on the held-out problems during training, if the recipe asks for it."""
+        every = self.recipe.evaluation.every
+        if every and step % every == 0 and step < self.recipe.num_steps:
+            self.evaluate(step)
+
+    def evaluate(self, step: int) -> Evaluation | None:
+        """Held-out pass rates of the present weights; None without held-out problems. Done once for each step."""
+        if not self._held_out:
+            return None
+        if (known := self.evaluation_at(step)) is not None:
+            return known
+        found = evaluate(self._engine, self._grader, self._held_out, self.recipe, step=step)
+        self.folder.log(found.to_row(), file="evaluation.jsonl")
+        return found
+
+    def evaluation_at(self, step: int) -> Evaluation | None:
+        """What was measured at a step, from the run folder."""
+        rows = [row for row in self.folder.rows("evaluation.jsonl") if row["step"] == step]
+        return Evaluation.from_row(rows[0]) if rows else None
+
+    def commit_if_due(self, step: int) -> None:
+        """Write a checkpoint: from here on, a crash loses nothing of this step."""
+        if step % self.recipe.checkpoint.every == 0 or step == self.recipe.num_steps:
+            state = {"step": step}
+            self.folder.commit(step, lambda to: write_checkpoint(to, self.policy, self._optimizer, state))
+
+    def _scores(self, policy: Policy, batch: TrainBatch, masks: tuple[MaskPair, ...]) -> torch.Tensor:
+        parts = [
+            estimate_logp(policy, batch.rows(rows), tuple(m.rows(rows) for m in masks), self.recipe.estimator)
+            for rows in micro_batches(len(batch), self.recipe.optimizer.micro_batch_size)
+        ]
+        return torch.cat(parts)
+
+    def _judge(self, step: int, prompts: Sequence[Prompt], made: Sequence[Rollout]) -> list[Group]:
+        size = self.recipe.rollout.group_size
+        tasks = [p.task for p in prompts for _ in range(size)]
+        try:
+            verdicts = self._grader.score(tasks, [r.text for r in made])
+        except RewardError as error:
+            kept = write_rollouts(self.folder.path, step, made)
+            raise RewardError(
+                f"{error}\nNothing is lost: the {len(made)} completions of step {step} are in {kept}, and the run "
+                f"continues after step {step - 1} with resume={self.folder.path}"
+            ) from error
+        return [
+            Group(
+                prompt=prompt,
+                rollouts=tuple(made[i * size : (i + 1) * size]),
+                verdicts=tuple(verdicts[i * size : (i + 1) * size]),
+            )
+            for i, prompt in enumerate(prompts)
+        ]
+
+    @contextmanager
+    def _clock(self, part: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._metrics.add_seconds(part, time.perf_counter() - started)
+
+
+def open_run(recipe: Recipe, resume: str = "never") -> Run:
+    """Open everything a run needs, checking the user's input before anything is written.
+
+    Raises:
+        CoupledError: recipe, dataset, checkpoint or reward function is not usable.
+    """
+    use_threads(recipe)
+    policy = open_policy(recipe.model, recipe.seed)
+    needs_tests = any(function.name == "code" for function in recipe.reward.functions)
+    tasks = load_tasks(recipe.data, needs_tests=needs_tests)
+    prompts = encode_prompts(tasks, policy.tokenizer, recipe.data.max_prompt_tokens)
+    held_out = _held_out(recipe, policy, prompts)
+    _check_fit(recipe, policy, prompts)
+    grader = open_grader(recipe)
+    try:
+        folder = open_run_dir(recipe, resume)
+        return Run(recipe, policy, prompts, held_out, grader, folder, open_engine(recipe, policy, folder.path))
+    except BaseException:
+        grader.close()
+        raise
+
+
+def open_engine(recipe: Recipe, policy: Policy, folder: Path | None = None) -> RolloutEngine:
+    """The engine that `rollout.workers` names."""
+    if recipe.rollout.workers == "inline":
+        return InlineEngine(policy, recipe.rollout.batch_size)
+    from coupled.rl.ray_engine import RayEngine
+
+    return RayEngine(recipe, log_dir=folder)
+
+
+def _held_out(recipe: Recipe, policy: Policy, prompts: Sequence[Prompt]) -> list[Prompt]:
+    if recipe.data.eval_path is None:
+        return []
+    tasks = load_tasks(recipe.data, recipe.data.eval_path)
+    held_out = encode_prompts(tasks, policy.tokenizer, recipe.data.max_prompt_tokens)
+    held_out = held_out[: recipe.evaluation.num_problems]
+    seen = {p.token_ids for p in prompts} & {p.token_ids for p in held_out}
+    if seen:
+        raise DataError(
+            f"{len(seen)} held-out prompts are also training prompts, so the gain would be measured on what was "
+            "trained on; take them out of data.eval_path or data.path"
+        )
+    return held_out
+
+
+def _check_fit(recipe: Recipe, policy: Policy, prompts: Sequence[Prompt]) -> None:
+    longest = max(len(p.token_ids) for p in prompts)
+    limit = getattr(policy.config, "max_position_embeddings", None)
+    if limit is not None and longest + recipe.rollout.canvas > limit:
+        raise RecipeError(
+            f"the longest prompt ({longest} tokens) and rollout.canvas ({recipe.rollout.canvas}) exceed the model's "
+            f"{limit} positions; lower rollout.canvas or data.max_prompt_tokens"
+        )

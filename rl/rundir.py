@@ -1,0 +1,186 @@
+"""The run folder: what is kept, and how a crash loses at most the step under way.
+
+recipe.yaml            the resolved recipe
+metrics.jsonl          one row per step, appended after the step is committed
+rollouts/*.parquet     every completion with its verdict
+checkpoints/step_N/    weights, tokenizer, optimizer, state.json; appears by one rename or not at all
+evaluation.jsonl       held-out results
+tensorboard/           the same metrics for TensorBoard
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from coupled.rl.errors import CheckpointError
+from coupled.rl.recipe import Recipe, dump_recipe, validate
+
+COMMITTED = re.compile(r"step_(\d+)$")
+MAY_CHANGE = ("num_threads", "checkpoint", "output_dir")
+"""Recipe fields that may differ between a run and its resumption."""
+
+
+class RunDir:
+    """A folder that owns one run. Use `open_run_dir`."""
+
+    def __init__(self, path: Path, *, keep: int) -> None:
+        self.path = path
+        self._keep = keep
+        self._tensorboard: Any = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    def latest(self) -> Path | None:
+        """The newest committed checkpoint, or None."""
+        found = committed_checkpoints(self.checkpoints)
+        return found[-1] if found else None
+
+    def commit(self, step: int, write: Callable[[Path], None]) -> Path:
+        """Write checkpoint `step` (steps finished) so that it exists whole or not at all, then drop the oldest."""
+        self.checkpoints.mkdir(exist_ok=True)
+        final = self.checkpoints / f"step_{step:06d}"
+        partial = self.checkpoints / f".partial-{final.name}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            write(partial)
+            for file in partial.rglob("*"):
+                if file.is_file():
+                    _sync(file)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(
+                f"could not write checkpoint {final} ({error}); earlier checkpoints are whole. Free some space, "
+                "then continue with resume=auto"
+            ) from error
+        _sync(self.checkpoints)
+        for old in committed_checkpoints(self.checkpoints)[: -self._keep]:
+            shutil.rmtree(old)
+        return final
+
+    def log(self, row: Mapping[str, Any], *, file: str = "metrics.jsonl") -> None:
+        """Append one row, whole, and mirror its numbers to TensorBoard."""
+        with (self.path / file).open("a") as out:
+            out.write(json.dumps(row) + "\n")
+            out.flush()
+            os.fsync(out.fileno())
+        if self._tensorboard is None:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(str(self.path / "tensorboard"))
+        for name, value in row.items():
+            if isinstance(value, (int, float)) and name != "step":
+                self._tensorboard.add_scalar(name, value, row["step"])
+
+    def rows(self, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
+        """All whole rows of a log; a line cut off by a crash is left out."""
+        path = self.path / file
+        return read_rows(path) if path.is_file() else []
+
+    def forget_after(self, step: int) -> None:
+        """Drop what was logged for steps beyond the checkpoint a run resumes from: they will be done again."""
+        for file in ("metrics.jsonl", "evaluation.jsonl"):
+            kept = [row for row in self.rows(file) if row["step"] <= step]
+            text = "".join(json.dumps(row) + "\n" for row in kept)
+            atomic_write(self.path / file, text)
+        for parquet in (self.path / "rollouts").glob("step_*.parquet"):
+            if int(parquet.stem.removeprefix("step_")) > step:
+                parquet.unlink()
+
+    def close(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def open_run_dir(recipe: Recipe, resume: str = "never") -> RunDir:
+    """A new numbered folder `output_dir/name-001`, or with `resume` an existing one.
+
+    Args:
+        resume: `never`; `auto` takes the newest folder of this recipe's name, or a new one when there is none;
+            anything else is the path of a run folder.
+
+    Raises:
+        CheckpointError: the folder is not a run, or was made by another recipe.
+    """
+    parent = Path(recipe.output_dir)
+    earlier = sorted(
+        (p for p in parent.glob(f"{recipe.name}-*") if re.fullmatch(r"\d+", p.name[len(recipe.name) + 1 :])),
+        key=lambda p: int(p.name[len(recipe.name) + 1 :]),
+    )
+    if resume == "auto":
+        chosen = earlier[-1] if earlier else None
+    elif resume == "never":
+        chosen = None
+    else:
+        chosen = Path(resume)
+        if not (chosen / "recipe.yaml").is_file():
+            raise CheckpointError(f"resume={resume}: that folder holds no recipe.yaml, so it is not a run")
+    if chosen is not None:
+        _refuse_other_recipe(chosen, recipe)
+        return RunDir(chosen, keep=recipe.checkpoint.keep)
+    number = 1 + (int(earlier[-1].name[len(recipe.name) + 1 :]) if earlier else 0)
+    while True:
+        path = parent / f"{recipe.name}-{number:03d}"
+        try:
+            path.mkdir(parents=True)
+            break
+        except FileExistsError:  # another run took the number in the same moment
+            number += 1
+    atomic_write(path / "recipe.yaml", dump_recipe(recipe))
+    return RunDir(path, keep=recipe.checkpoint.keep)
+
+
+def committed_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders, oldest first; unfinished ones are not among them."""
+    found = [p for p in folder.glob("step_*") if COMMITTED.search(p.name)]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
+
+
+def read_run_recipe(run: Path) -> Recipe:
+    """The recipe a run folder was made with."""
+    return validate(yaml.safe_load((run / "recipe.yaml").read_text()), source=str(run / "recipe.yaml"))
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a JSONL file; a last line without its newline was cut off by a crash and is left out."""
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def atomic_write(path: Path, text: str) -> None:
+    """Replace a file whole: readers see the old or the new text, never half of either."""
+    partial = path.with_name(f".partial-{path.name}")
+    partial.write_text(text)
+    _sync(partial)
+    partial.rename(path)
+
+
+def _refuse_other_recipe(run: Path, recipe: Recipe) -> None:
+    before = yaml.safe_load((run / "recipe.yaml").read_text())
+    now = recipe.model_dump(mode="json")
+    differing = [k for k in now if k not in MAY_CHANGE and before.get(k) != now[k]]
+    if differing:
+        raise CheckpointError(
+            f"{run} was made with another recipe: {', '.join(differing)} differ. Resume with the same recipe, "
+            "or start a new run with resume=never"
+        )
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,98 @@
+"""Using a checkpoint outside its run: evaluate it, or denoise one completion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from coupled.rl.checkpoint import open_policy, use_threads
+from coupled.rl.data import encode_prompts, load_tasks, render_prompt
+from coupled.rl.denoise import Request, Sampler, denoise
+from coupled.rl.engine import InlineEngine
+from coupled.rl.errors import CheckpointError, DataError, RecipeError
+from coupled.rl.evaluate import Evaluation, evaluate, sampler_of
+from coupled.rl.grading import open_grader
+from coupled.rl.policy import Policy, load_policy
+from coupled.rl.recipe import Recipe, apply_overrides, load_recipe
+from coupled.rl.rundir import committed_checkpoints, read_run_recipe
+from coupled.rl.types import Rollout
+
+
+def find_checkpoint(path: Path) -> Path:
+    """A checkpoint folder as it is; of a run folder, its newest checkpoint.
+
+    Raises:
+        CheckpointError: neither.
+    """
+    if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
+        return path
+    found = committed_checkpoints(path / "checkpoints")
+    if found:
+        return found[-1]
+    raise CheckpointError(f"{path} is neither a checkpoint folder nor a run folder with a checkpoint")
+
+
+def recipe_for(checkpoint: Path, recipe: str | None, overrides: tuple[str, ...]) -> Recipe:
+    """The recipe to use a checkpoint with: the one named, or that of the run it lies in.
+
+    Raises:
+        RecipeError: neither is there.
+    """
+    if recipe is not None:
+        return load_recipe(recipe, overrides)
+    run = checkpoint.resolve().parent.parent
+    if not (run / "recipe.yaml").is_file():
+        raise RecipeError(f"{checkpoint} does not lie in a run folder; say how to sample from it with --recipe FILE")
+    return apply_overrides(read_run_recipe(run), overrides)
+
+
+def evaluate_checkpoint(path: Path, recipe: str | None, overrides: tuple[str, ...] = ()) -> Evaluation:
+    """Pass@1 of a checkpoint on the held-out problems of the recipe.
+
+    Raises:
+        CoupledError: no checkpoint, no recipe, or a recipe without `data.eval_path`.
+    """
+    checkpoint = find_checkpoint(path)
+    chosen = recipe_for(checkpoint, recipe, overrides)
+    if chosen.data.eval_path is None:
+        raise DataError("the recipe names no held-out problems; add data.eval_path=FILE")
+    use_threads(chosen)
+    model = chosen.model.model_copy(update={"path": str(checkpoint), "init": "checkpoint", "adapter": None})
+    policy = open_policy(model, chosen.seed)
+    tasks = load_tasks(chosen.data, chosen.data.eval_path)
+    prompts = encode_prompts(tasks, policy.tokenizer, chosen.data.max_prompt_tokens)
+    engine = InlineEngine(policy, chosen.rollout.batch_size)
+    grader = open_grader(chosen)
+    try:
+        return evaluate(engine, grader, prompts[: chosen.evaluation.num_problems], chosen, step=0)
+    finally:
+        grader.close()
+
+
+def sample_checkpoint(
+    path: Path, prompt: str, recipe: str | None, overrides: tuple[str, ...], *, temperature: float, seed: int
+) -> tuple[Policy, Rollout]:
+    """Denoise one completion of a prompt with the recipe's sampler at the given temperature."""
+    checkpoint = find_checkpoint(path)
+    chosen = recipe_for(checkpoint, recipe, overrides)
+    policy = load_policy(checkpoint, family=chosen.model.family, shift=chosen.model.shift)
+    sampler: Sampler = replace(sampler_of(chosen), temperature=temperature)
+    text = render_prompt(prompt, policy.tokenizer)
+    ids = tuple(policy.tokenizer(text, add_special_tokens=False)["input_ids"])
+    (rollout,) = denoise(policy, [Request(uid="sample", prompt_ids=ids)], sampler, seed=seed)
+    return policy, rollout
+
+
+def canvas_history(policy: Policy, rollout: Rollout) -> Iterator[tuple[int, str]]:
+    """The completion after each denoising step, with `▢` for what is still masked."""
+    length = rollout.completion_length
+    canvas, commit_step = rollout.canvas_ids[:length], rollout.commit_step[:length]
+    for step in np.unique(commit_step):
+        shown = [
+            "▢" if commit_step[k] > step else policy.tokenizer.decode([int(canvas[k])], skip_special_tokens=True)
+            for k in range(length)
+        ]
+        yield int(step), "".join(shown)
