@@ -12,6 +12,8 @@ from coupled.rl.policy import Policy
 from coupled.rl.shapes import Float
 from coupled.rl.types import Group, TrainBatch
 
+MAX_SURPRISE_NATS = 20.0
+
 
 def rewards_of(groups: Sequence[Group]) -> Float[Tensor, "P G"]:
     """Scores as a table; NaN where the judge had no verdict."""
@@ -32,7 +34,7 @@ def collate(groups: Sequence[Group], advantages: Float[Tensor, "P G"], policy: P
     valid = torch.zeros((len(rollouts), canvas), dtype=torch.bool)
     for row, rollout in enumerate(rollouts):
         ids[row, longest - len(rollout.prompt_ids) : longest] = torch.tensor(rollout.prompt_ids)
-        ids[row, longest:] = torch.from_numpy(rollout.canvas_ids)
+        ids[row, longest:] = torch.tensor(rollout.canvas_ids)  # copied: arrays that come from Ray are read-only
         valid[row, : rollout.completion_length] = True
     is_scored = torch.tensor([v.score is not None for i in order for v in groups[i].verdicts])
     device = policy.device
@@ -53,14 +55,21 @@ def micro_batches(num_rows: int, size: int) -> Iterator[slice]:
 
 
 def refuse_identical_groups(groups: Sequence[Group]) -> None:
-    """A sampler at temperature > 0 whose every group holds one and the same completion is broken, not unlucky.
+    """Completions that are all alike although the policy was unsure mean that the sampler ignores its random numbers.
+
+    A sharp policy may well repeat itself. What may not happen is that every group repeats itself although its
+    completion had a small probability p: that has probability of about Π p^(G-1) over the groups, and below e^-20 it
+    is not chance.
 
     Raises:
-        RolloutError: all completions of each of two or more groups are identical.
+        RolloutError: every group holds one completion G times, against those odds.
     """
-    if len(groups) > 1 and all(len({tuple(r.canvas_ids.tolist()) for r in g.rollouts}) == 1 for g in groups):
+    if any(len({tuple(r.canvas_ids.tolist()) for r in g.rollouts}) > 1 for g in groups):
+        return
+    surprise = -sum((len(g.rollouts) - 1) * float(g.rollouts[0].commit_logp.sum()) for g in groups)
+    if surprise > MAX_SURPRISE_NATS:
         raise RolloutError(
-            f"all {len(groups)} groups hold identical completions although rollout.temperature is above 0, so every "
-            "advantage is 0: the sampler ignores its random numbers, or the policy has collapsed. Raise "
-            "rollout.temperature, or lower optimizer.learning_rate and resume from an earlier checkpoint"
+            f"each of {len(groups)} groups holds one completion {len(groups[0].rollouts)} times over, although the "
+            f"odds against that are e^{surprise:.0f} at this temperature, so every advantage is 0. The rollout engine "
+            "ignores its random numbers: use one that samples (rollout.workers=inline does)"
         )

@@ -6,14 +6,18 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from coupled.reward import RewardError
 from coupled.rl.errors import CoupledError
 from coupled.sandbox import SandboxUnavailable
+
+if TYPE_CHECKING:
+    from coupled.rl.recipe import Recipe
 
 app = typer.Typer(
     add_completion=False,
@@ -39,20 +43,11 @@ def train(
     if dry_run:
         print(dump_recipe(loaded), end="")
         return
-    started = time.monotonic()
-    if loaded.stage != "rl":
-        from coupled.rl.fit import fit
-
-        console.print(f"checkpoint: {fit(loaded, resume)}  ({_minutes(started)})")
-        return
-    from coupled.rl.evaluate import comparison_table
-    from coupled.rl.train import train as run_training
-
-    result = run_training(loaded, resume)
-    if result.before is not None and result.after is not None:
-        console.print(comparison_table(result.before, result.after))
-    console.print(f"checkpoint: {result.checkpoint}")
-    console.print(f"run:        {result.path}  ({_minutes(started)})")
+    try:
+        _train(loaded, resume)
+    except KeyboardInterrupt:
+        print("stopped. The finished steps are kept: the same command with resume=auto continues", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
 
 
 @app.command(name="eval")
@@ -129,11 +124,23 @@ def main() -> None:
         app()
     except (CoupledError, RewardError, SandboxUnavailable) as error:
         _fail(str(error), code=2)
-    except KeyboardInterrupt:
-        _fail(
-            "stopped. The finished steps are kept; continue with the same command and resume=auto",
-            INTERRUPTED,
-        )
+
+
+def _train(recipe: Recipe, resume: str) -> None:
+    started = time.monotonic()
+    if recipe.stage != "rl":
+        from coupled.rl.fit import fit
+
+        console.print(f"checkpoint: {fit(recipe, resume)}  ({_minutes(started)})")
+        return
+    from coupled.rl.evaluate import comparison_table
+    from coupled.rl.train import train as run_training
+
+    result = run_training(recipe, resume)
+    if result.before is not None and result.after is not None:
+        console.print(comparison_table(result.before, result.after))
+    console.print(f"checkpoint: {result.checkpoint}")
+    console.print(f"run:        {result.path}  ({_minutes(started)})")
 
 
 def _split_resume(overrides: list[str]) -> tuple[str, list[str]]:
@@ -147,14 +154,9 @@ def _minutes(started: float) -> str:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/bold red] {_escape(message)}", highlight=False)
+    text = f"[bold red]error:[/bold red] {escape(message)}"
+    Console(stderr=True, soft_wrap=True).print(text, highlight=False)
     sys.exit(code)
-
-
-def _escape(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 def _quiet_libraries() -> None:
@@ -165,3 +167,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")
+
+
+if __name__ == "__main__":
+    main()

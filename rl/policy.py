@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -231,6 +232,11 @@ def load_policy(
         return _load_adapter(folder, family=family, shift=shift, compute_dtype=compute_dtype, device=device)
     if is_local and not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: it is not a checkpoint folder")
+    if is_local and from_scratch_seed is None and not list(folder.glob("*.safetensors*")):
+        raise CheckpointError(
+            f"{folder} has a configuration but no weights (*.safetensors). Point model.path at a checkpoint that has "
+            "them, or draw fresh ones with model.init=random"
+        )
     values, _ = PreTrainedConfig.get_config_dict(path)
     found = family_of(values, name=family, shift=shift)
     # The checkpoint's own model_type may need remote code; the family says which class of transformers computes it.
@@ -276,7 +282,8 @@ def _load_adapter(folder: Path, **options: Any) -> Policy:
 
     base_path = json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
     policy = load_policy(base_path, **options)
-    policy.model = PeftModel.from_pretrained(policy.model, str(folder), is_trainable=True).eval()
+    with _without_deprecations():
+        policy.model = PeftModel.from_pretrained(policy.model, str(folder), is_trainable=True).eval()
     return policy
 
 
@@ -290,4 +297,13 @@ def add_adapter(policy: Policy, *, rank: int, alpha: float, targets: tuple[str, 
     config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0, bias="none")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(integer_seed(seed, "adapter"))
-        policy.model = get_peft_model(policy.model, config).eval()
+        with _without_deprecations():
+            policy.model = get_peft_model(policy.model, config).eval()
+
+
+@contextmanager
+def _without_deprecations() -> Iterator[None]:
+    # peft asks transformers for attributes that are on their way out; a user of ours can do nothing about it.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield

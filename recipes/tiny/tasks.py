@@ -21,7 +21,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-HELD_OUT_FRACTION = 0.12
+TEST_FRACTION, RL_FRACTION = 0.12, 0.28  # of the compositions; the others are for likelihood training
 MIN_TRAIN_COMPOSITIONS = 5  # an operation of the test split occurs in at least so many train compositions
 MIDDLE_SHARE = {0: 0.15, 1: 0.35, 2: 0.50}  # of the train split, by number of middle operations
 FAMILY_SHARE = {"list": 0.45, "string": 0.30, "number": 0.25}
@@ -544,8 +544,10 @@ def unit_hash(text: str) -> float:
 def split(family: Family, ops: tuple[Op, ...], seed: int) -> str:
     """The split of a composition. One operation alone is always trained on, so none is new at test time."""
     is_single = sum(op.name not in IDENTITIES for op in ops) < 2
-    is_held_out = unit_hash(f"{seed}:{composition_name(family, ops)}") < HELD_OUT_FRACTION
-    return "test" if is_held_out and not is_single else "train"
+    place = unit_hash(f"{seed}:{composition_name(family, ops)}")
+    if is_single or place >= TEST_FRACTION + RL_FRACTION:
+        return "train"
+    return "test" if place < TEST_FRACTION else "rl"
 
 
 def bind(family: Family, op: Op, rng: Random) -> Op:
@@ -780,9 +782,9 @@ def fill_quota(
     return rows
 
 
-def generate(num_train: int, num_test: int, seed: int) -> dict[str, list[dict[str, Any]]]:
-    """Both splits, shuffled and numbered."""
-    rows: dict[str, list[dict[str, Any]]] = {"train": [], "test": []}
+def generate(num_train: int, num_rl: int, num_test: int, seed: int) -> dict[str, list[dict[str, Any]]]:
+    """The three splits, shuffled and numbered."""
+    rows: dict[str, list[dict[str, Any]]] = {"train": [], "rl": [], "test": []}
     seen: set[str] = set()
     for family in FAMILIES:
         pools: dict[tuple[str, int], list[tuple[Op, ...]]] = {}
@@ -796,9 +798,10 @@ def generate(num_train: int, num_test: int, seed: int) -> dict[str, list[dict[st
         for num_middles, share in MIDDLE_SHARE.items():
             quota = round(num_train * FAMILY_SHARE[family.name] * share)
             rows["train"] += fill_quota(family, pools["train", num_middles], quota, seed, False, seen)
-        quota = round(num_test * FAMILY_SHARE[family.name])
-        singles = fill_quota(family, pools["test", 1], round(0.4 * quota), seed, True, seen)
-        rows["test"] += singles + fill_quota(family, pools["test", 2], quota - len(singles), seed, True, seen)
+        for name, size in (("rl", num_rl), ("test", num_test)):
+            quota = round(size * FAMILY_SHARE[family.name])
+            singles = fill_quota(family, pools[name, 1], round(0.4 * quota), seed, True, seen)
+            rows[name] += singles + fill_quota(family, pools[name, 2], quota - len(singles), seed, True, seen)
     numbered = 0
     for name, part in rows.items():
         Random(f"{seed}:{name}").shuffle(part)
@@ -808,9 +811,10 @@ def generate(num_train: int, num_test: int, seed: int) -> dict[str, list[dict[st
 
 
 def check(rows: dict[str, list[dict[str, Any]]]) -> None:
-    """No composition is in both splits, and no operation of the test split is rare in training."""
-    train, test = ({row["composition"] for row in part} for part in (rows["train"], rows["test"]))
-    assert not train & test, f"compositions in both splits: {sorted(train & test)[:3]}"
+    """No composition is in two splits, and no operation of the test split is rare in training."""
+    train, rl, test = ({row["composition"] for row in rows[name]} for name in ("train", "rl", "test"))
+    shared = (train & test) | (train & rl) | (rl & test)
+    assert not shared, f"compositions in two splits: {sorted(shared)[:3]}"
 
     def op_names(composition: str) -> list[str]:
         family, names = composition.split(": ")
@@ -824,12 +828,13 @@ def check(rows: dict[str, list[dict[str, Any]]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for train.jsonl and test.jsonl")
+    parser.add_argument("--out", type=Path, required=True, help="folder for train.jsonl, rl.jsonl and test.jsonl")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-train", type=int, default=8000)
+    parser.add_argument("--num-rl", type=int, default=2000)
     parser.add_argument("--num-test", type=int, default=400)
     arguments = parser.parse_args()
-    rows = generate(arguments.num_train, arguments.num_test, arguments.seed)
+    rows = generate(arguments.num_train, arguments.num_rl, arguments.num_test, arguments.seed)
     check(rows)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name, part in rows.items():
