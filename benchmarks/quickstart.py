@@ -119,8 +119,9 @@ def page(report: dict[str, Any], picture: str) -> str:
         f"* hardware: {environment['cores']} cores of an {environment['processor']}, no GPU; "
         f"Python {environment['python']}, torch {environment['torch']}",
         "",
-        f"Held-out pass@1 in per cent with 95 % intervals (bootstrap over {seeds[0]['num_problems']} problems; sampled:",
-        f"{seeds[0]['num_samples']} completions per problem at the rollout temperature). Gains are by problem, on the",
+        "Held-out pass@1 in per cent with 95 % intervals, by bootstrap over the "
+        f"{seeds[0]['num_problems']} problems; sampled: {seeds[0]['num_samples']} completions",
+        "per problem at the rollout temperature. Gains are by problem, on the",
         "same random numbers. No held-out composition of operations occurs in any training stage.",
         "",
         "| seed | sampled before | after | gain | greedy before | after | gain |",
@@ -149,8 +150,8 @@ def page(report: dict[str, Any], picture: str) -> str:
         "",
         "## Cost",
         "",
-        "Wall-clock times of a shared virtual machine do not carry over to another; the split does. Tokens are those of",
-        "completions, end token included.",
+        "Wall-clock times of a shared virtual machine do not carry over to another; the split does. Tokens are",
+        "those of completions, end token included.",
         "",
         "| seed | whole command, s | step, s | rollout | sandbox | scoring | update | tokens/s | peak memory, MB |",
         "|---|---|---|---|---|---|---|---|---|",

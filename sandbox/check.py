@@ -9,7 +9,7 @@ from typing import NamedTuple
 from coupled.sandbox.executor import Executor
 from coupled.sandbox.types import Call, Execution, Job, Limits, Outcome
 
-_LIMITS = Limits(cpu_seconds=1, wall_seconds=3.0, memory_mb=128, file_kb=1024, output_kb=256)
+_LIMITS = Limits(cpu_seconds=1, wall_seconds=30.0, memory_mb=128, file_kb=1024, output_kb=256)
 
 _LOOP = "def probe():\n    while True: pass"
 _HOG = "def probe():\n    data = []\n    while True: data.append(bytearray(1 << 20))"

@@ -231,7 +231,6 @@ def _enter_user_namespace() -> None:
 def _continue_as_first_process() -> None:
     pid = os.fork()
     if pid:
-        os.closerange(0, 1 << 20)
         os.waitpid(pid, 0)
         os._exit(0)
     _prctl(_PR_SET_PDEATHSIG, _SIGKILL)

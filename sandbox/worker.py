@@ -52,7 +52,7 @@ class Finished:
     ran_out_of_time: bool = False
     wrote_too_much: bool = False
     was_ended: bool = False
-    """True: the host had it killed, so `exit` is not the program's own."""
+    """True: the host asked for it to be killed, so a SIGKILL in `exit` may be the host's."""
 
 
 class WorkerDied(RuntimeError):

@@ -26,7 +26,7 @@ MIN_TRAIN_COMPOSITIONS = 5  # an operation of the test split occurs in at least 
 MIDDLE_SHARE = {0: 0.15, 1: 0.35, 2: 0.50}  # of the train split, by number of middle operations
 FAMILY_SHARE = {"list": 0.45, "string": 0.30, "number": 0.25}
 FOLDED_FROM, LOOP_FROM = 0.60, 0.80  # about 65 % stay sequential, as not every task has each style
-MAX_INT, MAX_REPR, MAX_LINES, MAX_CHARS, MAX_LINE = 9999, 40, 7, 120, 68
+MAX_INT, MAX_REPR, MAX_LINES, MAX_CHARS, MAX_LINE = 9999, 40, 7, 100, 68
 NUM_CANDIDATES, MAX_FAILURES = 100, 6
 VOWELS = "'aeiouAEIOU'"
 COUNT = ("total = 0", "total += 1", "total")
@@ -452,12 +452,6 @@ NUMBER_TERMINALS = (
         ("return the list of its divisors", "list its divisors and return them"),
         "[d for d in range(1, {p} + 1) if {p} % d == 0]",
         needs="1 <= n <= 60",
-    ),
-    Op(
-        "factorial",
-        ("return its factorial", "multiply 1 to it and return the product"),
-        body=("total = 1", "for i in range(1, {p} + 1):", "    total *= i", "return total"),
-        needs="0 <= n <= 7",
     ),
     Op(
         "even or odd",

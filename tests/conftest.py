@@ -1,0 +1,130 @@
+# ruff: noqa: E402
+"""Shapes are checked in every test, torch runs on one thread, and a tiny random model stands in for a checkpoint."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import runtime_checkable
+from unittest.mock import patch
+
+from jaxtyping import install_import_hook
+
+# beartype draws which item of a container it checks. It gets a generator of its own, so that tests can tell whether
+# the package itself leaves the global one alone.
+with patch("random.getrandbits", random.Random(0).getrandbits):
+    import beartype.door  # noqa: F401
+
+# Before anything of coupled.rl is imported: from here on every call in it is checked against its annotations.
+install_import_hook("coupled.rl", "beartype.beartype")
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+import coupled.rl.engine
+from coupled.rl.families import Family
+from coupled.rl.policy import Policy
+from coupled.sandbox import Executor
+
+# beartype checks a protocol by its method names, which Python allows only for protocols that are marked so.
+runtime_checkable(Executor)
+runtime_checkable(coupled.rl.engine.RolloutEngine)
+
+torch.set_num_threads(1)
+
+PAD, END, MASK, UNKNOWN = "<pad>", "<end>", "<mask>", "?"
+ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 \n"
+HEAD_ROWS = 48
+"""More than there are tokens, as in published checkpoints: the head is padded."""
+
+MakePolicy = Callable[..., Policy]
+
+
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per character: pad 0, end 1, mask 2, unknown 3, then the alphabet."""
+    words = {word: i for i, word in enumerate((PAD, END, MASK, UNKNOWN, *ALPHABET))}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=UNKNOWN))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=PAD,
+        eos_token=END,
+        mask_token=MASK,
+        unk_token=UNKNOWN,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def build_policy(
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    shift: int = 1,
+    seed: int = 0,
+    scale: float = 0.25,
+    end_scale: float = 1.0,
+    **config: object,
+) -> Policy:
+    """A random model of two layers whose predictions depend strongly on the context.
+
+    `end_scale` above 1 spreads the end token's logit, so that it is often the likeliest and completions end early.
+    """
+    values: dict[str, object] = {
+        "vocab_size": HEAD_ROWS,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+        "tie_word_embeddings": False,
+        "bos_token_id": None,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "mask_token_id": tokenizer.mask_token_id,
+        "is_causal": False,
+        "use_cache": False,
+        "diffusion": {"family": "dream", "shift": shift},
+    }
+    settings = Qwen2Config(**(values | config))
+    settings._attn_implementation = "eager"
+    stream = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        model = Qwen2ForCausalLM(settings).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(0.0, scale, generator=stream)
+        model.lm_head.weight[tokenizer.eos_token_id] *= end_scale
+    return Policy(model, tokenizer, Family(name="dream", model_type="qwen2", shift=shift))
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Shared: tests must not change it."""
+    return build_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(tiny_tokenizer: PreTrainedTokenizerFast) -> MakePolicy:
+    """Make a fresh tiny policy: `tiny_policy(shift=0, seed=3)`; other keywords go to the model's configuration."""
+
+    def make(**options: object) -> Policy:
+        return build_policy(tiny_tokenizer, **options)  # type: ignore[arg-type]
+
+    return make
+
+
+@pytest.fixture
+def tiny_folder(tiny_policy: MakePolicy, tmp_path: Path) -> Callable[..., Path]:
+    """Make a checkpoint folder of a tiny policy: `tiny_folder(shift=0)`."""
+
+    def make(name: str = "checkpoint", **options: object) -> Path:
+        folder = tmp_path / name
+        tiny_policy(**options).save(folder)
+        return folder
+
+    return make
