@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from coupled.rl.advantage import group_advantages
+
+NAN = float("nan")
+
+
+def advantages(rows: list[list[float]], kind: str) -> list[list[float]]:
+    return group_advantages(torch.tensor(rows), kind).tolist()
+
+
+def near(rows: list[list[float]]) -> list[object]:
+    return [pytest.approx(row, abs=1e-5) for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        # rewards [0, 1, 2, 5]: mean 2, squares of the differences 4, 1, 0, 9 → variance 14/3, std 2.1602469.
+        ("mean", [-2.0, -1.0, 0.0, 3.0]),
+        # 0 - (1+2+5)/3, 1 - (0+2+5)/3, 2 - (0+1+5)/3, 5 - (0+1+2)/3
+        ("loo", [-2.6666667, -1.3333333, 0.0, 4.0]),
+        ("z", [-0.9257772, -0.4628886, 0.0, 1.3886658]),
+    ],
+)
+def test_advantages_match_the_hand_computation(kind: str, expected: list[float]) -> None:
+    assert advantages([[0.0, 1.0, 2.0, 5.0]], kind) == near([expected])
+
+
+def test_the_standardised_advantage_has_its_epsilon_outside_the_root() -> None:
+    """std([0, 2e-4]) is √2·1e-4, so the advantages are ∓1e-4 / (√2·1e-4 + 1e-4)."""
+    assert advantages([[0.0, 2e-4]], "z") == near([[-0.4142136, 0.4142136]])
+
+
+@pytest.mark.parametrize("kind", ["mean", "loo", "z"])
+def test_groups_do_not_influence_each_other(kind: str) -> None:
+    rows = [[0.0, 1.0, 2.0], [5.0, 5.0, 8.0], [1.0, 1.0, 1.0]]
+    together = advantages(rows, kind)
+    assert together == [advantages([row], kind)[0] for row in rows]
+    assert together[2] == [0.0, 0.0, 0.0], "equal rewards teach nothing"
+    shifted = advantages([[r + 3.0 for r in row] for row in rows], kind)
+    assert shifted == near(together), "only differences count"
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("mean", [-0.5, 0.0, 0.5]),
+        ("loo", [-1.0, 0.0, 1.0]),
+        # std of [0, 1] is 0.70710678
+        ("z", [-0.7070068, 0.0, 0.7070068]),
+    ],
+)
+def test_a_missing_verdict_is_left_out_and_gets_zero(kind: str, expected: list[float]) -> None:
+    assert advantages([[0.0, NAN, 1.0]], kind) == near([expected])
+
+
+@pytest.mark.parametrize("kind", ["mean", "loo", "z"])
+@pytest.mark.parametrize("row", [[NAN, 3.0, NAN], [NAN, NAN, NAN], [3.0]])
+def test_a_group_with_fewer_than_two_verdicts_has_nothing_to_compare(kind: str, row: list[float]) -> None:
+    assert advantages([row], kind) == [[0.0] * len(row)]
+
+
+@pytest.mark.parametrize("kind", ["mean", "loo", "z"])
+def test_advantages_of_a_group_add_up_to_zero(kind: str) -> None:
+    rewards = torch.randn((20, 7), generator=torch.Generator().manual_seed(0))
+    assert group_advantages(rewards, kind).sum(-1).abs().max() < 1e-5
+
+
+def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="mean, loo or z; got 'median'"):
+        group_advantages(torch.zeros(1, 2), "median")
