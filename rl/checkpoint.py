@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from coupled.rl.errors import CheckpointError
 from coupled.rl.policy import Policy, add_adapter, load_policy
@@ -20,10 +21,16 @@ def write_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimi
     """Weights or adapter, tokenizer, optimizer and `state` (steps done, keys) into an empty folder.
 
     There is no generator state to keep: all randomness is a function of the seed and the step.
+
+    Raises:
+        OSError: the disk is full or not writable, whatever type the libraries say it with.
     """
-    policy.save(folder)
-    torch.save(optimizer.state_dict(), folder / OPTIMIZER)
-    (folder / STATE).write_text(json.dumps(state) + "\n")
+    try:
+        policy.save(folder)
+        torch.save(optimizer.state_dict(), folder / OPTIMIZER)
+        (folder / STATE).write_text(json.dumps(state) + "\n")
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(str(error)) from error
 
 
 def read_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -14,10 +14,8 @@ from typing import Any
 from coupled.reward import Task, UnsupportedTest, parse_tests
 from coupled.rl.errors import DataError, nearest
 from coupled.rl.keys import generator
-from coupled.rl.recipe import Data
+from coupled.rl.recipe import COLUMNS, Data
 from coupled.rl.types import Prompt
-
-OURS = ("uid", "prompt", "hidden_tests", "visible_tests", "entry_point", "setup", "solution", "style")
 
 
 def load_rows(path: str, *, split: str = "train") -> list[dict[str, Any]]:
@@ -73,7 +71,7 @@ def to_task(
         prompt = "\n".join((prompt, *shown))
         visible = (*visible, *shown)
     uid = row.get(columns.get("uid", "uid"))
-    named = {columns.get(ours, ours) for ours in OURS}
+    named = {columns.get(ours, ours) for ours in COLUMNS}
     return Task(
         uid=f"row-{index}" if uid is None else str(uid),
         prompt=prompt,
@@ -126,7 +124,7 @@ def _judgeable(tasks: list[Task], source: str) -> list[Task]:
 
 
 def encode_prompts(tasks: Sequence[Task], tokenizer: Any, max_tokens: int) -> list[Prompt]:
-    """Tokenise tasks through the tokenizer's chat template; prompts over `max_tokens` are dropped.
+    """Tokenise tasks through the tokenizer's chat template; empty prompts and those over `max_tokens` are dropped.
 
     Raises:
         DataError: nothing is left.
@@ -136,7 +134,7 @@ def encode_prompts(tasks: Sequence[Task], tokenizer: Any, max_tokens: int) -> li
     prompts = [
         Prompt(task=task, token_ids=tuple(ids))
         for task, ids in zip(tasks, encoded, strict=True)
-        if len(ids) <= max_tokens
+        if 0 < len(ids) <= max_tokens
     ]
     if not prompts:
         shortest = min(len(ids) for ids in encoded)
@@ -178,8 +176,8 @@ def _text(row: dict[str, Any], columns: dict[str, str], name: str) -> str:
 
 
 def _tests(row: dict[str, Any], columns: dict[str, str], name: str, is_required: bool = True) -> tuple[str, ...]:
-    if not is_required and columns.get(name, name) not in row:
-        return ()
+    if not is_required and row.get(columns.get(name, name)) is None:
+        return ()  # `datasets` fills a column that only some rows have with nulls
     value = _value(row, columns, name)
     if isinstance(value, str):
         value = [line for line in value.splitlines() if line.strip()]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from coupled.reward import Judgement, Task
+from coupled.reward import Judgement, Status, Task
 from coupled.rl.denoise import Request, Sampler
 from coupled.rl.engine import RolloutEngine
 from coupled.rl.errors import CoupledError
@@ -169,8 +169,15 @@ def _pass_rates(
     rollouts = engine.generate(requests, sampler, seed=seed)
     tasks: list[Task] = [p.task for p in prompts for _ in range(num_samples)]
     judgements = grader.judge(tasks, [r.text for r in rollouts])
-    passes = np.array([is_pass(j) for j in judgements], dtype=np.float64)
-    rates = passes.reshape(len(prompts), num_samples).mean(-1)
+    # A completion that the sandbox could not judge says nothing of the model: it is left out of its problem's mean.
+    passes = np.array([np.nan if j.status is Status.INFRA else float(is_pass(j)) for j in judgements])
+    by_problem = passes.reshape(len(prompts), num_samples)
+    if np.isnan(by_problem).all(-1).any():
+        raise CoupledError(
+            f"the sandbox could not run {int(np.isnan(passes).sum())} of {len(passes)} programs, all those of some "
+            "problem among them: the machine is overloaded. Raise sandbox.wall_seconds or lower sandbox.num_workers"
+        )
+    rates = np.nanmean(by_problem, -1)
     return PassRates(
         temperature=sampler.temperature,
         num_samples=num_samples,

@@ -61,7 +61,7 @@ def fit(recipe: Recipe, resume: str = "never") -> Path:
     done = 0
     if (latest := run.latest()) is not None:
         done = int(read_checkpoint(latest, policy, optimizer)["step"])
-        run.forget_after(done)
+    run.forget_after(done)
 
     with Progress(recipe.num_steps, done, title=f"{recipe.stage} {run.path}") as progress:
         for step in range(done, recipe.num_steps):

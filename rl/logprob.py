@@ -22,15 +22,22 @@ from coupled.rl.types import MaskPair, TrainBatch
 
 
 def estimate_logp(
-    policy: Policy, batch: TrainBatch, pairs: tuple[MaskPair, ...], estimator: Estimator
+    policy: Policy,
+    batch: TrainBatch,
+    pairs: tuple[MaskPair, ...],
+    estimator: Estimator,
+    temperature: float = 1.0,
 ) -> Float[Tensor, "B C"]:
     """s_k of every valid token, in nats; 0 elsewhere. Differentiable; fp32.
+
+    `temperature` divides the logits. With the rollout's, the scored policy is the one that was sampled from: scored at
+    1, a token that is likely at 1 but not at the rollout's temperature would hardly be reinforced.
 
     With `full_mask` there are no pairs, and s_k = ℓ_k(V) [d1].
     """
     batch = _without_shared_padding(batch)
     ids = canvas_for_scoring(batch, policy.mask_id, estimator.post_eos)
-    scores = fully_masked_logp(policy, ids, batch)
+    scores = fully_masked_logp(policy, ids, batch, temperature)
     for pair in pairs:
         both = torch.cat((pair.first, pair.second))
         logp = masked_logp(
@@ -39,6 +46,7 @@ def estimate_logp(
             batch.pad_lengths.repeat(2),
             both,
             batch.ids[:, -batch.canvas_length :].repeat(2, 1),
+            temperature,
         )
         first, second = logp.chunk(2)
         scores = scores + first / pair.ratio[:, None] + second / (1 - pair.ratio)[:, None]
@@ -60,17 +68,20 @@ def masked_logp(
     pad_lengths: Int[Tensor, " B"],
     masked: Bool[Tensor, "B C"],
     targets: Int[Tensor, "B C"],
+    temperature: float = 1.0,
 ) -> Float[Tensor, "B C"]:
     """ℓ_k(M) at k ∈ M and 0 elsewhere, M being the positions `masked` of each row."""
     rows = torch.zeros_like(ids, dtype=torch.bool)
     rows[:, -masked.shape[1] :] = masked
     full_targets = ids.clone()
     full_targets[:, -masked.shape[1] :] = targets
-    logp = policy.logp_at(ids.masked_fill(rows, policy.mask_id), pad_lengths, rows, full_targets)
+    logp = policy.logp_at(ids.masked_fill(rows, policy.mask_id), pad_lengths, rows, full_targets, temperature)
     return torch.zeros(masked.shape, device=ids.device).masked_scatter(masked, logp)
 
 
-def fully_masked_logp(policy: Policy, ids: Int[Tensor, "B S"], batch: TrainBatch) -> Float[Tensor, "B C"]:
+def fully_masked_logp(
+    policy: Policy, ids: Int[Tensor, "B S"], batch: TrainBatch, temperature: float = 1.0
+) -> Float[Tensor, "B C"]:
     """ℓ_k(V), computing each distinct input once.
 
     With every valid position masked, completions of one prompt often have the same input; the forward pass is then
@@ -87,7 +98,7 @@ def fully_masked_logp(policy: Policy, ids: Int[Tensor, "B S"], batch: TrainBatch
         0, which, batch.valid.long()
     ).bool()  # fmt: skip
     logits = policy.without_mask_token(policy.logits_at(distinct[:, 1:], distinct[:, 0], needed))
-    logp = torch.log_softmax(logits, dim=-1)
+    logp = torch.log_softmax(logits / temperature, dim=-1)
     place = torch.full(needed.shape, -1, device=ids.device)
     place[needed] = torch.arange(len(logits), device=ids.device)
     line = place[which][:, -canvas:][batch.valid]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from coupled.reward import Status
 from coupled.rl.batch import rewards_of
 from coupled.rl.shapes import Float
 from coupled.rl.types import Group
@@ -40,7 +41,9 @@ class StepMetrics:
         self._row["reward"] = float(np.mean([v.score for v in scored])) if scored else float("nan")
         for part in sorted({name for v in scored for name in v.parts}):
             self._row[f"reward/{part}"] = float(np.mean([v.parts[part] for v in scored if part in v.parts]))
-        self._row["pass_rate"] = float(np.mean([v.total > 0 and v.passed == v.total for v in verdicts]))
+        judged = [v for v in verdicts if v.status is not Status.INFRA]
+        passed = [v.total > 0 and v.passed == v.total for v in judged]
+        self._row["pass_rate"] = float(np.mean(passed)) if judged else float("nan")
         self._row["unscored"] = float(len(verdicts) - len(scored))  # completions without a verdict
         lengths = np.array([r.completion_length for r in rollouts])
         self._row["completion_length"] = float(lengths.mean())  # tokens, end token included
@@ -51,7 +54,8 @@ class StepMetrics:
         distinct = [len({r.text for r in g.rollouts}) / len(g.rollouts) for g in groups]
         self._row["group_diversity"] = float(np.mean(distinct))  # distinct completions / G
         rewards = rewards_of(groups)
-        self._row["reward_std"] = float(rewards.nan_to_num(0.0).std(-1).mean())  # within a group
+        spreads = [row[~row.isnan()].std().item() for row in rewards if (~row.isnan()).sum() > 1]
+        self._row["reward_std"] = float(np.mean(spreads)) if spreads else 0.0  # within a group
         self._tokens = int(lengths.sum())
 
     def of_advantages(self, advantages: Float[Tensor, "P G"]) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -120,10 +121,11 @@ class Policy:
         pad_lengths: Int[Tensor, " B"],
         rows: Bool[Tensor, "B S"],
         targets: Int[Tensor, "B S"],
+        temperature: float = 1.0,
     ) -> Float[Tensor, " N"]:
         """log p(targets | ids) at the positions `rows`, in nats, fp32; MASK has probability zero."""
-        logits = self.logits_at(ids, pad_lengths, rows)
-        return torch.log_softmax(self.without_mask_token(logits), dim=-1).gather(-1, targets[rows][:, None])[:, 0]
+        logits = self.without_mask_token(self.logits_at(ids, pad_lengths, rows))
+        return torch.log_softmax(logits / temperature, dim=-1).gather(-1, targets[rows][:, None])[:, 0]
 
     def without_mask_token(self, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
         """Forbid MASK (a completion never contains it) and head rows that no token names."""
@@ -226,6 +228,8 @@ def load_policy(
     """
     folder = Path(path)
     is_local = folder.is_dir()
+    if is_local:
+        path = folder = folder.resolve()  # an adapter remembers this path, and may be opened from elsewhere
     if not is_local and (folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1):
         raise CheckpointError(f"model.path must be a checkpoint folder or a hub name 'owner/name'; {path} is neither")
     if is_local and (folder / ADAPTER_CONFIG).is_file():
@@ -237,7 +241,10 @@ def load_policy(
             f"{folder} has a configuration but no weights (*.safetensors). Point model.path at a checkpoint that has "
             "them, or draw fresh ones with model.init=random"
         )
-    values, _ = PreTrainedConfig.get_config_dict(path)
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read the configuration of {path}: {error}") from error
     found = family_of(values, name=family, shift=shift)
     # The checkpoint's own model_type may need remote code; the family says which class of transformers computes it.
     values = {k: v for k, v in values.items() if k not in ("model_type", "auto_map", "architectures")}
@@ -252,13 +259,17 @@ def load_policy(
             torch.manual_seed(integer_seed(from_scratch_seed, "init"))
             model = AutoModelForCausalLM.from_config(config, attn_implementation=config._attn_implementation)
     else:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            path,
-            config=config,
-            dtype=torch.float32,
-            attn_implementation=config._attn_implementation,
-            output_loading_info=True,
-        )
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
+                path,
+                config=config,
+                dtype=torch.float32,
+                attn_implementation=config._attn_implementation,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are reported below, with everything else that does not fit
+            )
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise CheckpointError(f"cannot read the weights of {path}: {error}. Copy the checkpoint again") from error
         lost = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
         if lost or info["unexpected_keys"]:
             raise CheckpointError(
@@ -298,7 +309,12 @@ def add_adapter(policy: Policy, *, rank: int, alpha: float, targets: tuple[str, 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(integer_seed(seed, "adapter"))
         with _without_deprecations():
-            policy.model = get_peft_model(policy.model, config).eval()
+            try:
+                policy.model = get_peft_model(policy.model, config).eval()
+            except ValueError as error:
+                raise CheckpointError(
+                    f"model.adapter.targets must name linear layers of the model; {list(targets)} does not: {error}"
+                ) from error
 
 
 @contextmanager

@@ -20,10 +20,14 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 PATH_FIELDS = (("model", "path"), ("data", "path"), ("data", "eval_path"))
 
 
+COLUMNS = ("uid", "prompt", "hidden_tests", "visible_tests", "entry_point", "setup", "solution", "style")
+"""Dataset columns that are understood; all others go to reward functions of the user."""
+
+
 class Section(BaseModel):
     """A part of the recipe: frozen, strict about unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class Adapter(Section):
@@ -53,6 +57,15 @@ class Model(Section):
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes a GPU when there is one")
 
+    @model_validator(mode="after")
+    def _adapter_has_a_base(self) -> Model:
+        if self.init == "random" and self.adapter is not None:
+            raise ValueError(
+                "an adapter needs a saved base to be opened again: model.init is 'random', so train all weights "
+                "(model.adapter=null), or give a checkpoint (model.init=checkpoint)"
+            )
+        return self
+
 
 class Data(Section):
     path: str = Field(description="JSONL or Parquet file (relative to the recipe file), or a dataset name of the hub")
@@ -67,7 +80,16 @@ class Data(Section):
         ge=0,
         description="the first n hidden tests of a row are shown in its prompt and not scored",
     )
-    max_prompt_tokens: Positive = Field(default=200, description="longer prompts are dropped, and counted")
+    max_prompt_tokens: Positive = Field(default=200, description="longer prompts are dropped")
+
+    @model_validator(mode="after")
+    def _known_columns(self) -> Data:
+        for name in self.columns:
+            if name not in COLUMNS:
+                raise ValueError(
+                    f"data.columns maps our names to the file's; {name!r} is none; {nearest(name, COLUMNS)}"
+                )
+        return self
 
 
 class Rollout(Section):
@@ -94,6 +116,10 @@ class Estimator(Section):
         default=(0.2, 0.8), description="range of t, symmetric about 1/2; the pair has ratios t and 1 - t"
     )
     num_pairs: Positive = Field(default=1, description="mask pairs per inner iteration, λ")
+    temperature: Annotated[float, Field(gt=0)] | None = Field(
+        default=None,
+        description="of the scored distribution; none takes rollout.temperature, which makes it the one sampled from",
+    )
     post_eos: Literal["kept", "mask"] = Field(
         default="kept",
         description="positions after the end token: as the sampler left them, or all MASK (lets a group share its "
@@ -240,7 +266,8 @@ def load_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> Recipe:
         if (shipped / f"{path}.yaml").is_file():
             file = shipped / f"{path}.yaml"
         else:
-            candidates = [p.name for p in (file.parent if file.parent.is_dir() else shipped).glob("*.yaml")]
+            beside = list(file.parent.glob("*.yaml")) if file.parent.is_dir() else []
+            candidates = {p.stem if not file.suffix else p.name for p in beside or shipped.glob("*.yaml")}
             raise RecipeError(f"no recipe at {path}; {nearest(file.name, candidates)}")
     try:
         values = yaml.safe_load(file.read_text())
@@ -251,7 +278,9 @@ def load_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> Recipe:
     values.setdefault("name", file.stem)
     for section, key in PATH_FIELDS:
         _resolve(values, section, key, file.parent)
-    for function in (values.get("reward") or {}).get("functions") or []:
+    reward = values.get("reward")
+    functions = reward.get("functions") if isinstance(reward, dict) else None
+    for function in functions if isinstance(functions, list) else []:
         if isinstance(function, dict) and isinstance(function.get("path"), str):
             function["path"] = _from(file.parent, function["path"])
     for override in overrides:
@@ -264,7 +293,15 @@ def validate(values: dict[str, Any], source: str) -> Recipe:
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        lines = [_complaint(item) for item in error.errors()]
+        items = error.errors()
+        places = [item["loc"] for item in items]
+        # A part that failed also makes its list too short; only the failure itself is of use.
+        lines = [
+            _complaint(item)
+            for item in items
+            if item["type"] != "too_short"
+            or not any(p != item["loc"] and p[: len(item["loc"])] == item["loc"] for p in places)
+        ]
         raise RecipeError(f"{source} breaks {len(lines)} rule(s):\n  " + "\n  ".join(lines)) from error
 
 
@@ -311,10 +348,15 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     *parents, last = key.strip().split(".")
     node = values
     for parent in parents:
-        node = node.setdefault(parent, {})
+        if node.get(parent) is None:
+            node[parent] = {}
+        node = node[parent]
         if not isinstance(node, dict):
             raise RecipeError(f"{key}: {parent} is a value, not a section; it has no fields to override")
-    node[last] = yaml.safe_load(text)
+    try:
+        node[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{key}: the value {text!r} is not valid YAML: {error}") from error
 
 
 def _complaint(item: Any) -> str:

@@ -59,11 +59,13 @@ class Run:
         self._optimizer = make_optimizer(policy, recipe.optimizer)
         self._metrics = StepMetrics()
         self._progress: Progress | None = None
+        scored_at = recipe.estimator.temperature
+        self._temperature = recipe.rollout.temperature if scored_at is None else scored_at
         policy.freeze_reference()
         self._done = 0
         if (latest := folder.latest()) is not None:
             self._done = int(read_checkpoint(latest, policy, self._optimizer)["step"])
-            folder.forget_after(self._done)
+        folder.forget_after(self._done)
         engine.load_weights(policy, self._done)
 
     def __enter__(self) -> Run:
@@ -140,7 +142,7 @@ class Run:
                 part, part_anchor = batch.rows(rows), anchor.rows(rows)
                 if not part.valid.any():
                     continue
-                new = estimate_logp(self.policy, part, tuple(m.rows(rows) for m in masks), recipe.estimator)
+                new = self._estimate(self.policy, batch, masks, rows)
                 old = new.detach() if part_anchor.old is None else part_anchor.old
                 output = coupled_grpo_loss(
                     new, old, part_anchor.reference, part.advantages, part.valid, num_tokens, recipe.loss
@@ -192,11 +194,12 @@ class Run:
             self.folder.commit(step, lambda to: write_checkpoint(to, self.policy, self._optimizer, state))
 
     def _scores(self, policy: Policy, batch: TrainBatch, masks: tuple[MaskPair, ...]) -> torch.Tensor:
-        parts = [
-            estimate_logp(policy, batch.rows(rows), tuple(m.rows(rows) for m in masks), self.recipe.estimator)
-            for rows in micro_batches(len(batch), self.recipe.optimizer.micro_batch_size)
-        ]
-        return torch.cat(parts)
+        size = self.recipe.optimizer.micro_batch_size
+        return torch.cat([self._estimate(policy, batch, masks, rows) for rows in micro_batches(len(batch), size)])
+
+    def _estimate(self, policy: Policy, batch: TrainBatch, masks: tuple[MaskPair, ...], rows: slice) -> torch.Tensor:
+        pairs = tuple(pair.rows(rows) for pair in masks)
+        return estimate_logp(policy, batch.rows(rows), pairs, self.recipe.estimator, self._temperature)
 
     def _judge(self, step: int, prompts: Sequence[Prompt], made: Sequence[Rollout]) -> list[Group]:
         size = self.recipe.rollout.group_size
@@ -237,7 +240,7 @@ def open_run(recipe: Recipe, resume: str = "never") -> Run:
     tasks = load_tasks(recipe.data, needs_tests=needs_tests)
     prompts = encode_prompts(tasks, policy.tokenizer, recipe.data.max_prompt_tokens)
     held_out = _held_out(recipe, policy, prompts)
-    _check_fit(recipe, policy, prompts)
+    _check_fit(recipe, policy, [*prompts, *held_out])
     grader = open_grader(recipe)
     try:
         folder = open_run_dir(recipe, resume)

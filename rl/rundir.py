@@ -59,8 +59,10 @@ class RunDir:
                     _sync(file)
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
-        except OSError as error:
+        except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
+            if not isinstance(error, OSError):
+                raise
             raise CheckpointError(
                 f"could not write checkpoint {final} ({error}); earlier checkpoints are whole. Free some space, "
                 "then continue with resume=auto"
@@ -92,11 +94,11 @@ class RunDir:
     def forget_after(self, step: int) -> None:
         """Drop what was logged for steps beyond the checkpoint a run resumes from: they will be done again."""
         for file in ("metrics.jsonl", "evaluation.jsonl"):
-            kept = [row for row in self.rows(file) if row["step"] <= step]
-            text = "".join(json.dumps(row) + "\n" for row in kept)
-            atomic_write(self.path / file, text)
+            if (self.path / file).is_file():
+                kept = [row for row in self.rows(file) if row["step"] <= step]
+                atomic_write(self.path / file, "".join(json.dumps(row) + "\n" for row in kept))
         for parquet in (self.path / "rollouts").glob("step_*.parquet"):
-            if int(parquet.stem.removeprefix("step_")) > step:
+            if int(parquet.name.split(".")[0].removeprefix("step_")) > step:
                 parquet.unlink()
 
     def close(self) -> None:
@@ -120,7 +122,9 @@ def open_run_dir(recipe: Recipe, resume: str = "never") -> RunDir:
         key=lambda p: int(p.name[len(recipe.name) + 1 :]),
     )
     if resume == "auto":
-        chosen = earlier[-1] if earlier else None
+        # A folder without its recipe was made in the moment of a crash and holds nothing.
+        whole = [p for p in earlier if (p / "recipe.yaml").is_file()]
+        chosen = whole[-1] if whole else None
     elif resume == "never":
         chosen = None
     else:

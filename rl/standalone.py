@@ -82,6 +82,8 @@ def sample_checkpoint(
     sampler: Sampler = replace(sampler_of(chosen), temperature=temperature)
     text = render_prompt(prompt, policy.tokenizer)
     ids = tuple(policy.tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not ids:
+        raise DataError("the prompt has no tokens; ask something")
     (rollout,) = denoise(policy, [Request(uid="sample", prompt_ids=ids)], sampler, seed=seed)
     return policy, rollout
 

@@ -8,6 +8,7 @@ The model is Qwen2-shaped with Dream's shift and bidirectional attention; `pretr
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,10 +64,10 @@ def train_tokenizer(texts: Iterator[str]) -> PreTrainedTokenizerFast:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", type=Path, default=HERE / "tasks" / "train.jsonl")
+    parser.add_argument("--data", type=Path, default=HERE / "tasks" / "train.jsonl.gz")
     parser.add_argument("--out", type=Path, default=HERE / "architecture")
     arguments = parser.parse_args()
-    rows = [json.loads(line) for line in arguments.data.read_text().splitlines()]
+    rows = [json.loads(line) for line in gzip.decompress(arguments.data.read_bytes()).splitlines()]
     tokenizer = train_tokenizer(text for r in rows for text in (r["prompt"], RESPONSE.format(solution=r["solution"])))
     config = Qwen2Config(
         vocab_size=VOCABULARY,

@@ -9,6 +9,7 @@ compositions out of training measures whether it composes, not whether it rememb
 
 import argparse
 import ast
+import gzip
 import hashlib
 import json
 import math
@@ -142,7 +143,6 @@ LIST_MIDDLES = (
     Op("keep even", ("keep the even numbers", "drop the odd numbers"), cond="x % 2 == 0", group="parity"),
     Op("keep odd", ("keep the odd numbers", "drop the even numbers"), cond="x % 2 == 1", group="parity"),
     Op("keep positive", ("keep the positive numbers", "keep only positives"), cond="x > 0", group="sign"),
-    Op("keep negative", ("keep the negative numbers", "keep only negatives"), cond="x < 0", group="sign"),
     Op(
         "keep above",
         ("keep numbers above {k}", "keep those greater than {k}"),
@@ -150,45 +150,19 @@ LIST_MIDDLES = (
         k=(1, 2, 3, 4, 5),
     ),
     Op(
-        "keep below",
-        ("keep numbers below {k}", "keep those less than {k}"),
-        cond="x < {k}",
-        k=(2, 3, 4, 5, 6),
-    ),
-    Op(
         "keep multiples",
         ("keep multiples of {k}", "keep those divisible by {k}"),
         cond="x % {k} == 0",
         k=(3, 4, 5),
     ),
-    Op("drop value", ("drop every {k}", "remove all {k}s"), cond="x != {k}", k=(0, 1, 2, 3, 4, 5)),
     Op("add", ("add {k} to each", "increase each by {k}"), elem="x + {k}", group="shift", k=DIGITS),
-    Op(
-        "subtract",
-        ("subtract {k} from each", "decrease each by {k}"),
-        elem="x - {k}",
-        group="shift",
-        k=DIGITS,
-    ),
     Op("multiply", ("multiply each by {k}", "scale each by {k}"), elem="x * {k}", k=(2, 3, 4, 5)),
     Op("square", ("square each", "take each squared"), elem="x * x"),
     Op("negate", ("negate each", "flip each sign"), elem="-x"),
-    Op("absolute", ("take absolute values", "make each absolute"), elem="abs(x)", group="sign"),
-    Op("remainder", ("take each modulo {k}", "take remainders by {k}"), elem="x % {k}", k=(3, 4, 5, 7)),
-    Op("cap", ("cap each at {k}", "limit each to at most {k}"), elem="min(x, {k})", k=(3, 4, 5, 6)),
-    Op("double odd", ("double the odd ones", "multiply odd ones by 2"), elem="x * 2 if x % 2 == 1 else x"),
     Op("reverse", ("reverse the list", "reverse the order"), "{p}[::-1]", group="order"),
     Op("sort", ("sort the list", "sort ascending"), "sorted({s})", group="order"),
-    Op(
-        "sort descending",
-        ("sort descending", "sort from high to low"),
-        "sorted({s}, reverse=True)",
-        group="order",
-    ),
     Op("drop first", ("drop the first", "skip the first"), "{p}[1:]"),
-    Op("drop last", ("drop the last", "skip the last"), "{p}[:-1]"),
     Op("take first", ("take the first {k}", "keep the first {k}"), "{p}[:{k}]", k=(2, 3)),
-    Op("take last", ("take the last {k}", "keep the last {k}"), "{p}[-{k}:]", k=(2, 3)),
     Op("unique", ("remove duplicates", "drop repeats"), "list(dict.fromkeys({s}))"),
 )
 LIST_TERMINALS = (
@@ -204,14 +178,6 @@ LIST_TERMINALS = (
     Op("minimum", ("return the minimum or 0", "return the smallest or 0"), "min({s}, default=0)"),
     Op("length", ("return the length", "return how many there are"), "len({s})", loop=COUNT),
     Op(
-        "count value",
-        ("return the count of {k}", "return how many are {k}"),
-        "{p}.count({k})",
-        cond="x == {k}",
-        loop=COUNT,
-        k=(0, 1, 2, 3, 4, 5),
-    ),
-    Op(
         "count even",
         ("return how many are even", "return the count of evens"),
         "sum(x % 2 == 0 for x in {s})",
@@ -224,57 +190,16 @@ LIST_TERMINALS = (
         body=("total = 1", "for x in {s}:", "    total *= x", "return total"),
         loop=("total = 1", "total *= {e}", "total"),
     ),
-    Op(
-        "any above",
-        ("return whether any is above {k}", "return if some number is over {k}"),
-        "any(x > {k} for x in {s})",
-        cond="x > {k}",
-        loop=FOUND,
-        k=(3, 4, 5, 6, 7, 8),
-    ),
-    Op(
-        "all positive",
-        ("return whether all are positive", "return if every one is positive"),
-        "all(x > 0 for x in {s})",
-        cond="x <= 0",
-        loop=("", "return False", "True"),
-    ),
-    Op(
-        "contains",
-        ("return whether {k} is in it", "return if it contains {k}"),
-        "{k} in {p}",
-        cond="x == {k}",
-        loop=FOUND,
-        k=(0, 1, 2, 3, 4, 5),
-    ),
     Op("first", ("return the first or 0", "return the first item or 0"), "{p}[0] if {p} else 0"),
-    Op("last", ("return the last or 0", "return the last item or 0"), "{p}[-1] if {p} else 0"),
-    Op(
-        "big or small",
-        ("return 'big' if the sum is above {k} else 'small'", "return 'big' for a sum over {k} else 'small'"),
-        "'big' if sum({s}) > {k} else 'small'",
-        body=("if sum({s}) > {k}:", "    return 'big'", "return 'small'"),
-        k=(5, 6, 8, 9),
-    ),
-    Op(
-        "join",
-        ("return them joined by '-'", "join them with '-' and return it"),
-        "'-'.join(str(x) for x in {s})",
-    ),
 )
 STRING_MIDDLES = (
     Op("upper", ("make it upper case", "convert to upper case"), "{p}.upper()", group="case"),
     Op("lower", ("make it lower case", "convert to lower case"), "{p}.lower()", group="case"),
-    Op("title", ("capitalise each word", "use title case"), "{p}.title()", group="case"),
-    Op("swap case", ("swap the case", "flip the case"), "{p}.swapcase()", group="case"),
     Op("reverse", ("reverse it", "reverse the string"), "{p}[::-1]", group="order"),
     Op("remove spaces", ("remove the spaces", "drop all spaces"), "{p}.replace(' ', '')"),
     Op("remove vowels", ("remove the vowels", "drop all vowels"), cond=f"c not in {VOWELS}", group="vowel"),
-    Op("keep vowels", ("keep the vowels", "keep only vowels"), cond=f"c in {VOWELS}", group="vowel"),
     Op("keep letters", ("keep the letters", "keep only letters"), cond="c.isalpha()", group="digit"),
     Op("keep digits", ("keep the digits", "keep only digits"), cond="c.isdigit()", group="digit"),
-    Op("remove digits", ("remove the digits", "drop all digits"), cond="not c.isdigit()", group="digit"),
-    Op("remove char", ("remove every {k}", "drop each {k}"), cond="c != {k}", k=tuple("aeonrt")),
     Op(
         "replace",
         ("replace {k} by {j}", "change each {k} to {j}"),
@@ -284,17 +209,7 @@ STRING_MIDDLES = (
     ),
     Op("double", ("double each char", "write each char twice"), elem="c * 2"),
     Op("take first", ("take the first {k} chars", "keep the first {k} chars"), "{p}[:{k}]", k=(2, 3, 4)),
-    Op("take last", ("take the last {k} chars", "keep the last {k} chars"), "{p}[-{k}:]", k=(2, 3, 4)),
     Op("drop first", ("drop the first char", "skip the first char"), "{p}[1:]"),
-    Op("drop last", ("drop the last char", "skip the last char"), "{p}[:-1]"),
-    Op("strip", ("strip outer spaces", "strip it"), "{p}.strip()"),
-    Op("append", ("append {k}", "add {k} at the end"), "{p} + {k}", k=tuple("!?.")),
-    Op(
-        "reverse words",
-        ("reverse the word order", "reverse the order of words"),
-        "' '.join({p}.split()[::-1])",
-        group="order",
-    ),
 )
 STRING_TERMINALS = (
     Op("the string", ("return the string", "return the result"), "{s}", weight=4),
@@ -317,11 +232,6 @@ STRING_TERMINALS = (
     Op("words", ("return the list of words", "split it into words and return them"), "{p}.split()"),
     Op("count words", ("return the number of words", "count the words and return it"), "len({p}.split())"),
     Op(
-        "longest word",
-        ("return the longest word or ''", "return its longest word or ''"),
-        "max({p}.split(), key=len, default='')",
-    ),
-    Op(
         "is palindrome",
         ("return whether it is a palindrome", "return if it reads the same backwards"),
         "{p} == {p}[::-1]",
@@ -331,36 +241,6 @@ STRING_TERMINALS = (
         ("return the list of chars", "return its chars as a list"),
         "list({s})",
         loop=("out = []", "out.append(c)", "out"),
-    ),
-    Op(
-        "contains",
-        ("return whether {k} is in it", "return if it contains {k}"),
-        "{k} in {p}",
-        cond="c == {k}",
-        loop=FOUND,
-        k=tuple("aeonr"),
-    ),
-    Op(
-        "distinct",
-        ("return the number of distinct chars", "count distinct chars and return it"),
-        "len(set({s}))",
-    ),
-    Op(
-        "has digit",
-        ("return whether it has a digit", "return if any char is a digit"),
-        "any(c.isdigit() for c in {s})",
-        cond="c.isdigit()",
-        loop=FOUND,
-    ),
-    Op(
-        "long or short",
-        (
-            "return 'long' if its length is above {k} else 'short'",
-            "return 'long' if over {k} chars else 'short'",
-        ),
-        "'long' if len({s}) > {k} else 'short'",
-        body=("if len({s}) > {k}:", "    return 'long'", "return 'short'"),
-        k=(4, 5, 6, 7),
     ),
 )
 NUMBER_MIDDLES = (
@@ -373,22 +253,10 @@ NUMBER_MIDDLES = (
     Op("divide", ("integer-divide by {k}", "floor-divide it by {k}"), "{p} // {k}", k=(2, 3, 4, 5)),
     Op("remainder", ("take it modulo {k}", "take the remainder by {k}"), "{p} % {k}", k=(3, 4, 5, 6, 7)),
     Op("at least", ("make it at least {k}", "raise it to at least {k}"), "max({s}, {k})", k=(1, 2, 3, 4, 5)),
-    Op("at most", ("make it at most {k}", "cap it at {k}"), "min({s}, {k})", k=(4, 5, 6, 7, 8, 9)),
-    Op(
-        "subtract from",
-        ("subtract it from {k}", "take {k} minus it"),
-        "{k} - {p}",
-        group="shift",
-        k=(5, 10, 15, 20),
-    ),
-    Op("halve even", ("halve it if even", "if even halve it"), "{p} // 2 if {p} % 2 == 0 else {p}"),
-    Op("reverse digits", ("reverse its digits", "flip its digits"), "int(str({s})[::-1])", needs="n >= 0"),
 )
 NUMBER_TERMINALS = (
     Op("the number", ("return it", "return the result"), "{s}", weight=4),
     Op("is even", ("return whether it is even", "return if it is even"), "{p} % 2 == 0"),
-    Op("is odd", ("return whether it is odd", "return if it is odd"), "{p} % 2 == 1"),
-    Op("is positive", ("return whether it is positive", "return if it is positive"), "{p} > 0"),
     Op(
         "is multiple",
         ("return whether {k} divides it", "return if it is divisible by {k}"),
@@ -420,12 +288,6 @@ NUMBER_TERMINALS = (
         needs="n >= 0",
     ),
     Op(
-        "count digits",
-        ("return how many digits it has", "return its number of digits"),
-        "len(str({s}))",
-        needs="n >= 0",
-    ),
-    Op(
         "numbers below",
         ("return the numbers from 0 to below it", "list 0 up to below it and return that"),
         "list(range({s}))",
@@ -434,56 +296,16 @@ NUMBER_TERMINALS = (
         needs="0 <= n <= 9",
     ),
     Op(
-        "squares below",
-        ("return the squares of 0 to below it", "square 0 up to below it and return the list"),
-        "[i * i for i in range({s})]",
-        over="for i in range({s}):",
-        loop=("out = []", "out.append(i * i)", "out"),
-        needs="0 <= n <= 7",
-    ),
-    Op(
-        "countdown",
-        ("return the list from it down to 1", "count down to 1 and return the list"),
-        "list(range({s}, 0, -1))",
-        needs="0 <= n <= 9",
-    ),
-    Op(
-        "divisors",
-        ("return the list of its divisors", "list its divisors and return them"),
-        "[d for d in range(1, {p} + 1) if {p} % d == 0]",
-        needs="1 <= n <= 60",
-    ),
-    Op(
         "even or odd",
         ("return 'even' or 'odd'", "return 'even' if it is even else 'odd'"),
         "'even' if {p} % 2 == 0 else 'odd'",
         body=("if {p} % 2 == 0:", "    return 'even'", "return 'odd'"),
     ),
     Op(
-        "half or more",
-        ("return its half if even else {k} more", "if even return its half, else return it plus {k}"),
-        "{p} // 2 if {p} % 2 == 0 else {p} + {k}",
-        body=("if {p} % 2 == 0:", "    return {p} // 2", "return {p} + {k}"),
-        k=(1, 3, 5, 7),
-    ),
-    Op(
-        "big or small",
-        ("return 'big' if it is above {k} else 'small'", "return 'big' if over {k} else 'small'"),
-        "'big' if {p} > {k} else 'small'",
-        body=("if {p} > {k}:", "    return 'big'", "return 'small'"),
-        k=(3, 4, 5, 6, 8),
-    ),
-    Op(
         "sign",
         ("return its sign", "return 1, 0 or -1 by its sign"),
         "({p} > 0) - ({p} < 0)",
         body=("if {p} == 0:", "    return 0", "return 1 if {p} > 0 else -1"),
-    ),
-    Op(
-        "stars",
-        ("return that many '*'", "return a string of that many '*'"),
-        "'*' * {p}",
-        needs="0 <= n <= 9",
     ),
 )
 FAMILIES = (
@@ -793,9 +615,10 @@ def generate(num_train: int, num_rl: int, num_test: int, seed: int) -> dict[str,
             quota = round(num_train * FAMILY_SHARE[family.name] * share)
             rows["train"] += fill_quota(family, pools["train", num_middles], quota, seed, False, seen)
         for name, size in (("rl", num_rl), ("test", num_test)):
-            quota = round(size * FAMILY_SHARE[family.name])
-            singles = fill_quota(family, pools[name, 1], round(0.4 * quota), seed, True, seen)
-            rows[name] += singles + fill_quota(family, pools[name, 2], quota - len(singles), seed, True, seen)
+            quota, is_distinct = round(size * FAMILY_SHARE[family.name]), name == "test"
+            singles = fill_quota(family, pools[name, 1], round(0.4 * quota), seed, is_distinct, seen)
+            doubles = fill_quota(family, pools[name, 2], quota - len(singles), seed, is_distinct, seen)
+            rows[name] += singles + doubles
     numbered = 0
     for name, part in rows.items():
         Random(f"{seed}:{name}").shuffle(part)
@@ -822,18 +645,21 @@ def check(rows: dict[str, list[dict[str, Any]]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for train.jsonl, rl.jsonl and test.jsonl")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the files of the splits")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-train", type=int, default=8000)
-    parser.add_argument("--num-rl", type=int, default=2000)
-    parser.add_argument("--num-test", type=int, default=400)
+    parser.add_argument("--num-train", type=int, default=12000)
+    parser.add_argument("--num-rl", type=int, default=1200)
+    parser.add_argument("--num-test", type=int, default=300)
     arguments = parser.parse_args()
     rows = generate(arguments.num_train, arguments.num_rl, arguments.num_test, arguments.seed)
     check(rows)
     arguments.out.mkdir(parents=True, exist_ok=True)
     for name, part in rows.items():
         text = "".join(json.dumps(row, ensure_ascii=True) + "\n" for row in part)
-        (arguments.out / f"{name}.jsonl").write_text(text)
+        if name == "train":  # large, and read by programs only; without a time stamp, so that it stays the same
+            (arguments.out / f"{name}.jsonl.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
+        else:
+            (arguments.out / f"{name}.jsonl").write_text(text)
         print(f"{name}: {len(part)} tasks, {len({row['composition'] for row in part})} compositions")
 
 

@@ -312,3 +312,16 @@ def test_coupled_masks_vary_less_than_decoupled_ones_at_the_same_number_of_forwa
     # The same expectation: 4 000 samples each, so the means agree within a few standard errors.
     tolerance = 4 * (variance["decoupled"] / size) ** 0.5
     assert float((mean["coupled"] - mean["decoupled"]).abs().max()) < tolerance
+
+
+@torch.no_grad()
+def test_the_temperature_divides_the_logits_of_every_term(tiny_policy: MakePolicy) -> None:
+    policy, batch, estimator = tiny_policy(shift=1), make_batch(), Estimator()
+    pairs = draw_masks(batch, estimator, KEY)
+    hot = estimate_logp(policy, batch, pairs, estimator, temperature=2.0)
+    assert not torch.allclose(hot, estimate_logp(policy, batch, pairs, estimator))
+    head: Any = policy.model.lm_head
+    weight = head.weight.clone()
+    head.weight.div_(2.0)
+    torch.testing.assert_close(hot, estimate_logp(policy, batch, pairs, estimator))
+    head.weight.copy_(weight)

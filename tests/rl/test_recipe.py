@@ -319,7 +319,9 @@ def test_overrides_of_a_recipe_leave_the_rest_alone() -> None:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
 def test_a_dumped_recipe_is_the_same_recipe(path: Path) -> None:
-    recipe = load_recipe(path, ("model.adapter={rank: 4}", "reward.functions=[{path: 'x.py:f', weight: 0.1}]"))
+    recipe = load_recipe(
+        path, ("model.init=checkpoint", "model.adapter={rank: 4}", "reward.functions=[{path: 'x.py:f', weight: 0.1}]")
+    )
     assert validate(yaml.safe_load(dump_recipe(recipe)), source="dumped") == recipe
 
 
