@@ -24,7 +24,8 @@ from typing import Any
 
 TEST_FRACTION, RL_FRACTION = 0.12, 0.28  # of the compositions; the others are for likelihood training
 MIN_TRAIN_COMPOSITIONS = 5  # an operation of the test split occurs in at least so many train compositions
-MIDDLE_SHARE = {0: 0.15, 1: 0.35, 2: 0.50}  # of the train split, by number of middle operations
+MIDDLE_SHARE = {0: 0.25, 1: 0.60, 2: 0.15}  # of the train split, by number of middle operations
+SINGLE_SHARE = 0.1  # of the other splits, with one middle operation; the rest has two
 FAMILY_SHARE = {"list": 0.45, "string": 0.30, "number": 0.25}
 FOLDED_FROM, LOOP_FROM = 0.60, 0.80  # about 65 % stay sequential, as not every task has each style
 MAX_INT, MAX_REPR, MAX_LINES, MAX_CHARS, MAX_LINE = 9999, 40, 7, 100, 68
@@ -616,7 +617,7 @@ def generate(num_train: int, num_rl: int, num_test: int, seed: int) -> dict[str,
             rows["train"] += fill_quota(family, pools["train", num_middles], quota, seed, False, seen)
         for name, size in (("rl", num_rl), ("test", num_test)):
             quota, is_distinct = round(size * FAMILY_SHARE[family.name]), name == "test"
-            singles = fill_quota(family, pools[name, 1], round(0.4 * quota), seed, is_distinct, seen)
+            singles = fill_quota(family, pools[name, 1], round(SINGLE_SHARE * quota), seed, is_distinct, seen)
             doubles = fill_quota(family, pools[name, 2], quota - len(singles), seed, is_distinct, seen)
             rows[name] += singles + doubles
     numbered = 0
@@ -647,7 +648,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the files of the splits")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--num-train", type=int, default=12000)
+    parser.add_argument("--num-train", type=int, default=8000)
     parser.add_argument("--num-rl", type=int, default=1200)
     parser.add_argument("--num-test", type=int, default=300)
     arguments = parser.parse_args()
