@@ -110,7 +110,7 @@ def page(report: dict[str, Any], picture: str) -> str:
     """docs/results/quickstart.md: everything measured, with how to measure it again."""
     environment, seeds = report["environment"], report["seeds"]
     lines = [
-        "# The quickstart over five seeds" if len(seeds) == 5 else f"# The quickstart over {len(seeds)} seeds",
+        "# The quickstart, seed " + ", ".join(str(seed["seed"]) for seed in seeds),
         "",
         "Made by `benchmarks/quickstart.py`; the numbers of every step are in [quickstart.json](quickstart.json).",
         "",
@@ -121,8 +121,8 @@ def page(report: dict[str, Any], picture: str) -> str:
         "",
         "Held-out pass@1 in per cent with 95 % intervals, by bootstrap over the "
         f"{seeds[0]['num_problems']} problems; sampled: {seeds[0]['num_samples']} completions",
-        "per problem at the rollout temperature. Gains are by problem, on the",
-        "same random numbers. No held-out composition of operations occurs in any training stage.",
+        "per problem at the rollout temperature. Gains are by problem, on the same random",
+        "numbers. No held-out composition of operations occurs in any training stage.",
         "",
         "| seed | sampled before | after | gain | greedy before | after | gain |",
         "|---|---|---|---|---|---|---|",

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from coupled.reward import Judgement, Status, Task
@@ -138,18 +139,20 @@ def sampler_of(recipe: Recipe) -> Sampler:
 
 def comparison_table(before: Evaluation, after: Evaluation) -> Table:
     """Held-out pass@1 before and after, in per cent with 95 % intervals."""
-    table = Table(title="held-out pass@1, % [95 % interval]")
-    for column in ("decoding", "problems × samples", "before", "after", "gain"):
-        table.add_column(column, justify="left" if column == "decoding" else "right")
+    rates = before.sampled
+    title = f"held-out pass@1, % [95 % interval]: {len(rates.rates)} problems, {rates.num_samples} samples each"
+    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for column in ("before", "after", "gain"):
+        table.add_column(column, justify="right", no_wrap=True)
     for name, old, new in (
-        (f"sampled, temperature {before.sampled.temperature:g}", before.sampled, after.sampled),
+        (f"sampled, T = {rates.temperature:g}", before.sampled, after.sampled),
         ("greedy", before.greedy, after.greedy),
     ):
         if old is not None and new is not None:
             gain = paired_gain(old, new)
-            count = f"{len(old.rates)} × {old.num_samples}"
-            signed = f"{100 * gain.mean:+.1f} [{100 * gain.low:+.1f}, {100 * gain.high:+.1f}]"
-            table.add_row(name, count, str(old.pass_at_1), str(new.pass_at_1), signed)
+            signed = ("+" if gain.mean >= 0 else "") + str(gain)
+            table.add_row(name, str(old.pass_at_1), str(new.pass_at_1), signed)
     return table
 
 

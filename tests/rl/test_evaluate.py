@@ -106,12 +106,12 @@ def test_the_comparison_shows_both_decodings_with_their_gain() -> None:
     with console.capture() as captured:
         console.print(comparison_table(before, after))
     text = captured.get()
-    assert "sampled, temperature 1.2" in text
-    assert "100 × 4" in text
+    assert "sampled, T = 1.2" in text
+    assert "100 problems, 4 samples each" in text
     assert "25.0 [" in text
     assert "50.0 [" in text
-    assert "+25.0 [+25.0, +25.0]" in text
-    assert "+100.0 [+100.0, +100.0]" in text
+    assert "+25.0 [25.0, 25.0]" in text
+    assert "+100.0 [100.0, 100.0]" in text
 
 
 def test_the_sampler_is_that_of_the_recipe() -> None:
