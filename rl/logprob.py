@@ -12,6 +12,8 @@ Shapes: B rows, C canvas positions, S prompt + canvas, V vocabulary.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -111,11 +113,4 @@ def _without_shared_padding(batch: TrainBatch) -> TrainBatch:
     shared = int(batch.pad_lengths.min())
     if shared == 0:
         return batch
-    return TrainBatch(
-        uids=batch.uids,
-        ids=batch.ids[:, shared:],
-        pad_lengths=batch.pad_lengths - shared,
-        valid=batch.valid,
-        advantages=batch.advantages,
-        is_scored=batch.is_scored,
-    )
+    return replace(batch, ids=batch.ids[:, shared:], pad_lengths=batch.pad_lengths - shared)

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from coupled.reward import Task, Verdict
@@ -142,8 +141,3 @@ class LossOutput:
 
     loss: Float[Tensor, ""]
     sums: dict[str, float] = field(default_factory=dict)
-
-
-def device_of(module: torch.nn.Module) -> torch.device:
-    """The device of a module's first parameter."""
-    return next(module.parameters()).device

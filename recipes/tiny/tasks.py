@@ -32,7 +32,6 @@ MAX_INT, MAX_REPR, MAX_LINES, MAX_CHARS, MAX_LINE = 9999, 40, 7, 100, 68
 NUM_CANDIDATES, MAX_FAILURES = 100, 6
 VOWELS = "'aeiouAEIOU'"
 COUNT = ("total = 0", "total += 1", "total")
-FOUND = ("", "return True", "False")
 DIGITS = tuple(range(1, 10))
 WORDS = (
     "red",
@@ -491,7 +490,7 @@ def make_task(family: Family, composition: tuple[Op, ...], seed: int, index: int
 
 
 def fill_quota(
-    family: Family, pool: list[tuple[Op, ...]], quota: int, seed: int, is_distinct: bool, seen: set[str]
+    family: Family, pool: list[tuple[Op, ...]], quota: int, seed: int, seen: set[str]
 ) -> list[dict[str, Any]]:
     """Go round the compositions until there are `quota` tasks; give up those that keep failing."""
     rows: list[dict[str, Any]] = []
@@ -507,7 +506,7 @@ def fill_quota(
             else:
                 seen.add(row["prompt"])
                 rows.append(row)
-            if failures[composition] < MAX_FAILURES and not (is_distinct and row):
+            if failures[composition] < MAX_FAILURES:
                 kept.append(composition)
         pool = kept
     return rows
@@ -528,11 +527,11 @@ def generate(num_train: int, num_rl: int, num_test: int, seed: int) -> dict[str,
             Random(f"{seed}:{family.name}:{key}").shuffle(pool)
         for num_middles, share in MIDDLE_SHARE.items():
             quota = round(num_train * FAMILY_SHARE[family.name] * share)
-            rows["train"] += fill_quota(family, pools["train", num_middles], quota, seed, False, seen)
+            rows["train"] += fill_quota(family, pools["train", num_middles], quota, seed, seen)
         for name, size in (("rl", num_rl), ("test", num_test)):
             quota = round(size * FAMILY_SHARE[family.name])
-            singles = fill_quota(family, pools[name, 1], round(SINGLE_SHARE * quota), seed, False, seen)
-            doubles = fill_quota(family, pools[name, 2], quota - len(singles), seed, False, seen)
+            singles = fill_quota(family, pools[name, 1], round(SINGLE_SHARE * quota), seed, seen)
+            doubles = fill_quota(family, pools[name, 2], quota - len(singles), seed, seen)
             rows[name] += singles + doubles
     numbered = 0
     for name, part in rows.items():
