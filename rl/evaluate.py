@@ -57,6 +57,11 @@ class Evaluation:
     sampled: PassRates
     greedy: PassRates | None
 
+    def headline(self) -> str:
+        """Example: `sampled 24.2 [20.7, 27.8]  greedy 41.3 [35.7, 47.0]`, in per cent."""
+        greedy = "" if self.greedy is None else f"  greedy {self.greedy.pass_at_1}"
+        return f"sampled {self.sampled.pass_at_1}{greedy}"
+
     def to_row(self) -> dict[str, Any]:
         """Plain values, for evaluation.jsonl."""
         row = asdict(self)

@@ -30,13 +30,16 @@ def coupled_grpo_loss(
 ) -> LossOutput:
     """`1/T · Σ_i Σ_{k∈V_i} [ -min(ρ_k A_i, clip(ρ_k, 1-ε_low, 1+ε_high) A_i) + β · k3_k ]`, ρ_k = exp(s_k - s_k^old).
 
+    Where A_i < 0 it is multiplied by `negative_weight`. s bounds the log-likelihood from below: raising it raises the
+    likelihood, lowering it may only loosen the bound, so what it says against a completion is worth less [SPG].
+
     T = `num_tokens` counts the valid tokens of the whole batch, so that the gradients of its parts add up to the
     gradient of the whole. The sums in the result are over the rows given here.
     """
     log_ratio = (new - old).clamp(-config.max_log_ratio, config.max_log_ratio)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
-    advantage = advantages[:, None]
+    advantage = torch.where(advantages < 0, config.negative_weight * advantages, advantages)[:, None]
     per_token = -torch.minimum(ratio * advantage, clipped * advantage)
     sums = {
         "tokens": float(valid.sum()),

@@ -141,6 +141,10 @@ class Loss(Section):
     clip_low: float = Field(default=0.5, ge=0, lt=1, description="ratios below 1 - clip_low stop counting")
     clip_high: float = Field(default=0.5, ge=0, description="ratios above 1 + clip_high stop counting")
     kl_beta: float = Field(default=0.01, ge=0, description="weight of the KL penalty (k3); 0 leaves the reference out")
+    negative_weight: Fraction = Field(
+        default=1.0,
+        description="factor on the advantages below 0: the estimate is a lower bound, a weak reason to push down",
+    )
     max_log_ratio: float = Field(
         default=5.0, gt=0, description="log-ratios are clamped to ± this: k3 is exponential in them"
     )

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
+from rich.console import Console
 
 from coupled.reward import RewardError
 from coupled.rl.advantage import group_advantages
@@ -59,6 +60,7 @@ class Run:
         self._optimizer = make_optimizer(policy, recipe.optimizer)
         self._metrics = StepMetrics()
         self._progress: Progress | None = None
+        self._console = Console(soft_wrap=True)
         scored_at = recipe.estimator.temperature
         self._temperature = recipe.rollout.temperature if scored_at is None else scored_at
         policy.freeze_reference()
@@ -81,7 +83,7 @@ class Run:
     def steps(self) -> Iterator[int]:
         """The steps still to do, 1 … num_steps, with the progress display around them."""
         title = f"coupled-GRPO {self.folder.path}"
-        with Progress(self.recipe.num_steps, self._done, title=title) as self._progress:
+        with Progress(self.recipe.num_steps, self._done, title=title, console=self._console) as self._progress:
             for step in range(self._done + 1, self.recipe.num_steps + 1):
                 self._metrics = StepMetrics()
                 yield step
@@ -178,8 +180,11 @@ class Run:
             return None
         if (known := self.evaluation_at(step)) is not None:
             return known
+        # Said beforehand: for half a minute nothing else moves on the screen.
+        self._console.print(f"evaluating {len(self._held_out)} held-out problems at step {step} ...", highlight=False)
         found = evaluate(self._engine, self._grader, self._held_out, self.recipe, step=step)
         self.folder.log(found.to_row(), file="evaluation.jsonl")
+        self._console.print(f"held-out pass@1 at step {step}: {found.headline()}", highlight=False)
         return found
 
     def evaluation_at(self, step: int) -> Evaluation | None:

@@ -49,6 +49,16 @@ def test_the_penalised_loss_matches_the_hand_computation() -> None:
     assert float(output.loss) == pytest.approx(0.42 + 0.1 * 0.8068528 / 5, abs=1e-6)
 
 
+@pytest.mark.parametrize(("weight", "loss"), [(1.0, 0.42), (0.3, (-2.9 + 1.5) / 5), (0.0, -2.9 / 5)])
+def test_the_negative_weight_scales_what_is_said_against_completions_and_not_the_penalty(
+    weight: float, loss: float
+) -> None:
+    """Row 0 (A = 1) gives 2.9, row 1 (A = -2) gives -5 times the weight; the KL terms sum to .8068528 as before."""
+    config = Loss(kl_beta=0.1, negative_weight=weight)
+    output = coupled_grpo_loss(NEW, OLD, REFERENCE, ADVANTAGES, VALID, 5, config)
+    assert float(output.loss) == pytest.approx(loss + 0.1 * 0.8068528 / 5, abs=1e-6)
+
+
 @pytest.mark.parametrize(
     ("clip_low", "clip_high", "loss", "low", "high"),
     [
