@@ -183,7 +183,7 @@ class Rewards(Section):
 class Sandbox(Section):
     tier: Literal["auto", "namespaces", "landlock", "process"] = Field(
         default="auto",
-        description="what holds the programs that are run: auto takes namespaces or else landlock, whichever passes its "
+        description="what holds the programs that are run: auto takes namespaces, else landlock, whichever passes its "
         "self-check here, or refuses; process only limits them and does not contain a hostile program",
     )
     num_workers: Positive = Field(default=2, description="programs run at the same time")

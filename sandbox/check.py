@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _LIMITS = Limits(
     cpu_seconds=1, wall_seconds=20.0, memory_mb=256, file_kb=1024, output_kb=256, max_files=32, max_processes=8
 )
-_NAP = Limits(cpu_seconds=1, wall_seconds=0.2, memory_mb=256)
+_NAP = Limits(cpu_seconds=1, wall_seconds=0.4, memory_mb=256)
 _NUM_TRIED = 24
 """Threads or processes that a bomb tries to start: more than are allowed, few enough to survive."""
 
@@ -141,7 +141,8 @@ class _Probe(NamedTuple):
     source: str
     holds: Callable[[Execution], bool]
     args: tuple[object, ...] = ()
-    limits: Limits = _LIMITS
+    limits: Limits | None = None
+    """None: those of all probes."""
     profile: str = "strict"
 
 
@@ -178,7 +179,7 @@ def self_check(executor: Executor) -> list[Check]:
 def _checked(executor: Executor, probe: _Probe) -> Check:
     call = Call(function="probe", args=probe.args)
     source = _TRY + probe.source
-    job = Job(uid=probe.name, source=source, calls=(call,), limits=probe.limits, profile=probe.profile)
+    job = Job(uid=probe.name, source=source, calls=(call,), limits=probe.limits or _LIMITS, profile=probe.profile)
     (run,) = executor.run([job])
     held = probe.holds(run)
     return Check(probe.name, held, _detail(run)[: 80 if held else 400])

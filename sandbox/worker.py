@@ -87,6 +87,7 @@ class Worker:
         self.tier = tier
         self._preload = tuple(preload)
         self._packages = find_packages(preload)
+        self._claim: socket.socket | None
         self._uid, self._claim = _claim_uid() if os.geteuid() == 0 else (os.getuid(), None)
         self._serial = 0
         self._process: subprocess.Popen[bytes] | None = None

@@ -20,6 +20,7 @@ from coupled.sandbox import worker as worker_module
 
 SANDBOX = Path(__file__).parents[2] / "sandbox"
 PARTS = ("zygote", "child", "codec", "confine", "seccomp", "landlock")
+BEFORE_PACKAGES = "    for path in packages:\n        here"
 NPROC = 'limits["max_processes"] and limits["max_processes"] + 1,'
 
 Break = Callable[..., set[str]]
@@ -36,11 +37,11 @@ BROKEN: dict[str, tuple[list[tuple[str, str]], set[str]]] = {
         {"new process", "network", "trace", "foreign system call"},
     ),
     "the host's / in the root": (
-        [("    for path in packages:\n        here", "    _show('/', f'{base}/mnt')\n    for path in packages:\n        here")],
+        [(BEFORE_PACKAGES, "    _show('/', f'{base}/mnt')\n" + BEFORE_PACKAGES)],
         {"root directory", "mount table"},
     ),
     "the host's / where nobody looks": (
-        [("    for path in packages:\n        here", "    _show('/', f'{base}/dev/x')\n    for path in packages:\n        here")],
+        [(BEFORE_PACKAGES, "    _show('/', f'{base}/dev/x')\n" + BEFORE_PACKAGES)],
         {"mount table"},
     ),
     "system libraries that can be written": ([("_MS_RDONLY | _MS_NOSUID | (0", "_MS_NOSUID | (0")], {"mount table"}),
