@@ -411,10 +411,7 @@ def _set_limits(here: Confinement, limits: dict[str, Any]) -> None:
         resource.RLIMIT_DATA: here.base_data + memory,
         resource.RLIMIT_FSIZE: limits["file_kb"] << 10,
         resource.RLIMIT_NOFILE: limits["max_files"],
-        # The program counts itself. Counted are the processes and threads of its user in its user namespace.
-        resource.RLIMIT_NPROC: 0
-        if here.tier == "landlock"
-        else limits["max_processes"] and limits["max_processes"] + 1,
+        resource.RLIMIT_NPROC: _num_tasks(here, limits["max_processes"]),
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
@@ -424,6 +421,17 @@ def _set_limits(here: Confinement, limits: dict[str, Any]) -> None:
         _, hard = resource.getrlimit(name)
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(name, (value, value))
+
+
+def _num_tasks(here: Confinement, extra: int) -> int:
+    """Return the limit that leaves a program `extra` tasks besides itself.
+
+    The kernel counts the tasks of one user in one user namespace (before Linux 5.14 in all of them, which leaves a
+    program fewer): the program, and, where the zygote is no other user, its two processes.
+    """
+    if here.tier == "landlock" or extra == 0:
+        return 0
+    return 1 + extra + (0 if here.drops_user else 2)
 
 
 def _own_memory(here: Confinement) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from coupled.sandbox import worker as worker_module
 SANDBOX = Path(__file__).parents[2] / "sandbox"
 PARTS = ("zygote", "child", "codec", "confine", "seccomp", "landlock")
 BEFORE_PACKAGES = "    for path in packages:\n        here"
-NPROC = 'limits["max_processes"] and limits["max_processes"] + 1,'
+NPROC = '_num_tasks(here, limits["max_processes"])'
 
 Break = Callable[..., set[str]]
 
@@ -47,7 +47,7 @@ BROKEN: dict[str, tuple[list[tuple[str, str]], set[str]]] = {
     "system libraries that can be written": ([("_MS_RDONLY | _MS_NOSUID | (0", "_MS_NOSUID | (0")], {"mount table"}),
     "no scratch directory": ([('_mount("tmpfs", "/tmp", "tmpfs", ', "abs(0) and (")], {"scratch directory"}),
     "a scratch directory of any size": ([("size=64m,", "size=1g,")], {"scratch directory"}),
-    "no limit of threads": ([(NPROC, "10_000,")], {"thread bomb"}),
+    "no limit of threads": ([(NPROC, "10_000")], {"thread bomb"}),
     "no limit of a file's size": ([('limits["file_kb"] << 10', "1 << 40")], {"huge file"}),
     "no limit of memory": (
         [("here.base_as + memory", "1 << 45"), ("here.base_data + memory", "1 << 45")],
