@@ -11,7 +11,7 @@ if __name__ != "coupled.sandbox":
 
 from coupled.sandbox.check import Check, self_check
 from coupled.sandbox.codec import CodecError, Opaque
-from coupled.sandbox.executor import TIERS, Executor, ProcessExecutor, open_executor
+from coupled.sandbox.executor import NOT_CONTAINED, TIERS, Executor, LocalExecutor, open_executor
 from coupled.sandbox.types import (
     Call,
     CallResult,
@@ -26,6 +26,7 @@ from coupled.sandbox.types import (
 )
 
 __all__ = [
+    "NOT_CONTAINED",
     "TIERS",
     "Call",
     "CallResult",
@@ -36,9 +37,9 @@ __all__ = [
     "Isolation",
     "Job",
     "Limits",
+    "LocalExecutor",
     "Opaque",
     "Outcome",
-    "ProcessExecutor",
     "Raised",
     "SandboxUnavailable",
     "Usage",
