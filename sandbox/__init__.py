@@ -9,6 +9,7 @@ with open_executor(num_workers=2) as executor:
 if __name__ != "coupled.sandbox":
     raise ImportError("import coupled.sandbox, not sandbox: the folder is a package of the distribution 'coupled'")
 
+from coupled.sandbox.cache import CachedExecutor, CacheStatistics
 from coupled.sandbox.check import Check, self_check
 from coupled.sandbox.codec import CodecError, Opaque
 from coupled.sandbox.executor import TIERS, Executor, ProcessExecutor, open_executor
@@ -27,6 +28,8 @@ from coupled.sandbox.types import (
 
 __all__ = [
     "TIERS",
+    "CacheStatistics",
+    "CachedExecutor",
     "Call",
     "CallResult",
     "Check",
