@@ -13,6 +13,7 @@ from coupled.sandbox.cache import CachedExecutor, CacheStatistics
 from coupled.sandbox.check import Check, self_check
 from coupled.sandbox.codec import CodecError, Opaque
 from coupled.sandbox.executor import TIERS, Executor, ProcessExecutor, open_executor
+from coupled.sandbox.remote import RemoteExecutor
 from coupled.sandbox.types import (
     Call,
     CallResult,
@@ -43,6 +44,7 @@ __all__ = [
     "Outcome",
     "ProcessExecutor",
     "Raised",
+    "RemoteExecutor",
     "SandboxUnavailable",
     "Usage",
     "open_executor",
