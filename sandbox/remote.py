@@ -22,6 +22,7 @@ import json
 import math
 import os
 import queue
+import re
 import secrets
 import signal
 import struct
@@ -229,9 +230,8 @@ def runner(job: str, limits: Limits, marker: str, *, has_stdin: bool) -> str:
         "file_kb": limits.file_kb,
         "sources": {name: (_HERE / f"{name}.py").read_text("utf-8") for name in ("codec", "child")},
     }
-    # A JSON text of ASCII letters is also a Python literal once it is quoted: `repr` does that.
     code = (_HERE / "remote_runner.py").read_text("utf-8")
-    return code.replace("GIVEN = None", f"GIVEN = json.loads({json.dumps(given)!r})", 1)
+    return code.replace("GIVEN = None", f"GIVEN = {given!a}", 1)
 
 
 def _finished(answer: Mapping[str, Any], marker: str, limits: Limits, *, has_stdin: bool) -> Finished:
@@ -266,10 +266,13 @@ def _finished(answer: Mapping[str, Any], marker: str, limits: Limits, *, has_std
 
 def _stream(channel: str, marker: str) -> bytes:
     """Return the byte LOCKED and the frames as a local program would have written them; empty: it never began."""
-    lines = [line[len(marker) + 1 :] for line in channel.split("\n") if line.startswith(f"{marker} ")]
-    if not lines or lines[0] != chr(LOCKED):
+    lines = [
+        line[len(marker) + 1 :] for line in re.findall(r"[^\n]*\n|[^\n]+", channel) if line.startswith(f"{marker} ")
+    ]
+    if not lines or lines[0].rstrip("\n") != chr(LOCKED):
         return b""
-    frames = [line.encode("utf-8", errors="replace") for line in lines[1:]]
+    # A line without an end was cut short: a reply that never came.
+    frames = [line[:-1].encode("utf-8", errors="replace") for line in lines[1:] if line.endswith("\n")]
     return bytes([LOCKED]) + b"".join(struct.pack(">I", len(frame)) + frame for frame in frames)
 
 

@@ -4,7 +4,6 @@
 program reads stdin) each line of ours begins with the marker; everything else there is noise.
 """
 
-import json
 import os
 import resource
 import sys
