@@ -28,12 +28,14 @@ import signal
 import struct
 import time
 import urllib.parse
+from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, cast
 
+from coupled.sandbox.canary import Slot, run_watched
 from coupled.sandbox.executor import run_job
 from coupled.sandbox.types import Call, Execution, Isolation, Job, Limits, Outcome, SandboxUnavailable
 from coupled.sandbox.worker import LOCKED, Finished, Worker, WorkerDied
@@ -81,10 +83,13 @@ class RemoteExecutor:
             raise RuntimeError("an executor runs nothing after close(): open another")
         if os.getpid() != self._owner:
             raise RuntimeError(f"an executor belongs to the process that opened it ({self._owner}): open one here")
-        if len(jobs) <= 1 or len(self._workers) == 1:
-            return [self._run_one(job) for job in jobs]
-        with ThreadPoolExecutor(min(len(jobs), len(self._workers)), "remote") as pool:
-            return list(pool.map(self._run_one, jobs))
+        slots = [Slot(job) for job in jobs]
+        todo = deque(slots)
+        size = min(len(jobs), len(self._workers))
+        with ThreadPoolExecutor(max(size, 1), "remote") as pool:
+            for served in [pool.submit(self._serve, todo) for _ in range(size)]:
+                served.result()
+        return [slot.result for slot in slots]
 
     def isolation(self) -> Isolation:
         """Return what is known to hold: next to nothing, since the server does not say how it isolates."""
@@ -105,12 +110,13 @@ class RemoteExecutor:
     ) -> None:
         self.close()
 
-    def _run_one(self, job: Job) -> Execution:
-        connection = self._idle.get()
-        try:
-            return dataclasses.replace(run_job(cast(Worker, connection), job), tier=REMOTE)
-        finally:
-            self._idle.put(connection)
+    def _serve(self, todo: deque[Slot]) -> None:
+        while todo:
+            connection = self._idle.get()
+            try:
+                run_watched(connection, todo, _run_job)
+            finally:
+                self._idle.put(connection)
 
     def _try_out(self, url: str) -> str:
         """Prove that calls and stdin work there; return the version of its Python."""
@@ -118,7 +124,7 @@ class RemoteExecutor:
         stdin = Job(uid="trial", source=_TRIAL_STDIN, stdin_cases=("6\n",))
         values: list[Any] = []
         for job in (calls, stdin):
-            execution = run_job(cast(Worker, self._workers[0]), job)
+            execution = _run_job(self._workers[0], job)
             values += [result.value for result in execution.results] or [None]
             is_right = values[-1] == "42\n" if job is stdin else type(values[0]) is list and values[0][1:] == [42]
             if execution.outcome is not Outcome.OK or not is_right:
@@ -217,6 +223,10 @@ class _Connection:
     @property
     def _address(self) -> str:
         return f"{self._http.host}:{self._http.port}{self._path}"
+
+
+def _run_job(connection: _Connection, job: Job) -> Execution:
+    return dataclasses.replace(run_job(cast(Worker, connection), job), tier=REMOTE)
 
 
 def runner(job: str, limits: Limits, marker: str, *, has_stdin: bool) -> str:

@@ -68,6 +68,7 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._base = ""
+        self.incarnation = 0
         self.isolation: Isolation = self._start()
 
     def run(self, body: bytes, limits: Limits, stdin: bytes | None = None) -> Finished:
@@ -191,6 +192,7 @@ class Worker:
         self._base = ""
 
     def _start(self) -> Isolation:
+        self.incarnation += 1
         self._base = tempfile.mkdtemp(prefix="coupled-sandbox-")
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:

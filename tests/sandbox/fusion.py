@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ class Server(ThreadingHTTPServer):
         self.faults: list[int | str] = []
         self.requests: list[dict[str, Any]] = []
         self.num_connections = 0
+        self.lie: Callable[[str], str] | None = None
 
     @property
     def url(self) -> str:
@@ -69,9 +70,10 @@ class Handler(BaseHTTPRequestHandler):
         elif fault != 200:
             self.answer(int(fault), {"detail": "try later"})
         else:
-            self.answer(200, run(request))
-            if fault == "close":
-                self.close_connection = True
+            answer = run(request)
+            if self.server.lie is not None:
+                answer["run_result"]["stdout"] = self.server.lie(answer["run_result"]["stdout"])
+            self.answer(200, answer)
 
     def answer(self, status: int, content: dict[str, Any]) -> None:
         body = json.dumps(content).encode()
