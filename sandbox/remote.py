@@ -241,7 +241,7 @@ def runner(job: str, limits: Limits, marker: str, *, has_stdin: bool) -> str:
         "sources": {name: (_HERE / f"{name}.py").read_text("utf-8") for name in ("codec", "child")},
     }
     code = (_HERE / "remote_runner.py").read_text("utf-8")
-    return code.replace("GIVEN = None", f"GIVEN = {given!a}", 1)
+    return code.replace("GIVEN: Any = None", f"GIVEN: Any = {given!a}", 1)
 
 
 def _finished(answer: Mapping[str, Any], marker: str, limits: Limits, *, has_stdin: bool) -> Finished:

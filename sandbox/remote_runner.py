@@ -8,8 +8,9 @@ import os
 import resource
 import sys
 import types
+from typing import Any
 
-GIVEN = None
+GIVEN: Any = None
 CHANNEL_FD = 200
 """Above what programs are given: they close and open the low numbers."""
 
