@@ -12,7 +12,7 @@ if __name__ != "coupled.sandbox":
 from coupled.sandbox.cache import CachedExecutor, CacheStatistics
 from coupled.sandbox.check import Check, self_check
 from coupled.sandbox.codec import CodecError, Opaque
-from coupled.sandbox.executor import TIERS, Executor, ProcessExecutor, open_executor
+from coupled.sandbox.executor import NOT_CONTAINED, TIERS, Executor, LocalExecutor, open_executor
 from coupled.sandbox.remote import RemoteExecutor
 from coupled.sandbox.types import (
     Call,
@@ -28,6 +28,7 @@ from coupled.sandbox.types import (
 )
 
 __all__ = [
+    "NOT_CONTAINED",
     "TIERS",
     "CacheStatistics",
     "CachedExecutor",
@@ -40,9 +41,9 @@ __all__ = [
     "Isolation",
     "Job",
     "Limits",
+    "LocalExecutor",
     "Opaque",
     "Outcome",
-    "ProcessExecutor",
     "Raised",
     "RemoteExecutor",
     "SandboxUnavailable",

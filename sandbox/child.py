@@ -26,11 +26,13 @@ MAX_TEXT = 500
 
 def serve(fd: int, codec: Any) -> int:
     """Say that the lock-down is done, read the job and do it. Returns the exit status."""
+    random.seed(0)  # fork reseeds from the system: the same program must give the same values every time
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
     os.write(fd, LOCKED)
     job = json.loads(_read_frame(fd))
     for name in ("exit", "quit"):
         setattr(builtins, name, sys.exit)  # the interpreter runs without `site`, which adds these two
-    random.seed(0)  # fork reseeds from the system: the same program must give the same values every time
     if job["mode"] == "stdio":
         return _run_main(job["source"])
     _answer_calls(fd, job, codec)

@@ -1,15 +1,30 @@
 """What a zygote asks of the kernel, once for itself and once per program.
 
-Runs inside the zygote, loaded by path: standard library only. Each request that the kernel refuses is noted
-in the `Confinement` and not papered over; whether the rest is enough is decided by the host.
+Runs inside the zygote, loaded by path: standard library only. Every tier is a fixed list of measures, and in the
+tiers `namespaces` and `landlock` a measure that the kernel refuses is an error: the zygote, or the program, then
+does not start. What is asked for where granted (a /proc, the host's name, control groups; in tier `process`
+network and ipc namespaces) is noted in the `Confinement`.
+
+`namespaces`  the zygote: user (unless root), mount, ipc, network and pid namespace, a root of system libraries and the
+              interpreter, read-only. A program: mount, ipc, network and pid namespace of its own, an empty /tmp with
+              limits of size and number of files, a read-only /proc with its own processes alone.
+`landlock`    on the host's file system, of which a Landlock ruleset leaves the same trees to read and nothing to
+              write; the program is one process with one thread that may signal only itself.
+`process`     limits and an unprivileged user alone: it does **not** hold a hostile program.
+
+All tiers: limits, no capability, no_new_privs, not traceable, an unprivileged user when the host is root. The first
+two: system calls filtered (see `seccomp`).
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import os
 import resource
+import socket
+import struct
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,24 +33,35 @@ from typing import Any
 FIRST_SERVICE_FD = 200
 """The zygote's own descriptors lie above, so that placing a program's at 0..3 cannot overwrite one."""
 RESULT_FD = 3
+PACKAGES = "/opt/packages"
+"""Where asked-for packages are found in a private root."""
 
 _CLONE = {
     "mount": 0x00020000,
+    "cgroup": 0x02000000,
+    "uts": 0x04000000,
     "ipc": 0x08000000,
     "user": 0x10000000,
     "pid": 0x20000000,
     "network": 0x40000000,
 }
+_PER_PROGRAM = ("mount", "ipc", "network")
+"""A program's own, besides its pid namespace, which `before_fork` prepares."""
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
-_MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE, _MS_RELATIME = 32, 4096, 16384, 1 << 18, 1 << 21
+_MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 32, 4096, 16384, 1 << 18
 _MNT_DETACH = 2
+_AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
+_MOUNT_SETATTR = 442
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS, _PR_SET_CHILD_SUBREAPER = 1, 4, 38, 36
 _SIGKILL = 9
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _SCRATCH_OPTIONS = "mode=0777,size=64m,nr_inodes=4096"
+_SHARED_MEMORY_OPTIONS = "mode=0777,size=16m,nr_inodes=64"
+_PROC_FLAGS = _MS_RDONLY | _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
 _READ_ONLY_TREES = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
 _READ_ONLY_FILES = ("/etc/ld.so.cache", "/etc/localtime")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+_SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -44,64 +70,67 @@ _libc = ctypes.CDLL(None, use_errno=True)
 class Confinement:
     """What took effect, and what a program needs to be started under it."""
 
+    tier: str
     uid: int
     drops_user: bool
     """True: the zygote is root and every program becomes `uid`."""
     namespaces: set[str] = field(default_factory=set)
-    has_private_root: bool = False
+    has_proc: bool = False
+    """True: a program gets a /proc of its own."""
     scratch: str = "/tmp"
     """The program's working directory; empty when it starts."""
+    packages: str = ""
+    """Directory of the asked-for packages as a program sees it; empty when none were asked for."""
+    shown: tuple[str, ...] = ()
+    """The host's paths that a program sees."""
     notes: list[str] = field(default_factory=list)
     own_pid_ns: int = -1
     proc: int = -1
-    """Descriptor of a /proc that shows this zygote's processes; -1 where there is none."""
+    """Descriptor of the host's /proc, for the zygote alone."""
     null: int = -1
+    ruleset: int = -1
+    filters: dict[str, Any] = field(default_factory=dict)
+    """The filter of each profile that programs may have."""
     base_as: int = 0
     """Address space of the zygote, in bytes; limits of a program come on top."""
     base_data: int = 0
 
 
-def enter(base: str, uid: int) -> Confinement:
-    """Put this process into whatever namespaces it is given and return what took effect.
+def enter(tier: str, base: str, uid: int, packages: list[str], landlock: Any) -> Confinement:
+    """Put this process where the programs of a tier live, and return what took effect.
 
     `base` is an empty directory of ours on the host, `uid` the user that programs become when this process is
-    root. With a pid namespace the process forks: the caller goes on as its first process, and the one in
-    between only waits, so that killing either ends everything below. Raises OSError when not even the uid
-    can be changed.
+    root, `packages` the host's paths of the packages that programs may import. In tier `namespaces` the process
+    forks: the caller goes on as the first process of a pid namespace, and the one in between only waits, so that
+    killing either ends everything below. Raises OSError when something that the tier needs is refused.
     """
     is_root = os.geteuid() == 0
-    here = Confinement(uid=uid if is_root else os.getuid(), drops_user=is_root)
-    here.base_as, here.base_data = _own_memory()
+    here = Confinement(tier=tier, uid=uid if is_root else os.getuid(), drops_user=is_root)
     here.null = service(os.open("/dev/null", os.O_RDWR))
-    if not is_root:
-        _try(here, "user", _enter_user_namespace)
-    if is_root or "user" in here.namespaces:
-        for name in ("mount", "ipc", "network", "pid"):
-            _try(here, name, lambda name=name: unshare(name))
-    if "pid" in here.namespaces:
-        _continue_as_first_process()
+    here.proc = service(os.open("/proc", os.O_RDONLY | os.O_DIRECTORY))
+    here.shown = tuple(path for path in (*_interpreter_trees(), *_READ_ONLY_FILES, *_DEVICES) if os.path.exists(path))
+    if tier == "namespaces":
+        _enter_namespaces(here, base, packages)
     else:
-        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
-        here.proc = service(os.open("/proc", os.O_RDONLY | os.O_DIRECTORY))
-    if "mount" in here.namespaces:
-        try:
-            _private_mounts()
-            if "pid" in here.namespaces:
-                here.own_pid_ns, here.proc = _own_proc(base)
-            _private_root(base)
-            here.has_private_root = True
-        except OSError as error:
-            here.notes.append(f"no private root: {error}")
-            _libc.umount2(base.encode(), _MNT_DETACH)  # a half-built root would hide the directory we fall back to
-    if "pid" in here.namespaces and here.own_pid_ns < 0:
-        # Without a /proc of its own the zygote cannot return from a program's pid namespace to start the
-        # next.
-        here.namespaces.discard("pid")
-        here.notes.append("no pid namespace per program: no /proc of our own")
-    if not here.has_private_root:
-        here.scratch = os.path.join(base, "work")
-        os.chmod(base, 0o711)
+        _stay_on_the_host(here, base, packages)
+        if tier == "landlock":
+            _drop_into_landlock(here, base, packages, landlock)
     return here
+
+
+def seal(here: Confinement, seccomp: Any) -> None:
+    """Close the door behind the zygote's preparations: measure it, and filter its and all programs' calls.
+
+    Raises OSError when the filters cannot be built or loaded.
+    """
+    here.base_as, here.base_data = _own_memory(here)
+    if here.tier == "process":
+        return
+    profiles = ("strict", "compat") if here.tier == "namespaces" else ("strict",)
+    here.filters = {name: seccomp.program_filter(name, is_alone=here.tier == "landlock") for name in profiles}
+    base = seccomp.base_filter()
+    _prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    base.load()
 
 
 def before_fork(here: Confinement) -> None:
@@ -111,21 +140,25 @@ def before_fork(here: Confinement) -> None:
         unshare("pid")
 
 
-def lock_down(here: Confinement, limits: dict[str, Any], fds: list[int]) -> None:
+def lock_down(here: Confinement, limits: dict[str, Any], profile: str, fds: list[int], landlock: Any) -> None:
     """Give up, for good, everything the program about to run must not have. Called in its process.
 
-    `fds` is [result] or [result, stdin, stdout]. Raises OSError when anything is refused: the program must
-    not start then.
+    `fds` is [result, output] or [result, output, stdin]; without stdin the program reads nothing and `output` takes
+    its standard error too. Raises OSError when anything is refused: the program must not start then.
     """
+    if here.tier != "process" and profile not in here.filters:
+        raise PermissionError(f"profile {profile!r} is not available in tier {here.tier!r}")
     os.setsid()
-    result, stdin, stdout = fds if len(fds) == 3 else (fds[0], here.null, here.null)
+    result, output = fds[:2]
+    stdin, stderr = (fds[2], here.null) if len(fds) == 3 else (here.null, output)
     # Two steps, because a received number may be one of the targets.
-    placed = [service(fd) for fd in (stdin, stdout, here.null, result)]
+    placed = [service(fd) for fd in (stdin, output, stderr, result)]
     for target, fd in enumerate(placed):
         os.dup2(fd, target)
-    os.closerange(RESULT_FD + 1, 1 << 30)
-    if "ipc" in here.namespaces:
-        unshare("ipc")
+    ruleset = os.dup2(here.ruleset, RESULT_FD + 1) if here.ruleset >= 0 else RESULT_FD
+    os.closerange(ruleset + 1, 1 << 30)
+    if here.tier == "namespaces":
+        _own_namespaces(here, profile)
     os.chdir(here.scratch)
     os.umask(0o077)
     _set_limits(here, limits)
@@ -138,18 +171,17 @@ def lock_down(here: Confinement, limits: dict[str, Any], fds: list[int]) -> None
     _drop_capabilities()
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     _prctl(_PR_SET_DUMPABLE, 0)
-    _prctl(_PR_SET_PDEATHSIG, _SIGKILL)  # last: a change of user clears it
+    _prctl(_PR_SET_PDEATHSIG, _SIGKILL)  # last but for the filters: a change of user clears it
+    if ruleset != RESULT_FD:
+        landlock.restrict(ruleset)
+        os.close(ruleset)
+    if here.filters:
+        here.filters[profile].load()
 
 
 def clear_scratch(here: Confinement) -> None:
-    """Make the working directory empty again, whatever a program left there."""
-    if here.has_private_root:
-        with os.scandir(here.scratch) as entries:
-            if next(entries, None) is None:
-                return
-        # A fresh file system instead of a walk: a hostile tree can be deeper than any walk likes.
-        _check(_libc.umount2(here.scratch.encode(), _MNT_DETACH), "umount scratch")
-        _mount("tmpfs", here.scratch, "tmpfs", _MS_NOSUID | _MS_NODEV, _SCRATCH_OPTIONS)
+    """Make the working directory empty again, whatever a program left there, where programs share one."""
+    if here.tier != "process":
         return
     try:
         os.rmdir(here.scratch)
@@ -168,21 +200,22 @@ def remove_tree(path: str) -> None:
     os.waitpid(pid, 0)
 
 
-def queued_seconds(here: Confinement, pid: int) -> float:
-    """Return how long the process was runnable without a processor; 0.0 where the kernel does not tell.
+def waited(here: Confinement, pidfd: int, pid: int) -> tuple[float, float]:
+    """Return how long a process was runnable without a processor and how long its first thread ran, in seconds.
 
-    Also 0.0 for a process that asked for less than its share: it would be waiting of its own will.
+    (0.0, 0.0) where the kernel does not tell, and for a process that asked for less than its share: it would be
+    waiting of its own will.
     """
-    if here.proc < 0 or _scheduling(pid) != _scheduling(0):
-        return 0.0
+    if _scheduling(pid) != _scheduling(0):
+        return 0.0, 0.0
     try:
-        fd = os.open(f"{pid}/schedstat", os.O_RDONLY, dir_fd=here.proc)
+        # The zygote knows the process by another number than the host's /proc.
+        about = _read(here.proc, f"self/fdinfo/{pidfd}")
+        number = next(line.split()[1] for line in about.splitlines() if line.startswith("Pid:"))
+        ran, queued = _read(here.proc, f"{number}/schedstat").split()[:2]
     except OSError:
-        return 0.0
-    try:
-        return int(os.read(fd, 100).split()[1]) / 1e9
-    finally:
-        os.close(fd)
+        return 0.0, 0.0
+    return int(queued) / 1e9, int(ran) / 1e9
 
 
 def _scheduling(pid: int) -> tuple[set[int], int, int]:
@@ -192,15 +225,11 @@ def _scheduling(pid: int) -> tuple[set[int], int, int]:
 def living_children(here: Confinement) -> list[int]:
     """Return the pids of this process's children, orphans it inherited included.
 
-    Empty where programs have a pid namespace: there the kernel has ended them all.
+    Empty where the kernel ends a program's processes with it, or it can have none.
     """
-    if "pid" in here.namespaces:
+    if here.tier != "process":
         return []
-    fd = os.open("thread-self/children", os.O_RDONLY, dir_fd=here.proc)
-    try:
-        return [int(pid) for pid in os.read(fd, 65536).split()]
-    finally:
-        os.close(fd)
+    return [int(pid) for pid in _read(here.proc, "thread-self/children").split()]
 
 
 def service(fd: int) -> int:
@@ -208,17 +237,77 @@ def service(fd: int) -> int:
     return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, FIRST_SERVICE_FD)
 
 
-def unshare(name: str) -> None:
-    """Enter a new namespace of the given kind; OSError when refused."""
-    _check(_libc.unshare(_CLONE[name]), f"unshare {name} namespace")
+def unshare(*names: str) -> None:
+    """Enter new namespaces of the given kinds; OSError when refused."""
+    flags = sum(_CLONE[name] for name in names)
+    _check(_libc.unshare(flags), f"unshare {' and '.join(names)} namespace")
 
 
-def _try(here: Confinement, name: str, enter: Any) -> None:
-    try:
-        enter()
-        here.namespaces.add(name)
-    except OSError as error:
-        here.notes.append(f"no {name} namespace: {error}")
+def _enter_namespaces(here: Confinement, base: str, packages: list[str]) -> None:
+    if not here.drops_user:
+        _enter_user_namespace()
+        here.namespaces.add("user")
+    unshare(*_PER_PROGRAM, "pid")
+    here.namespaces |= {*_PER_PROGRAM, "pid"}
+    _try_namespaces(here, "uts", "cgroup")
+    _continue_as_first_process()
+    here.own_pid_ns = service(os.open("self/ns/pid", os.O_RDONLY, dir_fd=here.proc))
+    _mount("none", "/", None, _MS_REC | _MS_PRIVATE)
+    _private_root(here, base, packages)
+
+
+def _stay_on_the_host(here: Confinement, base: str, packages: list[str]) -> None:
+    """Prepare the working directory and links to the packages below `base`; the host's file system stays in sight."""
+    os.chmod(base, 0o711)
+    here.scratch = f"{base}/work"
+    os.mkdir(here.scratch, 0o555)
+    if packages:
+        here.packages = f"{base}/packages"
+        os.mkdir(here.packages, 0o755)
+        for path in packages:
+            os.symlink(path, f"{here.packages}/{os.path.basename(path)}")
+    if here.tier == "process":
+        if not here.drops_user:
+            _try_namespaces(here, "user")
+        _try_namespaces(here, "network", "ipc")
+        _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def _drop_into_landlock(here: Confinement, base: str, packages: list[str], landlock: Any) -> None:
+    readable = [path for path in here.shown if path not in _DEVICES] + packages + [here.scratch]
+    if here.packages:
+        readable.append(here.packages)
+    here.ruleset = service(landlock.ruleset(readable, list(_DEVICES)))
+
+
+def _try_namespaces(here: Confinement, *names: str) -> None:
+    for name in names:
+        try:
+            if name == "user":
+                _enter_user_namespace()
+            else:
+                unshare(name)
+            here.namespaces.add(name)
+        except OSError as error:
+            here.notes.append(f"no {name} namespace: {error}")
+
+
+def _own_namespaces(here: Confinement, profile: str) -> None:
+    """Give the program about to run namespaces, a scratch directory and a /proc that nobody else has."""
+    unshare(*_PER_PROGRAM)
+    _mount("tmpfs", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, _SCRATCH_OPTIONS)
+    if here.has_proc:
+        _mount("proc", "/proc", "proc", _PROC_FLAGS, "subset=pid")
+    if profile == "compat":
+        _mount("tmpfs", "/dev/shm", "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, _SHARED_MEMORY_OPTIONS)
+        _loopback_up()
+
+
+def _loopback_up() -> None:
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        request = fcntl.ioctl(sock, _SIOCGIFFLAGS, struct.pack("16sh22x", b"lo", 0))
+        (flags,) = struct.unpack_from("h", request, 16)
+        fcntl.ioctl(sock, _SIOCSIFFLAGS, struct.pack("16sh22x", b"lo", flags | _IFF_UP))
 
 
 def _enter_user_namespace() -> None:
@@ -236,32 +325,30 @@ def _continue_as_first_process() -> None:
     _prctl(_PR_SET_PDEATHSIG, _SIGKILL)
 
 
-def _private_mounts() -> None:
-    _mount("none", "/", None, _MS_REC | _MS_PRIVATE)
-
-
-def _own_proc(base: str) -> tuple[int, int]:
-    _mount("proc", base, "proc", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC)
-    proc = service(os.open(base, os.O_RDONLY | os.O_DIRECTORY))
-    own = os.open("self/ns/pid", os.O_RDONLY, dir_fd=proc)
-    _check(_libc.umount2(base.encode(), _MNT_DETACH), "umount proc")
-    return service(own), proc
-
-
-def _private_root(base: str) -> None:
-    """Make `base` the root: system libraries and the interpreter read-only, five devices, an empty /tmp."""
+def _private_root(here: Confinement, base: str, packages: list[str]) -> None:
+    """Make `base` the root: what `here.shown` names, the packages, empty /tmp, /proc and /dev/shm; read-only."""
     _mount("tmpfs", base, "tmpfs", _MS_NOSUID | _MS_NODEV, "mode=0755,size=1m")
-    for path in _interpreter_trees():
-        _show(path, base)
-    for path in (*_READ_ONLY_FILES, *_DEVICES):
-        if os.path.exists(path):
-            _show(path, base, is_device=path in _DEVICES)
-    os.mkdir(f"{base}/tmp")
-    _mount("tmpfs", f"{base}/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV, _SCRATCH_OPTIONS)
+    hidden = [path for path in here.shown if path == "/tmp" or path.startswith("/tmp/")]
+    if hidden:
+        raise FileExistsError(f"{hidden[0]} would be hidden by a program's own /tmp: install the interpreter elsewhere")
+    for path in here.shown:
+        _show(path, base + path)
+    for path in packages:
+        here.packages = PACKAGES
+        _show(path, f"{base}{PACKAGES}/{os.path.basename(path)}")
+    for path in ("/tmp", "/proc", "/dev/shm"):
+        os.makedirs(base + path, mode=0o755, exist_ok=True)
+    try:
+        # The lower one stays, unseen: the kernel shows a user namespace a new /proc only where it has one already.
+        _mount("proc", f"{base}/proc", "proc", _PROC_FLAGS)
+        _mount("proc", f"{base}/proc", "proc", _PROC_FLAGS, "subset=pid")
+        here.has_proc = True
+    except OSError as error:
+        here.notes.append(f"programs have no /proc: {error}")
     _mount("none", base, None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | _MS_NODEV)
     number = _PIVOT_ROOT.get(os.uname().machine)
     if number is None:
-        raise OSError(f"pivot_root has no known number on {os.uname().machine}")
+        raise OSError(errno.ENOSYS, f"pivot_root has no known number on {os.uname().machine}")
     os.chdir(base)
     _check(_libc.syscall(number, b".", b"."), "pivot_root")
     _check(_libc.umount2(b".", _MNT_DETACH), "umount the old root")
@@ -269,8 +356,8 @@ def _private_root(base: str) -> None:
 
 
 def _interpreter_trees() -> list[str]:
-    """Return the directories a running interpreter reads from, none inside another."""
-    wanted = [*_READ_ONLY_TREES, f"{sys.base_prefix}/lib", os.path.dirname(os.__file__)]
+    """Return the paths a running interpreter reads from, itself included, none inside another."""
+    wanted = [*_READ_ONLY_TREES, f"{sys.base_prefix}/lib", os.path.dirname(os.__file__), os.path.realpath(sys.executable)]
     shown: list[str] = []
     for path in wanted:
         is_inside = any(path == seen or path.startswith(f"{seen}/") for seen in shown)
@@ -279,10 +366,10 @@ def _interpreter_trees() -> list[str]:
     return shown
 
 
-def _show(path: str, base: str, is_device: bool = False) -> None:
-    target = base + path
+def _show(path: str, target: str) -> None:
+    """Let `target` in the new root show the host's `path`: a directory or file, read-only, or a device."""
     os.makedirs(os.path.dirname(target), mode=0o755, exist_ok=True)
-    if os.path.islink(path) and not is_device and os.path.isdir(path):
+    if os.path.islink(path) and os.path.isdir(path):
         os.symlink(os.readlink(path), target)
         return
     if os.path.isdir(path):
@@ -290,11 +377,12 @@ def _show(path: str, base: str, is_device: bool = False) -> None:
     else:
         os.close(os.open(target, os.O_CREAT | os.O_WRONLY, 0o644))
     _mount(path, target, None, _MS_BIND | _MS_REC)
-    if not is_device:
-        # A remount inside a user namespace must keep the flags the mount came with, or it is refused.
-        flags = os.statvfs(target).f_flag
-        kept = flags & (_MS_NODEV | _MS_NOEXEC | 1024 | 2048) | (_MS_RELATIME if flags & 4096 else 0)
-        _mount("none", target, None, _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | kept)
+    # Whatever the host has mounted further down must become read-only as well, which a remount would not do.
+    attributes = struct.pack("4Q", _MS_RDONLY | _MS_NOSUID | (0 if path in _DEVICES else _MS_NODEV), 0, 0, 0)
+    done = _libc.syscall(
+        ctypes.c_long(_MOUNT_SETATTR), _AT_FDCWD, target.encode(), _AT_RECURSIVE, attributes, len(attributes)
+    )
+    _check(done, f"make {path} read-only (Linux 5.12 or newer)")
 
 
 def _mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
@@ -317,7 +405,8 @@ def _set_limits(here: Confinement, limits: dict[str, Any]) -> None:
         resource.RLIMIT_DATA: here.base_data + memory,
         resource.RLIMIT_FSIZE: limits["file_kb"] << 10,
         resource.RLIMIT_NOFILE: limits["max_files"],
-        resource.RLIMIT_NPROC: limits["max_processes"] and limits["max_processes"] + 1,
+        # The program counts itself. Counted are the processes and threads of its user in its user namespace.
+        resource.RLIMIT_NPROC: 0 if here.tier == "landlock" else limits["max_processes"] and limits["max_processes"] + 1,
         resource.RLIMIT_CORE: 0,
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
@@ -329,10 +418,18 @@ def _set_limits(here: Confinement, limits: dict[str, Any]) -> None:
         resource.setrlimit(name, (value, value))
 
 
-def _own_memory() -> tuple[int, int]:
+def _own_memory(here: Confinement) -> tuple[int, int]:
     """Return this process's address space and its data part, in bytes."""
-    pages = Path("/proc/self/statm").read_text().split()
+    pages = _read(here.proc, "self/statm").split()
     return int(pages[0]) * resource.getpagesize(), int(pages[5]) * resource.getpagesize()
+
+
+def _read(directory: int, name: str) -> str:
+    fd = os.open(name, os.O_RDONLY, dir_fd=directory)
+    try:
+        return os.read(fd, 65_536).decode()
+    finally:
+        os.close(fd)
 
 
 def _drop_capabilities() -> None:

@@ -1,34 +1,55 @@
-"""Runs jobs on a pool of workers.
+"""Runs jobs on a pool of workers, in the best tier that this machine proves to hold.
 
-What tier `process` covers: a process per program, forked from a clean interpreter; an unprivileged user;
-limits on processor time, wall time, memory, files, output and processes; and, where the system grants
-namespaces, no network, no sight of other processes, and a file system of system libraries only. `isolation()`
-says what took effect.
+`open_executor()` tries `namespaces`, then `landlock`: a tier is taken when its workers start and the self-check (see
+`check`) finds every hostile probe stopped by what should stop it; that costs a second or two, once per process. When
+neither holds, SandboxUnavailable names both reasons and what would help. There is no silent step down: tier `process`
+opens only when it is asked for by name, and warns.
 
-What it does **not** cover: no system call is forbidden, so a flaw of the kernel is within reach; where there
-are no namespaces the host's readable files and its network are too, and a program running as the host's own
-user can signal the host's processes. Time and cache side channels are open.
+What each tier covers:
+
+`namespaces`  A process per program, forked from a clean interpreter, in mount, pid, ipc and network namespaces of its
+              own: it sees system libraries and the interpreter, read-only, an empty /tmp of limited size, a /proc
+              with its own processes alone where the host allows, and no network. All its processes end with it.
+`landlock`    The same process on the host's file system, of which it can read the same trees and write nothing. It can
+              start no thread and no process and signal nobody. It can ask whether a path of the host exists, and there
+              is no scratch directory.
+`process`     Limits and an unprivileged user, plus the network and ipc namespaces that are granted. It does not
+              contain a hostile program: no system call is refused, and what its user can read or signal is in reach.
+
+All tiers: limits on processor time, wall time, memory, files, output and processes; no capabilities, no_new_privs,
+an unprivileged user when the host is root. `namespaces` and `landlock`: system calls beyond computing are refused.
+`isolation()` says what took effect, and in its notes why a better tier did not.
+
+What none covers: flaws of the kernel within the calls that remain, time and cache side channels, and memory of all
+programs together.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import queue
 import sys
+import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
+from coupled.sandbox import worker as workers
 from coupled.sandbox.canary import Slot, run_watched
+from coupled.sandbox.check import self_check
 from coupled.sandbox.outcome import Reading, encode_job, read_calls, read_stdio
 from coupled.sandbox.types import CallResult, Execution, Isolation, Job, Outcome, SandboxUnavailable, Usage
-from coupled.sandbox.worker import TIER, Worker, WorkerDied
+from coupled.sandbox.worker import Worker, WorkerDied
 
 _NUM_RETRIES = 2
-_open: weakref.WeakSet[ProcessExecutor] = weakref.WeakSet()
+_open: weakref.WeakSet[LocalExecutor] = weakref.WeakSet()
+_held: set[tuple[object, ...]] = set()
+"""Which tiers passed the self-check in this process, each with what could change that."""
 
 
 class Executor(Protocol):
@@ -47,27 +68,31 @@ class Executor(Protocol):
         ...
 
 
-class ProcessExecutor:
-    """Tier `process`: `num_workers` zygotes, each running one program at a time. A context manager.
+class LocalExecutor:
+    """`num_workers` zygotes of one tier on this machine, each running one program at a time. A context manager.
 
-    May be used by several threads. A forked copy of it in another process refuses to run. Raises
-    SandboxUnavailable when a worker cannot lock programs down here.
+    Programs may import the standard library and the packages named in `preload`, which are loaded beforehand; no
+    other package is in their sight. May be used by several threads. A forked copy of it in another process refuses
+    to run. Raises SandboxUnavailable when a worker cannot lock programs down here, or a package is missing. Does
+    not check itself: `open_executor` does.
     """
 
-    def __init__(self, *, num_workers: int = 1) -> None:
+    def __init__(self, tier: str, *, num_workers: int = 1, preload: Sequence[str] = ()) -> None:
         if num_workers < 1:
             raise ValueError(f"an executor needs at least one worker; received num_workers={num_workers}")
         if not sys.platform.startswith("linux"):
             raise SandboxUnavailable(
                 f"untrusted programs run on Linux only; this is {sys.platform}: use a Linux machine"
             )
+        self.notes: tuple[str, ...] = ()
+        """Lines that `isolation` adds: why a better tier was not taken."""
         self._owner = os.getpid()
         self._workers: list[Worker] = []
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         self._is_closed = False
         try:
-            for index in range(num_workers):
-                self._workers.append(Worker(index))
+            for _ in range(num_workers):
+                self._workers.append(Worker(tier, preload))
         except BaseException:
             self.close()
             raise
@@ -94,7 +119,8 @@ class ProcessExecutor:
 
     def isolation(self) -> Isolation:
         """Return what took effect for the workers; all of them start alike."""
-        return self._workers[0].isolation
+        found = self._workers[0].isolation
+        return dataclasses.replace(found, notes=found.notes + self.notes)
 
     def close(self) -> None:
         """End every worker; waits for a few milliseconds each. Harmless when repeated."""
@@ -129,21 +155,23 @@ def run_job(worker: Worker, job: Job) -> Execution:
     """Run one job on one worker: once for its calls, or once per input until one does not end well."""
     body = encode_job(job)
     if not job.stdin_cases:
-        reading, usage = _attempt(worker, job, body, None, read_calls)
+        reading, usage, stdout = _attempt(worker, job, body, None, read_calls)
         return Execution(
             uid=job.uid,
             outcome=reading.outcome,
             results=reading.results,
             usage=usage,
-            tier=TIER,
+            tier=worker.tier,
+            stdout=stdout,
             detail=reading.detail,
         )
     results: list[CallResult] = []
-    cpu_seconds = wall_seconds = 0.0
+    cpu_seconds = wall_seconds = memory_mb = 0.0
     for text in job.stdin_cases:
-        reading, usage = _attempt(worker, job, body, text.encode("utf-8", errors="surrogateescape"), read_stdio)
+        reading, usage, stdout = _attempt(worker, job, body, text.encode("utf-8", errors="surrogateescape"), read_stdio)
         cpu_seconds += usage.cpu_seconds
         wall_seconds += usage.wall_seconds
+        memory_mb = max(memory_mb, usage.memory_mb)
         if reading.outcome is not Outcome.OK:
             break
         results += reading.results
@@ -151,40 +179,106 @@ def run_job(worker: Worker, job: Job) -> Execution:
         uid=job.uid,
         outcome=reading.outcome,
         results=tuple(results),
-        usage=Usage(cpu_seconds=cpu_seconds, wall_seconds=wall_seconds),
-        tier=TIER,
+        usage=Usage(cpu_seconds=cpu_seconds, wall_seconds=wall_seconds, memory_mb=memory_mb),
+        tier=worker.tier,
+        stdout=stdout,
         detail=reading.detail,
     )
 
 
 def _attempt(
     worker: Worker, job: Job, body: bytes, stdin: bytes | None, read: Callable[..., Reading]
-) -> tuple[Reading, Usage]:
+) -> tuple[Reading, Usage, str]:
     """Run until the outcome is the program's own, at most twice more; only infrastructure is tried again."""
     for _ in range(1 + _NUM_RETRIES):
+        stdout = ""
         try:
-            finished = worker.run(body, job.limits, stdin)
+            finished = worker.run(body, job.limits, stdin, job.profile)
         except WorkerDied as error:
             reading, usage = Reading(outcome=Outcome.SANDBOX_ERROR, detail=str(error)), Usage()
         else:
             reading = read(finished, job)
-            usage = Usage(cpu_seconds=finished.cpu_seconds, wall_seconds=finished.wall_seconds)
+            stdout = finished.stdout[: workers.STDOUT_KEPT].decode("utf-8", errors="replace")
+            usage = Usage(
+                cpu_seconds=finished.cpu_seconds,
+                wall_seconds=finished.wall_seconds,
+                memory_mb=finished.memory_mb,
+            )
         if not reading.outcome.is_infrastructure:
             break
         if reading.outcome is Outcome.SANDBOX_ERROR:
             worker.restart()
-    return reading, usage
+    return reading, usage, stdout
 
 
-def open_executor(tier: str = TIER, *, num_workers: int = 1) -> ProcessExecutor:
-    """Return an executor of the tier; ValueError for an unknown one, SandboxUnavailable if it cannot hold."""
+def open_executor(tier: str = "auto", *, num_workers: int = 1, preload: Sequence[str] = ()) -> LocalExecutor:
+    """Return an executor of the tier; `auto` is the best that holds here, never `process`.
+
+    `preload` names the packages besides the standard library that programs may import. Raises ValueError for an
+    unknown tier, SandboxUnavailable when the tier does not hold on this machine or a package is missing.
+    """
     if tier not in TIERS:
         raise ValueError(f"tier is one of {', '.join(map(repr, TIERS))}; received {tier!r}")
-    return TIERS[tier](num_workers=num_workers)
+    return TIERS[tier](num_workers=num_workers, preload=preload)
 
 
-TIERS: dict[str, Callable[..., ProcessExecutor]] = {TIER: ProcessExecutor}
-"""Every tier this version can open, by name."""
+def _open_best(*, num_workers: int, preload: Sequence[str]) -> LocalExecutor:
+    workers.find_packages(preload)  # a missing package is no reason to try another tier
+    refused: list[str] = []
+    for open_tier in (_open_namespaces, _open_landlock):
+        try:
+            executor = open_tier(num_workers=num_workers, preload=preload)
+        except SandboxUnavailable as error:
+            refused.append(str(error))
+        else:
+            executor.notes = tuple(refused)
+            return executor
+    raise SandboxUnavailable(
+        "no tier holds untrusted programs on this machine:\n" + "\n".join(refused) + "\n"
+        "(sandbox.tier=process would run them with limits alone; it does not contain a hostile program)"
+    )
+
+
+def _open_namespaces(*, num_workers: int, preload: Sequence[str]) -> LocalExecutor:
+    return _open_checked("namespaces", num_workers, preload)
+
+
+def _open_landlock(*, num_workers: int, preload: Sequence[str]) -> LocalExecutor:
+    return _open_checked("landlock", num_workers, preload)
+
+
+def _open_process(*, num_workers: int, preload: Sequence[str]) -> LocalExecutor:
+    warnings.warn(NOT_CONTAINED, stacklevel=3)
+    return LocalExecutor("process", num_workers=num_workers, preload=preload)
+
+
+def _open_checked(tier: str, num_workers: int, preload: Sequence[str]) -> LocalExecutor:
+    """Open a tier that has passed the self-check in this process, or passes it now."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    key = (tier, boot.read_text() if boot.exists() else "", os.geteuid(), workers.PYTHON)
+    if key not in _held:
+        # A worker of its own: what one probe leaves behind, the next must not find.
+        with LocalExecutor(tier) as executor:
+            failed = [check for check in self_check(executor) if not check.held]
+        if failed:
+            told = "; ".join(f"{check.name}: {check.detail}" for check in failed)
+            raise SandboxUnavailable(f"tier {tier!r} does not hold on this machine: {told}")
+        _held.add(key)
+    return LocalExecutor(tier, num_workers=num_workers, preload=preload)
+
+
+NOT_CONTAINED = (
+    "sandbox tier 'process' does not contain a hostile program: it can read what its user can read, use every system "
+    "call, and may reach the network. Do not run model-written code in it where that matters"
+)
+
+TIERS: dict[str, Callable[..., LocalExecutor]] = {
+    "auto": _open_best,
+    "namespaces": _open_namespaces,
+    "landlock": _open_landlock,
+    "process": _open_process,
+}
+"""Every tier this version can open, by name; called with `num_workers` and `preload`."""
 
 
 def _forget_in_fork() -> None:

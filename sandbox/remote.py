@@ -139,6 +139,7 @@ class RemoteExecutor:
 class _Connection:
     """One connection, kept open between requests. Stands in for a local `Worker`: `run_job` drives either."""
 
+    tier = REMOTE
     incarnation = 0
     """A server is not ours to restart: it stays the same one."""
 
@@ -151,8 +152,11 @@ class _Connection:
         self._path = parts.path.rstrip("/").removesuffix("/run_code") + "/run_code"
         self._num_failures = 0
 
-    def run(self, body: bytes, limits: Limits, stdin: bytes | None = None) -> Finished:
-        """Run one program whose job is `body`. Raises WorkerDied when the server does not say what came of it."""
+    def run(self, body: bytes, limits: Limits, stdin: bytes | None = None, profile: str = "strict") -> Finished:
+        """Run one program whose job is `body`; what a profile forbids is the server's to forbid.
+
+        Raises WorkerDied when the server does not say what came of it.
+        """
         marker = secrets.token_hex(16)
         program = runner(body.decode(), limits, marker, has_stdin=stdin is not None)
         request = {
@@ -226,7 +230,7 @@ class _Connection:
 
 
 def _run_job(connection: _Connection, job: Job) -> Execution:
-    return dataclasses.replace(run_job(cast(Worker, connection), job), tier=REMOTE)
+    return run_job(cast(Worker, connection), job)
 
 
 def runner(job: str, limits: Limits, marker: str, *, has_stdin: bool) -> str:
@@ -301,6 +305,7 @@ def _isolation(url: str, version: str) -> Isolation:
         filesystem="the server's",
         processes="ended by the server",
         has_own_ipc=False,
+        has_filter=False,
         notes=(
             f"{url} runs programs with Python {version}, isolated as its operator configured it",
             "a program shares its process with the runner: it can read the inputs of all calls, never an answer",

@@ -46,7 +46,7 @@ def main() -> None:
         os._exit(status)
 
 
-def _load(name: str) -> types.ModuleType:
+def _load(name: str) -> Any:
     module = types.ModuleType(f"coupled_sandbox_{name}")
     sys.modules[module.__name__] = module
     exec(compile(GIVEN["sources"][name], f"{name}.py", "exec", dont_inherit=True), module.__dict__)

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
+PROFILES = ("strict", "compat")
+
+
 class SandboxUnavailable(RuntimeError):
     """This machine cannot run untrusted programs as asked; the message says why and what would help."""
 
@@ -58,8 +61,9 @@ class Limits:
     """Descriptors open at once."""
     file_kb: int = 16_384
     """Size of one file."""
-    max_processes: int = 0
-    """Processes and threads besides the program itself; 0: it can start none."""
+    max_processes: int = 16
+    """Threads besides the program itself (profile `compat`: threads and processes together); 0: it can start none.
+    Tier `landlock` allows none, whatever is said here: there they could not be told from the host's."""
 
     def __post_init__(self) -> None:
         for name in ("cpu_seconds", "wall_seconds", "memory_mb", "output_kb", "max_files", "file_kb"):
@@ -99,12 +103,17 @@ class Job:
     calls: tuple[Call, ...] = ()
     stdin_cases: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
+    profile: str = "strict"
+    """`strict`: computes, with threads. `compat`: may also start processes and open sockets that reach nobody else;
+    only in tier `namespaces`, and its memory is bounded per process, not in all."""
 
     def __post_init__(self) -> None:
         if self.calls and self.stdin_cases:
             raise ValueError(f"a job has calls or stdin_cases, not both; job {self.uid!r} has both: make two jobs")
         if self.setup and self.stdin_cases:
             raise ValueError(f"setup goes with calls; job {self.uid!r} reads stdin: put it into the source")
+        if self.profile not in PROFILES:
+            raise ValueError(f"profile is one of {PROFILES}; job {self.uid!r} has {self.profile!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,10 +134,12 @@ class CallResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """Time that one program took."""
+    """What one program took."""
 
     cpu_seconds: float = 0.0
     wall_seconds: float = 0.0
+    memory_mb: float = 0.0
+    """Most memory resident at once, in MiB, the interpreter's own included; 0.0 when unknown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +151,8 @@ class Execution:
     results: tuple[CallResult, ...] = ()
     usage: Usage = field(default_factory=Usage)
     tier: str
+    stdout: str = ""
+    """The beginning of what the program printed (of `calls`, standard error included): untrusted, for people."""
     detail: str = ""
     """One line for people; untrusted where the program caused it."""
 
@@ -156,8 +169,13 @@ class Isolation:
     filesystem: str
     """`private root (...)`, or `host (...)`: what the host lets that user read can be read."""
     processes: str
-    """How processes of the program are stopped: `own pid namespace`, or `killed by the supervisor`."""
+    """How processes of the program are stopped: `own pid namespace`, `none can be started`, or `killed by the
+    supervisor`."""
     has_own_ipc: bool
     """False: System V shared memory is the host's."""
+    has_filter: bool
+    """True: system calls that computing does not need are refused."""
+    shown: tuple[str, ...] = ()
+    """The host's paths that a program can read."""
     notes: tuple[str, ...] = ()
     """Why something did not take effect, one line each."""

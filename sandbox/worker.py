@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import importlib.util
 import json
 import os
 import select
@@ -15,13 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from coupled.sandbox.remedy import remedy
 from coupled.sandbox.types import Isolation, Limits, SandboxUnavailable
 
-TIER = "process"
 LOCKED = 0x55
 """First byte on the result socket: the lock-down is done and no byte of the program has been read."""
 
@@ -33,7 +35,24 @@ _REPORT_SECONDS = 5.0
 """How long a zygote may take to report a program that is ending; then it is stopped itself."""
 _TRIAL = "import sched"
 """A module of the standard library that the zygote does not load beforehand."""
-_FIRST_UID = 62_000
+_UIDS = range(62_000, 64_000)
+"""Users that programs of a host's root become; nobody else's, we hope."""
+PYTHON = sys.executable
+"""The interpreter that programs run in."""
+_ENVIRONMENT = {
+    "PYTHONHASHSEED": "0",
+    "PYTHONUTF8": "1",
+    "PATH": "/usr/bin:/bin",
+    "LANG": "C.UTF-8",
+    "HOME": "/tmp",
+    # One thread of a linear-algebra library; one arena of the allocator, or each thread reserves 64 MiB of its own.
+    "OPENBLAS_NUM_THREADS": "1",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "MALLOC_ARENA_MAX": "1",
+}
+STDOUT_KEPT = 4096
+"""Bytes kept of what a program that answers calls prints."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,10 +62,12 @@ class Finished:
     stream: bytes
     """Everything the program's process wrote to the result socket."""
     stdout: bytes = b""
+    """All of standard output where there was a stdin, else the beginning of standard output and error."""
     exit: int | None
     """Status, or minus the signal that ended it; None when the zygote died instead of reporting."""
     cpu_seconds: float = 0.0
     wall_seconds: float = 0.0
+    memory_mb: float = 0.0
     queued_seconds: float = 0.0
     """How long it was runnable without a processor; measured only when the wall time ran out."""
     ran_out_of_time: bool = False
@@ -60,10 +81,13 @@ class WorkerDied(RuntimeError):
 
 
 class Worker:
-    """Owns one zygote process. Not for use by two threads at once; `run` brings a dead zygote back."""
+    """Owns one zygote process of a tier. Not for use by two threads at once; `run` brings a dead zygote back."""
 
-    def __init__(self, index: int) -> None:
-        self._uid = _FIRST_UID + (os.getpid() * 16 + index) % 2000
+    def __init__(self, tier: str, preload: Sequence[str] = ()) -> None:
+        self.tier = tier
+        self._preload = tuple(preload)
+        self._packages = find_packages(preload)
+        self._uid, self._claim = _claim_uid() if os.geteuid() == 0 else (os.getuid(), None)
         self._serial = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
@@ -71,42 +95,47 @@ class Worker:
         self.incarnation = 0
         self.isolation: Isolation = self._start()
 
-    def run(self, body: bytes, limits: Limits, stdin: bytes | None = None) -> Finished:
-        """Run one program whose job is `body`; with `stdin` its standard output is collected.
+    def run(self, body: bytes, limits: Limits, stdin: bytes | None = None, profile: str = "strict") -> Finished:
+        """Run one program whose job is `body`; with `stdin` all of its standard output is collected.
 
         Raises WorkerDied when the zygote is gone before the program could start, SandboxUnavailable when it
-        cannot be started again.
+        cannot be started again, or has no such profile.
         """
+        if profile != "strict" and self.tier != "namespaces":
+            raise SandboxUnavailable(f"profile {profile!r} is available in tier 'namespaces' only; this is {self.tier!r}")
         if self._process is None or self._process.poll() is not None:
             self.restart()
         self._serial += 1
         ours, theirs = socket.socketpair()
-        handed, stdout = [theirs.detach()], -1
+        stdout, write_end = os.pipe()
+        handed = [theirs.detach(), write_end]
         try:
             if stdin is not None:
-                stdout, write_end = os.pipe()
-                handed += [_sealed_file(stdin), write_end]
+                handed.append(_sealed_file(stdin))
+            request = {"op": "run", "serial": self._serial, "limits": dataclasses.asdict(limits), "profile": profile}
             try:
-                self._ask({"op": "run", "serial": self._serial, "limits": dataclasses.asdict(limits)}, handed)
+                self._ask(request, handed)
             except OSError as error:
                 raise WorkerDied(f"the zygote does not listen: {error}") from error
             finally:
                 # Our copies must go first: the sockets close when the program's process has closed its own.
                 for fd in handed:
                     os.close(fd)
-            return self._attend(ours, stdout, struct.pack(">I", len(body)) + body, limits)
+            return self._attend(ours, stdout, struct.pack(">I", len(body)) + body, limits, stdin is not None)
         finally:
             ours.close()
-            if stdout >= 0:
-                os.close(stdout)
+            os.close(stdout)
 
-    def _attend(self, ours: socket.socket, stdout: int, body: bytes, limits: Limits) -> Finished:
+    def _attend(self, ours: socket.socket, stdout: int, body: bytes, limits: Limits, is_stdio: bool) -> Finished:
         """Feed the job, collect what comes back, and see to it that the program ends."""
         start = time.monotonic()
         deadline = start + limits.wall_seconds
         ours.setblocking(False)
+        os.set_blocking(stdout, False)
         collected = {ours.fileno(): bytearray(), stdout: bytearray()}
-        open_fds = {ours.fileno()} | ({stdout} if stdout >= 0 else set())
+        open_fds = {ours.fileno(), stdout}
+        # A program that answers calls is done when it has closed its result socket, whatever else it holds open.
+        needed = set(open_fds) if is_stdio else {ours.fileno()}
         unsent = memoryview(body)
         unsent = unsent[_send_some(ours, unsent) :]
         budget = limits.output_kb << 10
@@ -114,7 +143,7 @@ class Worker:
         poll = select.poll()
         for fd in open_fds:
             poll.register(fd, select.POLLIN | (select.POLLOUT if unsent and fd == ours.fileno() else 0))
-        while open_fds and not too_much and not late:
+        while open_fds & needed and not too_much and not late:
             for fd, events in poll.poll(max(0.0, deadline - time.monotonic()) * 1000 + 1):
                 if events & select.POLLOUT:
                     unsent = unsent[_send_some(ours, unsent) :]
@@ -122,19 +151,26 @@ class Worker:
                         poll.modify(fd, select.POLLIN)
                 if events & (select.POLLIN | select.POLLHUP | select.POLLERR):
                     part = _read_some(fd, budget + 1)
-                    collected[fd] += part
-                    budget -= len(part)
-                    too_much = budget < 0
+                    if fd in needed:
+                        collected[fd] += part
+                        budget -= len(part)
+                        too_much = budget < 0
+                    else:
+                        _keep(collected[fd], part)
                     if not part:
                         open_fds.discard(fd)
                         poll.unregister(fd)
             late = time.monotonic() >= deadline
-        report, was_ended = self._report(at_once=too_much or late, deadline=deadline, waits=stdout >= 0)
+        report, was_ended = self._report(at_once=too_much or late, deadline=deadline, waits=is_stdio)
+        if not is_stdio:
+            with contextlib.suppress(BlockingIOError):
+                _keep(collected[stdout], os.read(stdout, STDOUT_KEPT))
         return Finished(
             stream=bytes(collected[ours.fileno()]),
             stdout=bytes(collected[stdout]),
             exit=None if report is None else report["exit"],
             cpu_seconds=0.0 if report is None else report["cpu_seconds"],
+            memory_mb=0.0 if report is None else report["memory_kb"] / 1024,
             queued_seconds=0.0 if report is None else report["queued_seconds"],
             wall_seconds=time.monotonic() - start,
             ran_out_of_time=time.monotonic() >= deadline and was_ended and not too_much,
@@ -181,11 +217,14 @@ class Worker:
     def close(self) -> None:
         """End the zygote and whatever it runs; harmless when repeated."""
         self._stop()
+        if self._claim is not None:
+            self._claim.close()
 
     def forget(self) -> None:
         """In a forked copy of the host: drop the sockets, so that the zygote still notices its host's end."""
-        if self._control is not None:
-            self._control.close()
+        for sock in (self._control, self._claim):
+            if sock is not None:
+                sock.close()
         if self._process is not None:
             self._process.returncode = 0  # not our child here: nothing to wait for, nothing to warn of
         self._control = self._process = None
@@ -195,23 +234,20 @@ class Worker:
         self.incarnation += 1
         self._base = tempfile.mkdtemp(prefix="coupled-sandbox-")
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        settings = {
+            "tier": self.tier,
+            "base": self._base,
+            "uid": self._uid,
+            "packages": self._packages,
+            "preload": self._preload,
+        }
         with theirs:
             # As -I, but heeding PYTHONHASHSEED: set order must not change a verdict from worker to worker. No
             # PDEATHSIG: it would fire when the thread that starts the zygote ends, not when the host does.
             self._process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-P",
-                    "-s",
-                    "-S",
-                    "-B",
-                    str(_ZYGOTE),
-                    str(theirs.fileno()),
-                    self._base,
-                    str(self._uid),
-                ],
+                [PYTHON, "-P", "-s", "-S", "-B", str(_ZYGOTE), str(theirs.fileno()), json.dumps(settings)],
                 pass_fds=[theirs.fileno()],
-                env={"PYTHONHASHSEED": "0", "PYTHONUTF8": "1", "PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
+                env=_ENVIRONMENT,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
@@ -223,27 +259,24 @@ class Worker:
             status = self._process.poll()
             self._stop()
             said = hello["error"] if hello else f"it said nothing within {_START_SECONDS} s, exit status {status}"
-            raise SandboxUnavailable(
-                f"a worker of the sandbox must be able to lock programs down; it could not start: {said}\n"
-                "remedy: run as a normal user, or as the host's root; in a container allow user namespaces"
-            )
-        if hello["has_private_root"]:
+            raise SandboxUnavailable(f"tier {self.tier!r} could not start: {said}\nremedy: {remedy(self.tier, said)}")
+        if self.tier == "namespaces":
             self._remove_base()  # nothing hangs on it any more, and nothing is left if we are killed
         self._try_out(hello)
-        return _isolation(hello)
+        return _isolation(self.tier, hello)
 
     def _try_out(self, hello: dict[str, Any]) -> None:
         """Prove that a program is locked down and can import what the zygote has not loaded."""
         job = {"mode": "calls", "source": _TRIAL, "setup": "", "calls": []}
-        run = self.run(json.dumps(job).encode(), Limits())
+        run = self.run(json.dumps(job).encode(), Limits(wall_seconds=_START_SECONDS))
         said = run.stream[:1].hex() + run.stream[5:].decode(errors="replace")
         if run.stream[:1] != bytes([LOCKED]) or json.loads(run.stream[5:] or b"0") != {"load": None}:
             self._stop()
             raise SandboxUnavailable(
-                f"a program must be locked down as uid {hello['uid']} and read the standard library; the "
-                f"trial ({_TRIAL!r}) gave {said[-1500:]!r}, exit {run.exit}; {'; '.join(hello['notes'])}\n"
+                f"tier {self.tier!r}: a program must be locked down as uid {hello['uid']} and read the standard "
+                f"library; the trial ({_TRIAL!r}) gave {said[-1500:]!r}, exit {run.exit}; {'; '.join(hello['notes'])}\n"
                 f"remedy: as root grant CAP_SETUID and CAP_SETGID and use an interpreter everybody may read "
-                f"(this one: {sys.executable}), or run as a normal user"
+                f"(this one: {PYTHON}), or run as a normal user"
             )
 
     def _stop(self) -> None:
@@ -267,21 +300,69 @@ class Worker:
         self._base = ""
 
 
-def _isolation(hello: dict[str, Any]) -> Isolation:
+def find_packages(names: Sequence[str]) -> list[str]:
+    """Return the paths that make up the packages, their bundled libraries included.
+
+    Raises SandboxUnavailable for a name that this interpreter cannot import, ValueError for one with a dot.
+    """
+    paths: list[str] = []
+    for name in names:
+        if not name.isidentifier():
+            raise ValueError(f"preload takes names of whole packages, such as 'numpy'; received {name!r}")
+        spec = importlib.util.find_spec(name)
+        if spec is None or not (spec.submodule_search_locations or spec.has_location):
+            raise SandboxUnavailable(
+                f"preload names packages that {PYTHON} can import; it has no {name!r}\nremedy: pip install {name}"
+            )
+        path = os.path.realpath([*(spec.submodule_search_locations or ()), spec.origin or ""][0])
+        libraries = os.path.join(os.path.dirname(path), f"{name}.libs")
+        paths += [path, libraries] if os.path.isdir(libraries) else [path]
+    return paths
+
+
+def _claim_uid() -> tuple[int, socket.socket]:
+    """Return a user no other worker on this machine uses now, and what keeps it ours while it is open.
+
+    Threads are counted per user, so two programs of one user could use up each other's.
+    """
+    start = os.getpid() * 16
+    for offset in range(len(_UIDS)):
+        uid = _UIDS[(start + offset) % len(_UIDS)]
+        claim = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        try:
+            claim.bind(f"\0coupled-sandbox-uid-{uid}")
+        except OSError:
+            claim.close()
+        else:
+            return uid, claim
+    raise SandboxUnavailable(f"every user of {_UIDS} is taken by a worker of this machine: close some executors")
+
+
+def _isolation(tier: str, hello: dict[str, Any]) -> Isolation:
     namespaces = hello["namespaces"]
-    return Isolation(
-        tier=TIER,
-        user=f"uid {hello['uid']}",
-        has_network="network" not in namespaces,
-        filesystem=(
-            "private root (system libraries and the interpreter, read-only; /tmp of its own)"
-            if hello["has_private_root"]
-            else f"host (whatever uid {hello['uid']} may read)"
+    filesystem, processes = {
+        "namespaces": (
+            "private root (system libraries and the interpreter, read-only; an empty /tmp per program)",
+            "own pid namespace",
         ),
-        processes="own pid namespace" if "pid" in namespaces else "killed by the supervisor",
-        has_own_ipc="ipc" in namespaces,
+        "landlock": ("host (system libraries and the interpreter can be read, nothing written)", "none can be started"),
+        "process": (f"host (whatever uid {hello['uid']} may read)", "killed by the supervisor"),
+    }[tier]
+    return Isolation(
+        tier=tier,
+        user=f"uid {hello['uid']}",
+        has_network=tier == "process" and "network" not in namespaces,
+        filesystem=filesystem,
+        processes=processes,
+        has_own_ipc=tier == "landlock" or "ipc" in namespaces,
+        has_filter=tier != "process",
+        shown=tuple(hello["shown"]),
         notes=tuple(hello["notes"]),
     )
+
+
+def _keep(kept: bytearray, part: bytes) -> None:
+    kept += part[: STDOUT_KEPT - len(kept)]
 
 
 def _sealed_file(content: bytes) -> int:

@@ -1,10 +1,10 @@
 """The zygote: a clean, warm interpreter that forks one process per program and never sees a program's bytes.
 
-Started by `worker` as `python -P -s -S -B zygote.py CONTROL_FD BASE UID` with an empty environment. Messages
-on the control socket are JSON, one per packet. The host sends `{"op": "run", "serial", "limits"}` with the
-program's descriptors, and `{"op": "kill", "serial"}`; the zygote answers a hello once and then one report
-per program. When the host goes away the control socket closes, and the zygote ends together with what it
-runs.
+Started by `worker` as `python -P -s -S -B zygote.py CONTROL_FD SETTINGS` with an empty environment; SETTINGS is
+the JSON of {"tier", "base", "uid", "packages", "preload"}. Messages on the control socket are JSON, one per
+packet. The host sends `{"op": "run", "serial", "limits", "profile"}` with the program's descriptors, and
+`{"op": "kill", "serial"}`; the zygote answers a hello once and then one report per program. When the host goes
+away the control socket closes, and the zygote ends together with what it runs.
 """
 
 from __future__ import annotations
@@ -32,23 +32,31 @@ _HEADER = """
 """
 
 
-def main(control_fd: int, base: str, uid: int) -> None:
+def main(control_fd: int, settings: dict[str, Any]) -> None:
     """Prepare, say hello, then serve until the host goes away."""
-    confine, child, codec = _load("confine"), _load("child"), _load("codec")
+    parts = {name: _load(name) for name in ("confine", "child", "codec", "landlock", "seccomp")}
+    confine = parts["confine"]
     control = socket.socket(fileno=confine.service(control_fd))
     os.close(control_fd)
     try:
         for name in _HEADER.split():
             importlib.import_module(name)
-        here = confine.enter(base, uid)
+        base, packages = settings["base"], settings["packages"]
+        here = confine.enter(settings["tier"], base, settings["uid"], packages, parts["landlock"])
+        if here.packages:
+            sys.path.append(here.packages)
+        for name in settings["preload"]:
+            importlib.import_module(name)
         confine.clear_scratch(here)
-    except Exception:  # the border: whatever went wrong is told to the host, which refuses to start
-        control.send(json.dumps({"error": traceback.format_exc()[-4000:]}).encode())
+        confine.seal(here, parts["seccomp"])
+    except Exception as error:  # the border: whatever went wrong is told to the host, which refuses to start
+        control.send(json.dumps({"error": _told(error)}).encode())
         raise
     hello = {
         "uid": here.uid,
         "namespaces": sorted(here.namespaces),
-        "has_private_root": here.has_private_root,
+        "has_proc": here.has_proc,
+        "shown": here.shown,
         "notes": here.notes,
     }
     control.send(json.dumps(hello).encode())
@@ -58,56 +66,67 @@ def main(control_fd: int, base: str, uid: int) -> None:
         while (request := _receive(control)) is not None:
             message, fds = request
             if message["op"] == "run":
-                _run(control, here, message, fds, confine, child, codec)
+                _run(control, here, message, fds, parts)
     finally:
-        if not here.has_private_root:
+        if here.tier == "process":
             confine.remove_tree(base)
+        elif here.tier == "landlock":
+            for name in (*(f"packages/{os.path.basename(path)}" for path in packages),):
+                os.unlink(f"{base}/{name}")
+            for name in ("packages", "work", "") if packages else ("work", ""):
+                os.rmdir(os.path.join(base, name))
 
 
-def _run(
-    control: socket.socket,
-    here: Any,
-    request: dict[str, Any],
-    fds: list[int],
-    confine: Any,
-    child: Any,
-    codec: Any,
-) -> None:
+def _told(error: Exception) -> str:
+    """One line where the kernel or an import said no; the whole story of anything else."""
+    if isinstance(error, (OSError, ImportError)):
+        return f"{type(error).__name__}: {error}"
+    return traceback.format_exc()[-4000:]
+
+
+def _run(control: socket.socket, here: Any, request: dict[str, Any], fds: list[int], parts: dict[str, Any]) -> None:
+    confine = parts["confine"]
     confine.before_fork(here)
     pid = os.fork()
     if pid == 0:
         status = _NOT_LOCKED_DOWN
         try:
             try:
-                confine.lock_down(here, request["limits"], fds)
+                confine.lock_down(here, request["limits"], request["profile"], fds, parts["landlock"])
             except BaseException:
                 # Received descriptors take the lowest numbers, so this is the result socket at any point.
                 os.write(confine.RESULT_FD, traceback.format_exc().encode())
                 raise
-            status = child.serve(confine.RESULT_FD, codec)
+            output = sys.stdout
+            status = parts["child"].serve(confine.RESULT_FD, parts["codec"])
+            output.flush()  # what was printed is kept for the report; all replies are out by now
         finally:
             os._exit(status)
     for fd in fds:
         os.close(fd)
-    queued = _wait(control, here, pid, request["serial"], confine)
+    queued, ran = _wait(control, here, pid, request["serial"], confine)
     _, status, usage = os.wait4(pid, 0)
     while orphans := confine.living_children(here):
         for orphan in orphans:
             _kill(orphan)
             os.waitpid(orphan, 0)
     confine.clear_scratch(here)
+    cpu_seconds = usage.ru_utime + usage.ru_stime
     report = {
         "serial": request["serial"],
         "exit": os.waitstatus_to_exitcode(status),
-        "cpu_seconds": usage.ru_utime + usage.ru_stime,
-        "queued_seconds": queued,
+        "cpu_seconds": cpu_seconds,
+        "memory_kb": usage.ru_maxrss,
+        # Its other threads may have kept the first one waiting, for as long as they ran and no longer. Processes
+        # of its own may as well, and those are not counted: then nobody else is to blame.
+        "queued_seconds": max(0.0, queued - max(0.0, cpu_seconds - ran)) if request["profile"] == "strict" else 0.0,
     }
     control.send(json.dumps(report).encode())
 
 
-def _wait(control: socket.socket, here: Any, pid: int, serial: int, confine: Any) -> float:
-    """Return when the process ended, killing it when the host says so or is gone; the seconds it queued."""
-    queued = 0.0
+def _wait(control: socket.socket, here: Any, pid: int, serial: int, confine: Any) -> tuple[float, float]:
+    """Return when the process ended, killing it when the host says so or is gone; see `confine.waited`."""
+    waited = (0.0, 0.0)
     pidfd = os.pidfd_open(pid)
     poll = select.poll()
     poll.register(pidfd, select.POLLIN)
@@ -116,13 +135,13 @@ def _wait(control: socket.socket, here: Any, pid: int, serial: int, confine: Any
         while True:
             ready = {fd for fd, _ in poll.poll()}
             if pidfd in ready:
-                return queued
+                return waited
             request = _receive(control)
             if request is None:
                 poll.unregister(control)
                 _kill(pid)
             elif request[0] == {"op": "kill", "serial": serial}:
-                queued = confine.queued_seconds(here, pid)
+                waited = confine.waited(here, pidfd, pid)
                 _kill(pid)
     finally:
         os.close(pidfd)
@@ -154,4 +173,4 @@ def _load(name: str) -> Any:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    main(int(sys.argv[1]), json.loads(sys.argv[2]))

@@ -16,8 +16,8 @@ from coupled.sandbox import (
     Isolation,
     Job,
     Limits,
+    LocalExecutor,
     Outcome,
-    ProcessExecutor,
 )
 from coupled.sandbox.cache import KEPT, job_key
 
@@ -44,14 +44,14 @@ class Scripted:
 
     def isolation(self) -> Isolation:
         return Isolation(
-            tier="scripted", user="", has_network=False, filesystem="", processes="", has_own_ipc=True, notes=()
+            tier="scripted", user="", has_network=False, filesystem="", processes="", has_own_ipc=True, has_filter=True
         )
 
     def close(self) -> None:
         self.batches.append(["closed"])
 
 
-def test_the_same_program_is_run_once_and_its_second_execution_is_the_first(executor: ProcessExecutor) -> None:
+def test_the_same_program_is_run_once_and_its_second_execution_is_the_first(executor: LocalExecutor) -> None:
     cached = CachedExecutor(executor)
     (first,) = cached.run([job(CLOCK, 3, uid="a")])
     (second,) = cached.run([job(CLOCK, 3, uid="b")])

@@ -17,8 +17,8 @@ from coupled.sandbox import (
     Execution,
     Job,
     Limits,
+    LocalExecutor,
     Outcome,
-    ProcessExecutor,
     RemoteExecutor,
     canary,
     open_executor,
@@ -173,7 +173,7 @@ def test_results_of_a_worker_that_died_before_its_canary_are_made_anew(
 
 
 @pytest.mark.parametrize("like", [job("like"), Job(uid="like", source="", stdin_cases=("1",))], ids=["calls", "stdin"])
-def test_canaries_are_answered_by_honest_workers_and_never_twice_the_same(executor: ProcessExecutor, like: Job) -> None:
+def test_canaries_are_answered_by_honest_workers_and_never_twice_the_same(executor: LocalExecutor, like: Job) -> None:
     drawn = [canary.canary(like) for _ in range(40)]
     runs = executor.run([job for job, _ in drawn])
     for (drawn_job, expected), run in zip(drawn, runs, strict=True):
