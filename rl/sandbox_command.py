@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from coupled.rl.grading import open_local_sandbox
 from coupled.rl.recipe import Sandbox
 from coupled.sandbox import Execution, Executor, Isolation, Job, Limits
 
-FIELDS = ("style", "tests", "entry_point", "setup")
+_OURS = ("uid", "prompt", "visible_tests", "hidden_tests", "columns")
+FIELDS = ("tests", *(item.name for item in fields(Task) if item.name not in _OURS))
 FORMAT = (
     'a JSON list of assert statements, such as ["assert f(1) == 2"], or an object with "tests" and optionally '
     '"style", "entry_point" and "setup"; of style "stdio" each test is {"input": "..", "output": ".."}'
@@ -46,6 +47,15 @@ class Trial:
         """False: the sandbox failed, which says nothing about the program."""
         return self.judgement.status is not Status.INFRA
 
+    def rows(self) -> list[tuple[str, bool | None]]:
+        """Each test, or each part of one that is judged in parts, and whether it passed; None: not judged."""
+        texts, per_test = self.task.hidden_tests, self.judgement.per_test
+        if not per_test:
+            return [(text, None) for text in texts]
+        if len(per_test) == len(texts):
+            return list(zip(texts, per_test, strict=True))
+        return [(f"part {number}", passed) for number, passed in enumerate(per_test, 1)]
+
     def as_json(self) -> str:
         """Everything, on one line."""
         run = self.execution
@@ -53,10 +63,7 @@ class Trial:
             "passed": self.has_passed,
             "status": str(self.judgement.status),
             "outcome": self.judgement.outcome,
-            "tests": [
-                {"test": text, "passed": passed}
-                for text, passed in zip(self.task.hidden_tests, self.judgement.per_test, strict=False)
-            ],
+            "tests": [{"test": text, "passed": passed} for text, passed in self.rows()],
             "tier": run.tier if run else self.isolation.tier,
             "usage": asdict(run.usage) if run else None,
             "detail": run.detail if run else "",
@@ -69,15 +76,14 @@ class Trial:
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
         table.add_column("", no_wrap=True)
         table.add_column("test", overflow="fold")
-        per_test: Sequence[bool | None] = self.judgement.per_test or (None,) * len(self.task.hidden_tests)
-        for text, passed in zip(self.task.hidden_tests, per_test, strict=True):
+        for text, passed in self.rows():
             mark = Text("—") if passed is None else Text("pass", "green") if passed else Text("FAIL", "bold red")
             table.add_row(mark, Text(_printable(text)[:400]))
         run, judgement = self.execution, self.judgement
         lines = [
             f"status   {judgement.status}, {judgement.outcome}" + (f": {run.detail}" if run and run.detail else "")
         ]
-        lines += [f"passed   {judgement.passed} of {len(self.task.hidden_tests)}"]
+        lines += [f"passed   {judgement.passed} of {len(self.rows())}"]
         if run is not None:
             used = run.usage
             lines += [f"used     {used.cpu_seconds:.3f} s CPU, {used.wall_seconds:.3f} s wall, {used.memory_mb:.0f} MB"]
@@ -109,7 +115,9 @@ def try_file(program: Path, tests: Path, *, tier: str, url: str | None) -> Trial
         isolation = recorder.isolation()
     finally:
         recorder.close()
-    execution = recorder.executions[-1] if recorder.executions else None
+    # Besides the program itself, references and checkers may have been run.
+    own = [execution for job, execution in recorder.runs if job.source == source]
+    execution = own[0] if own else None
     return Trial(task=task, judgement=judgement, execution=execution, isolation=isolation)
 
 
@@ -126,9 +134,9 @@ def read_task(path: Path) -> Task:
     if unknown := sorted(content.keys() - set(FIELDS)):
         raise DataError(f"{path} has the key {unknown[0]!r}; known are {', '.join(FIELDS)}")
     tests = tuple(test if isinstance(test, str) else json.dumps(test) for test in content["tests"])
-    rest = {key: value for key, value in content.items() if key in ("style", "entry_point", "setup")}
-    if wrong := [key for key, value in rest.items() if not isinstance(value, str)]:
-        raise DataError(f"{path}: {wrong[0]} is text; got {rest[wrong[0]]!r}")
+    rest = {key: value for key, value in content.items() if key != "tests"}
+    if wrong := [key for key, value in rest.items() if not isinstance(value, str | float)]:
+        raise DataError(f"{path}: {wrong[0]} is a text or a number; got {rest[wrong[0]]!r}")
     try:
         return Task(uid=path.stem, prompt="", hidden_tests=tests, **rest)
     except ValueError as error:
@@ -140,11 +148,11 @@ class _Recorder:
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor
-        self.executions: list[Execution] = []
+        self.runs: list[tuple[Job, Execution]] = []
 
     def run(self, jobs: Sequence[Job]) -> list[Execution]:
         found = self._executor.run(jobs)
-        self.executions += found
+        self.runs += zip(jobs, found, strict=True)
         return found
 
     def isolation(self) -> Isolation:
