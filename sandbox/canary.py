@@ -155,17 +155,18 @@ def canary(like: Job) -> tuple[Job, list[object]]:
     limits = _roomy(like.limits)
     if like.stdin_cases:
         source, text, expected = _draw.choice((_read_sum, _read_words))()
-        return Job(uid=like.uid, source=source, stdin_cases=(text,), limits=limits), [expected]
+        return Job(uid=like.uid, source=source, stdin_cases=(text,), limits=limits, profile=like.profile), [expected]
     source, name, cases = _draw.choice((_filtered_sum, _sorted_pairs, _letters, _divisor))()
     calls = tuple(Call(function=name, args=args) for args, _ in cases)
-    return Job(uid=like.uid, source=source, calls=calls, limits=limits), [value for _, value in cases]
+    job = Job(uid=like.uid, source=source, calls=calls, limits=limits, profile=like.profile)
+    return job, [value for _, value in cases]
 
 
 def _roomy(limits: Limits) -> Limits:
-    """Return limits that an honest program keeps on a busy machine too."""
+    """Return the same limits, unless they are so tight that an honest program might break them on a busy machine."""
     return dataclasses.replace(
         limits,
-        wall_seconds=max(limits.wall_seconds, 30.0),
+        wall_seconds=limits.wall_seconds if limits.wall_seconds >= 5.0 else 30.0,
         memory_mb=max(limits.memory_mb, 64),
         output_kb=max(limits.output_kb, 64),
     )

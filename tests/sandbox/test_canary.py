@@ -179,7 +179,7 @@ def test_canaries_are_answered_by_honest_workers_and_never_twice_the_same(execut
     for (drawn_job, expected), run in zip(drawn, runs, strict=True):
         assert run.outcome is Outcome.OK, (drawn_job, run)
         assert [result.value for result in run.results] == expected, drawn_job
-        assert drawn_job.uid == "like"
+        assert (drawn_job.uid, drawn_job.profile) == ("like", like.profile)
     assert len({(j.source, repr(j.calls), j.stdin_cases) for j, _ in drawn}) == 40
 
 
