@@ -183,8 +183,9 @@ class Rewards(Section):
 class Sandbox(Section):
     tier: Literal["auto", "namespaces", "landlock", "process", "remote"] = Field(
         default="auto",
-        description="isolation of the programs that are run; auto: namespaces, else landlock, else an error; process: "
-        "limits alone; remote: a SandboxFusion server at url",
+        description="what holds the programs that are run: auto takes namespaces or else landlock, whichever passes its "
+        "self-check here, or refuses; process only limits them and does not contain a hostile program; remote: a "
+        "SandboxFusion server at url",
     )
     url: str | None = Field(
         default=None, pattern=r"^https?://", description="base address of the server, with tier remote; else none"
