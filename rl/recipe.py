@@ -183,8 +183,8 @@ class Rewards(Section):
 class Sandbox(Section):
     tier: Literal["auto", "namespaces", "landlock", "process", "remote"] = Field(
         default="auto",
-        description="what holds the programs that are run: auto takes namespaces or else landlock, whichever passes its "
-        "self-check here, or refuses; process only limits them and does not contain a hostile program; remote: a "
+        description="what holds the programs that are run: auto takes namespaces or else landlock, whichever passes "
+        "its self-check here, or refuses; process only limits them and does not contain a hostile program; remote: a "
         "SandboxFusion server at url",
     )
     url: str | None = Field(
