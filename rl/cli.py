@@ -1,4 +1,4 @@
-"""The command line: train, eval, sample, doctor."""
+"""The command line: train, eval, sample, sandbox run, doctor, schema."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Post-train diffusion language models with coupled-GRPO.",
 )
+sandbox_app = typer.Typer(no_args_is_help=True, help="Try the sandbox by hand.")
+app.add_typer(sandbox_app, name="sandbox")
 console = Console(soft_wrap=True)
 INTERRUPTED = 130
 
@@ -90,6 +92,25 @@ def sample(
             console.print(text, markup=False, highlight=False)
     console.print("[dim]── completion ──[/dim]")
     console.print(rollout.text, markup=False, highlight=False)
+
+
+@sandbox_app.command(name="run")
+def sandbox_run(
+    program: Annotated[Path, typer.Argument(help="Python file to run")],
+    tests: Annotated[Path, typer.Option(help="JSON file: a list of asserts, or {style, tests, entry_point, setup}")],
+    tier: Annotated[str, typer.Option(help="auto, namespaces, landlock, process or remote")] = "auto",
+    url: Annotated[str | None, typer.Option(help="address of the server, with --tier remote")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print one line of JSON instead of a table")] = False,
+) -> None:
+    """Run a file against tests. Exit status 0: all passed; 1: not all; 2: nothing was judged."""
+    from coupled.rl.sandbox_command import try_file
+
+    trial = try_file(program, tests, tier=tier, url=url)
+    if as_json:
+        print(trial.as_json())
+    else:
+        console.print(trial.as_table())
+    raise typer.Exit(0 if trial.has_passed else 1 if trial.is_judged else 2)
 
 
 @app.command()

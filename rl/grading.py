@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from coupled.reward import Judge, Judgement, RewardSpec, Scorer, Task, Verdict
-from coupled.rl.recipe import Recipe
-from coupled.sandbox import Executor, Limits, open_executor
+from coupled.rl.recipe import Recipe, Sandbox
+from coupled.sandbox import CachedExecutor, CacheStatistics, Executor, Limits, RemoteExecutor, open_executor
 
 
 class Grader:
     """Scores completions for training, and judges them for evaluation, with sandbox workers of its own."""
 
-    def __init__(self, executor: Executor, scorer: Scorer, judge: Judge) -> None:
+    def __init__(self, executor: CachedExecutor, scorer: Scorer, judge: Judge) -> None:
         self._executor = executor
         self._scorer = scorer
         self._judge = judge
@@ -24,6 +24,10 @@ class Grader:
     def judge(self, tasks: Sequence[Task], completions: Sequence[str]) -> list[Judgement]:
         """Hidden tests only, whatever the recipe rewards."""
         return self._judge.judge(tasks, completions)
+
+    def cache_statistics(self) -> CacheStatistics:
+        """How many programs had been run before, since this was opened."""
+        return self._executor.statistics()
 
     def close(self) -> None:
         """Stop the sandbox workers."""
@@ -40,10 +44,30 @@ def open_grader(recipe: Recipe) -> Grader:
     sandbox = recipe.sandbox
     limits = Limits(cpu_seconds=sandbox.cpu_seconds, wall_seconds=sandbox.wall_seconds, memory_mb=sandbox.memory_mb)
     specs = [RewardSpec(name=f.name, path=f.path, weight=f.weight) for f in recipe.reward.functions]
-    executor = open_executor(tier=sandbox.tier, num_workers=sandbox.num_workers)
+    executor = CachedExecutor(_open_sandbox(recipe))
     try:
         scorer = Scorer(specs, executor, timeout_seconds=recipe.reward.timeout_seconds, limits=limits)
     except BaseException:
         executor.close()
         raise
     return Grader(executor, scorer, Judge(executor, limits))
+
+
+def open_local_sandbox(sandbox: Sandbox) -> Executor:
+    """The workers of this process: jails on this machine, or connections to a server.
+
+    Raises:
+        SandboxUnavailable: this host cannot give the tier, or there is no server at the address.
+    """
+    if sandbox.tier == "remote":
+        assert sandbox.url is not None, "the recipe requires a url with tier remote"
+        return RemoteExecutor(sandbox.url, num_workers=sandbox.num_workers)
+    return open_executor(tier=sandbox.tier, num_workers=sandbox.num_workers)
+
+
+def _open_sandbox(recipe: Recipe) -> Executor:
+    if recipe.sandbox.workers == "inline":
+        return open_local_sandbox(recipe.sandbox)
+    from coupled.rl.ray_sandbox import RayExecutor
+
+    return RayExecutor(recipe)

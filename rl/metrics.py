@@ -13,6 +13,7 @@ from coupled.reward import Status
 from coupled.rl.batch import rewards_of
 from coupled.rl.shapes import Float
 from coupled.rl.types import Group
+from coupled.sandbox import CacheStatistics
 
 
 def add_sums(total: dict[str, float], part: dict[str, float]) -> None:
@@ -57,6 +58,12 @@ class StepMetrics:
         spreads = [row[~row.isnan()].std().item() for row in rewards if (~row.isnan()).sum() > 1]
         self._row["reward_std"] = float(np.mean(spreads)) if spreads else 0.0  # within a group
         self._tokens = int(lengths.sum())
+
+    def of_cache(self, before: CacheStatistics, after: CacheStatistics) -> None:
+        """What the sandbox's cache did during the step."""
+        num_jobs = after.num_jobs - before.num_jobs
+        # Share of the programs that were not run, because the same program had been.
+        self._row["cache/hit_rate"] = (after.num_hits - before.num_hits) / num_jobs if num_jobs else 0.0
 
     def of_advantages(self, advantages: Float[Tensor, "P G"]) -> None:
         """How many groups teach nothing."""
@@ -103,5 +110,5 @@ class StepMetrics:
         return {label: row[name] for label, name in shown.items() if name in row}
 
 
-DETERMINISTIC_EXCEPT = ("time/", "memory/", "tokens_per_second")
-"""Metrics that start with one of these depend on the machine; all others are the same for a resumed run."""
+DETERMINISTIC_EXCEPT = ("time/", "memory/", "cache/", "tokens_per_second")
+"""Metrics that start with one of these depend on the machine or the process; all others are those of a resumed run."""

@@ -1,4 +1,4 @@
-"""Rollouts in Ray actors. The only file that imports ray.
+"""Rollouts in Ray actors.
 
 Each actor holds a policy of its own and gets whole request batches, cut as the inline engine cuts them, so that its
 results are the same bit for bit. Weights travel through the object store as NumPy arrays, which Ray reads without
@@ -7,8 +7,6 @@ copying; the driver owns them, so they survive any actor.
 
 from __future__ import annotations
 
-import contextlib
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from coupled.rl.denoise import Request, Sampler, denoise
 from coupled.rl.engine import request_chunks
 from coupled.rl.errors import RolloutError
 from coupled.rl.policy import Policy
+from coupled.rl.ray_cluster import close_ray, open_ray
 from coupled.rl.recipe import Recipe
 from coupled.rl.types import Rollout
 
@@ -50,13 +49,10 @@ class RayEngine:
     """A pool of rollout actors on a Ray instance that this process starts and stops."""
 
     def __init__(self, recipe: Recipe, log_dir: Path | None = None) -> None:
-        import ray
-
-        self._ray = ray
+        ray = self._ray = open_ray(recipe, log_dir)
         self._recipe = recipe
         self._state: Any = None
         self._version = 0
-        _start_quietly(ray, recipe, log_dir)
         self._actor_class = ray.remote(num_cpus=1, max_restarts=0)(RolloutWorker)
         self._actors = [self._actor_class.remote(recipe) for _ in range(recipe.rollout.num_workers)]
 
@@ -97,40 +93,11 @@ class RayEngine:
         self._ray.get([actor.load_weights.remote(self._state, version) for actor in self._actors])
 
     def close(self) -> None:
-        """Stop the actors and the Ray instance."""
-        self._ray.shutdown()
+        """Stop the actors, and the Ray instance when nobody else uses it."""
+        for actor in self._actors:
+            self._ray.kill(actor)
+        close_ray()
 
     def _replace(self, place: int) -> None:
         self._actors[place] = self._actor_class.remote(self._recipe)
         self._ray.get(self._actors[place].load_weights.remote(self._state, self._version))
-
-
-def _start_quietly(ray: Any, recipe: Recipe, log_dir: Path | None) -> None:
-    """A local Ray of our own. A bare `ray.init()` would join whatever cluster it finds on the host."""
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a loopback-only instance; unset, Ray prints a warning
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    threads = str(recipe.num_threads or 1)
-    ray.init(
-        address="local",
-        num_cpus=max(recipe.rollout.num_workers, os.cpu_count() or 1),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        configure_logging=True,
-        _node_ip_address="127.0.0.1",
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
-    )
-    if log_dir is not None:
-        _redirect_dumps(log_dir / "ray.log")
-
-
-def _redirect_dumps(path: Path) -> None:
-    """Ray prints dumps of dead processes on stdout whatever its log level says; send them to the run folder."""
-    with contextlib.suppress(ImportError, AttributeError):
-        from ray._private import worker
-
-        def to_file(data: Any, *_: Any, **__: Any) -> None:
-            with path.open("a") as out:
-                out.write(f"{data}\n")
-
-        worker.print_to_stdstream = to_file

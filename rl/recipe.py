@@ -185,15 +185,30 @@ class Rewards(Section):
 
 
 class Sandbox(Section):
-    tier: Literal["auto", "namespaces", "landlock", "process"] = Field(
+    tier: Literal["auto", "namespaces", "landlock", "process", "remote"] = Field(
         default="auto",
-        description="what holds the programs that are run: auto takes namespaces, else landlock, whichever passes its "
-        "self-check here, or refuses; process only limits them and does not contain a hostile program",
+        description="what holds the programs that are run: auto takes namespaces or else landlock, whichever passes "
+        "its self-check here, or refuses; process only limits them and does not contain a hostile program; remote: a "
+        "SandboxFusion server at url",
     )
-    num_workers: Positive = Field(default=2, description="programs run at the same time")
+    url: str | None = Field(
+        default=None, pattern=r"^https?://", description="base address of the server, with tier remote; else none"
+    )
+    workers: Literal["inline", "ray"] = Field(
+        default="inline", description="inline: jails under this process; ray: a supervisor with jails on every node"
+    )
+    num_workers: Positive = Field(default=2, description="programs run at the same time, on each node")
     cpu_seconds: Positive = Field(default=2, description="CPU time a program may use, whole seconds")
     wall_seconds: float = Field(default=6.0, gt=0, description="wall-clock time a program may take")
     memory_mb: Positive = Field(default=512, description="address space a program may add, in MiB")
+
+    @model_validator(mode="after")
+    def _url_goes_with_remote(self) -> Sandbox:
+        if (self.tier == "remote") != (self.url is not None):
+            raise ValueError(
+                f"sandbox.url goes with sandbox.tier=remote and only with it; got tier={self.tier!r}, url={self.url!r}"
+            )
+        return self
 
 
 class Evaluation(Section):

@@ -106,8 +106,10 @@ class Run:
         ]
         with self._clock("rollout"):
             made = self._engine.generate(requests, sampler_of(self.recipe), seed=self.recipe.seed)
+        before = self._grader.cache_statistics()
         with self._clock("sandbox"):
             groups = self._judge(step, prompts, made)
+        self._metrics.of_cache(before, self._grader.cache_statistics())
         write_rollouts(self.folder.path, step, groups)
         refuse_identical_groups(groups)
         self._metrics.of_groups(groups)

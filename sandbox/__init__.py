@@ -9,9 +9,11 @@ with open_executor(num_workers=2) as executor:
 if __name__ != "coupled.sandbox":
     raise ImportError("import coupled.sandbox, not sandbox: the folder is a package of the distribution 'coupled'")
 
+from coupled.sandbox.cache import CachedExecutor, CacheStatistics
 from coupled.sandbox.check import Check, self_check
 from coupled.sandbox.codec import CodecError, Opaque
 from coupled.sandbox.executor import NOT_CONTAINED, TIERS, Executor, LocalExecutor, open_executor
+from coupled.sandbox.remote import RemoteExecutor
 from coupled.sandbox.types import (
     Call,
     CallResult,
@@ -28,6 +30,8 @@ from coupled.sandbox.types import (
 __all__ = [
     "NOT_CONTAINED",
     "TIERS",
+    "CacheStatistics",
+    "CachedExecutor",
     "Call",
     "CallResult",
     "Check",
@@ -41,6 +45,7 @@ __all__ = [
     "Opaque",
     "Outcome",
     "Raised",
+    "RemoteExecutor",
     "SandboxUnavailable",
     "Usage",
     "open_executor",

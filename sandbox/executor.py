@@ -32,6 +32,7 @@ import queue
 import sys
 import warnings
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,6 +40,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from coupled.sandbox import worker as workers
+from coupled.sandbox.canary import Slot, run_watched
 from coupled.sandbox.check import self_check
 from coupled.sandbox.outcome import Reading, encode_job, read_calls, read_stdio
 from coupled.sandbox.types import CallResult, Execution, Isolation, Job, Outcome, SandboxUnavailable, Usage
@@ -104,10 +106,16 @@ class LocalExecutor:
             raise RuntimeError("an executor runs nothing after close(): open another")
         if os.getpid() != self._owner:
             raise RuntimeError(f"an executor belongs to the process that opened it ({self._owner}): open one here")
+        slots = [Slot(job) for job in jobs]
+        todo = deque(slots)
         if len(jobs) <= 1 or len(self._workers) == 1:
-            return [self._run_one(job) for job in jobs]
-        with ThreadPoolExecutor(min(len(jobs), len(self._workers)), "sandbox") as pool:
-            return list(pool.map(self._run_one, jobs))
+            self._serve(todo)
+        else:
+            size = min(len(jobs), len(self._workers))
+            with ThreadPoolExecutor(size, "sandbox") as pool:
+                for served in [pool.submit(self._serve, todo) for _ in range(size)]:
+                    served.result()
+        return [slot.result for slot in slots]
 
     def isolation(self) -> Isolation:
         """Return what took effect for the workers; all of them start alike."""
@@ -133,12 +141,14 @@ class LocalExecutor:
         if hasattr(self, "_workers"):
             self.close()
 
-    def _run_one(self, job: Job) -> Execution:
-        worker = self._idle.get()
-        try:
-            return run_job(worker, job)
-        finally:
-            self._idle.put(worker)
+    def _serve(self, todo: deque[Slot]) -> None:
+        """Have idle workers take jobs until none is left; a worker is given back as soon as it has proven itself."""
+        while todo:
+            worker = self._idle.get()
+            try:
+                run_watched(worker, todo, run_job)
+            finally:
+                self._idle.put(worker)
 
 
 def run_job(worker: Worker, job: Job) -> Execution:

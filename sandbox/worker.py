@@ -93,6 +93,7 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._base = ""
+        self.incarnation = 0
         try:
             self.isolation: Isolation = self._start()
         except BaseException:
@@ -237,6 +238,7 @@ class Worker:
         self._base = ""
 
     def _start(self) -> Isolation:
+        self.incarnation += 1
         self._base = tempfile.mkdtemp(prefix="coupled-sandbox-")
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         settings = {

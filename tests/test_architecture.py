@@ -177,8 +177,8 @@ def test_no_file_sets_a_global_generator_outside_a_fork(name: str) -> None:
     assert calls.forked == 0 or name == "rl/policy.py", "weights are initialised in policy.py and nowhere else"
 
 
-# doctor reports the environment, ray_engine hands one to its actors; the sandbox is about processes.
-MAY_READ_ENVIRONMENT = {"rl/cli.py", "rl/doctor.py", "rl/ray_engine.py", *of_package("sandbox")}
+# doctor reports the environment, ray_cluster hands one to its actors; the sandbox is about processes.
+MAY_READ_ENVIRONMENT = {"rl/cli.py", "rl/doctor.py", "rl/ray_cluster.py", *of_package("sandbox")}
 
 
 @pytest.mark.parametrize("name", sorted(FILES.keys() - MAY_READ_ENVIRONMENT))

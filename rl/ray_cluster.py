@@ -1,0 +1,83 @@
+"""The local Ray instance of this process, shared by rollout actors and sandbox supervisors. The only file that
+imports ray."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from coupled.rl.recipe import Recipe
+
+_lock = threading.Lock()
+_num_users = 0
+
+
+def open_ray(recipe: Recipe, log_dir: Path | None = None) -> Any:
+    """Start Ray, or join the instance that this process has started, and return the module `ray`.
+
+    A bare `ray.init()` would join whatever cluster it finds on the host. Each call wants its `close_ray`.
+    """
+    import ray
+
+    global _num_users
+    with _lock:
+        if _num_users == 0:
+            _start_quietly(ray, recipe)
+        _num_users += 1
+    if log_dir is not None:
+        _redirect_dumps(log_dir / "ray.log")
+    return ray
+
+
+def close_ray() -> None:
+    """Stop the instance when its last user goes."""
+    import ray
+
+    global _num_users
+    with _lock:
+        _num_users = max(0, _num_users - 1)
+        if _num_users == 0:
+            ray.shutdown()
+
+
+def alive_nodes(ray: Any) -> list[str]:
+    """Return the ids of the nodes that take actors."""
+    return [node["NodeID"] for node in ray.nodes() if node["Alive"]]
+
+
+def on_node(node: str) -> Any:
+    """Return the scheduling that prefers a node, and takes another when it is gone."""
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(node_id=node, soft=True)
+
+
+def _start_quietly(ray: Any, recipe: Recipe) -> None:
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a loopback-only instance; unset, Ray prints a warning
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    threads = str(recipe.num_threads or 1)
+    ray.init(
+        address="local",
+        num_cpus=max(recipe.rollout.num_workers, os.cpu_count() or 1),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        configure_logging=True,
+        _node_ip_address="127.0.0.1",
+        runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
+    )
+
+
+def _redirect_dumps(path: Path) -> None:
+    """Ray prints dumps of dead processes on stdout whatever its log level says; send them to the run folder."""
+    with contextlib.suppress(ImportError, AttributeError):
+        from ray._private import worker
+
+        def to_file(data: Any, *_: Any, **__: Any) -> None:
+            with path.open("a") as out:
+                out.write(f"{data}\n")
+
+        worker.print_to_stdstream = to_file

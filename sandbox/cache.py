@@ -1,0 +1,160 @@
+"""Remembers what came of a program, so that the same program with the same tests is run once.
+
+The key is everything that a program can depend on: its source and setup, the calls or inputs, the limits, the
+tier and the interpreter's version. Kept are only outcomes that the program brings about by itself (`KEPT`): a
+time-out, a kill, a dead supervisor or a failure of the sandbox may turn out otherwise the next time.
+
+A program may still be unlike itself: it can read the clock, `os.urandom` or the address of an object (`random`
+and the hash of text are seeded by the sandbox). Then the first answer stays. That is meant: of two completions
+with the same text, neither may earn more than the other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+
+from coupled.sandbox import codec
+from coupled.sandbox.executor import Executor
+from coupled.sandbox.types import Execution, Isolation, Job, Outcome
+
+KEPT = frozenset({Outcome.OK, Outcome.LOAD_ERROR, Outcome.CRASH, Outcome.OUTPUT_LIMIT, Outcome.PROTOCOL})
+"""Outcomes that a program brings about by itself, whenever and wherever it runs."""
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, range, set, frozenset)
+_LEAST_WEIGHT = 16
+"""What an entry without results counts, in values."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheStatistics:
+    """How often the cache had the answer. Example: `CacheStatistics(num_jobs=160, num_hits=40)`."""
+
+    num_jobs: int = 0
+    num_hits: int = 0
+    """Jobs that were not run: known from before, or the same as another of their batch."""
+
+    @property
+    def hit_rate(self) -> float:
+        """Hits over jobs, in [0, 1]; 0 before the first job."""
+        return self.num_hits / self.num_jobs if self.num_jobs else 0.0
+
+
+class CachedExecutor:
+    """Any executor, with a cache in front of it. Closing it closes the executor.
+
+    `max_values` bounds the memory: that many values (numbers, short texts, containers) are kept in all results
+    together, about 100 bytes each; what was used longest ago goes first. May be used by several threads.
+    """
+
+    def __init__(self, executor: Executor, *, max_values: int = 1_000_000) -> None:
+        if max_values < 0:
+            raise ValueError(f"max_values is 0 (nothing is kept) or more; received {max_values}")
+        self._executor = executor
+        self._salt = f"{executor.isolation().tier} {sys.version}"
+        self._room = max_values
+        self._known: OrderedDict[bytes, tuple[Execution, int]] = OrderedDict()
+        self._lock = threading.Lock()
+        self._num_jobs = self._num_hits = 0
+
+    def run(self, jobs: Sequence[Job]) -> list[Execution]:
+        """Return one execution per job, in order; only jobs that are new, each once, reach the executor."""
+        keys = [job_key(job, self._salt) for job in jobs]
+        found: dict[bytes, Execution] = {}
+        missing: dict[bytes, Job] = {}
+        with self._lock:
+            for key, job in zip(keys, jobs, strict=True):
+                if key in self._known:
+                    self._known.move_to_end(key)
+                    found[key] = self._known[key][0]
+                else:
+                    missing.setdefault(key, job)
+        if missing:
+            found |= zip(missing, self._executor.run(list(missing.values())), strict=True)
+        with self._lock:
+            self._num_jobs += len(jobs)
+            self._num_hits += len(jobs) - len(missing)
+            for key in missing:
+                self._keep(key, found[key])
+        return [dataclasses.replace(found[key], uid=job.uid) for key, job in zip(keys, jobs, strict=True)]
+
+    def statistics(self) -> CacheStatistics:
+        """Return what was asked of the cache so far."""
+        with self._lock:
+            return CacheStatistics(num_jobs=self._num_jobs, num_hits=self._num_hits)
+
+    def isolation(self) -> Isolation:
+        """Return what holds a program that is run."""
+        return self._executor.isolation()
+
+    def close(self) -> None:
+        """Close the executor and forget everything."""
+        self._executor.close()
+        with self._lock:
+            self._known.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _keep(self, key: bytes, execution: Execution) -> None:
+        if execution.outcome not in KEPT or key in self._known:
+            return
+        weight = _LEAST_WEIGHT + sum(_weight(result.value) for result in execution.results)
+        self._known[key] = (execution, weight)
+        self._room -= weight
+        while self._room < 0:
+            _, (_, freed) = self._known.popitem(last=False)
+            self._room += freed
+
+
+def job_key(job: Job, salt: str = "") -> bytes:
+    """Return 32 bytes that are the same for jobs which differ in nothing but their uid."""
+    digest = hashlib.sha256(salt.encode())
+    for item in dataclasses.fields(job):
+        if item.name != "uid":
+            _feed(digest.update, getattr(job, item.name))
+    return digest.digest()
+
+
+def _feed(update: Callable[[bytes], None], value: Any) -> None:
+    """Feed a value as tag, length and body: no two values feed the same bytes, and 1, 1.0 and True differ."""
+    if dataclasses.is_dataclass(value):
+        parts: list[Any] = [getattr(value, item.name) for item in dataclasses.fields(value)]
+    elif isinstance(value, Mapping):
+        parts = [part for pair in value.items() for part in pair]
+    elif type(value) in (tuple, list):
+        parts = list(value)
+    else:
+        # The rest is what the program's process would be given of it; what cannot travel is at least told apart.
+        body = codec.encode(value).encode() + (b"" if type(value) in _PLAIN else repr(value).encode())
+        update(b"v%d:" % len(body) + body)
+        return
+    update(b"%s%d:" % (type(value).__name__.encode(), len(parts)))
+    for part in parts:
+        _feed(update, part)
+
+
+def _weight(value: Any) -> int:
+    """Count the values in a value; long texts count by their length."""
+    weight, rest = 0, [value]
+    while rest:
+        item = rest.pop()
+        weight += 1
+        if isinstance(item, str | bytes):
+            weight += len(item) // 64
+        elif isinstance(item, Mapping):
+            rest += [*item.keys(), *item.values()]
+        elif isinstance(item, list | tuple | set | frozenset):
+            rest += item
+    return weight

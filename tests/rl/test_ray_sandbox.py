@@ -1,0 +1,114 @@
+"""Supervisors in Ray actors: order, batches, and that nothing is lost when one of them goes."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from coupled.rl import ray_sandbox
+from coupled.rl.ray_cluster import alive_nodes, close_ray, open_ray
+from coupled.rl.ray_sandbox import RayExecutor
+from coupled.rl.recipe import Recipe, load_recipe
+from coupled.sandbox import Call, Job, Limits, Outcome, SandboxUnavailable
+
+QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
+
+
+def recipe(*overrides: str) -> Recipe:
+    return load_recipe(QUICKSTART, ("num_threads=1", "sandbox.num_workers=1", "sandbox.workers=ray", *overrides))
+
+
+def job(uid: str, body: str = "return x * 2", x: int = 21) -> Job:
+    source = f"import time\ndef f(x): {body}"
+    limits = Limits(cpu_seconds=1, wall_seconds=30.0)
+    return Job(uid=uid, source=source, calls=(Call(function="f", args=(x,)),), limits=limits)
+
+
+@pytest.fixture(scope="module")
+def executor() -> Iterator[RayExecutor]:
+    """Two supervisors, both on the one node that a test machine has."""
+    chosen = recipe()
+    ray = open_ray(chosen)
+    try:
+        with RayExecutor(chosen, nodes=alive_nodes(ray) * 2) as executor:
+            yield executor
+    finally:
+        close_ray()
+
+
+def test_groups_travel_together_and_small_ones_share_a_batch() -> None:
+    jobs = [job(uid) for uid in "aaaaabbbbbccdd"]
+    cut = [[jobs[index].uid for index in batch.places] for batch in ray_sandbox._batches(jobs, num_workers=2)]
+    assert cut == [list("aaaaa"), list("bbbbb"), list("ccdd")]
+    assert ray_sandbox._batches([], num_workers=2) == []
+
+
+@pytest.mark.ray
+def test_executions_come_in_order_and_the_tier_is_that_of_the_nodes(executor: RayExecutor) -> None:
+    jobs = [job(str(n // 3), x=n) for n in range(20)]
+    executions = executor.run(jobs)
+    assert [execution.results[0].value for execution in executions] == [2 * n for n in range(20)]
+    assert [execution.uid for execution in executions] == [each.uid for each in jobs]
+    assert {execution.tier for execution in executions} == {executor.isolation().tier}
+    assert executor.run([]) == []
+
+
+@pytest.mark.ray
+def test_a_supervisor_killed_in_the_middle_of_a_batch_loses_nothing(executor: RayExecutor) -> None:
+    first = list(executor._actors)
+    jobs = [job(str(n // 4), "time.sleep(0.2); return x", x=n) for n in range(24)]
+    killer = threading.Timer(0.6, lambda: [executor._ray.kill(actor) for actor in first])
+    killer.start()
+    executions = executor.run(jobs)
+    killer.join()
+    assert [execution.outcome for execution in executions] == [Outcome.OK] * 24
+    assert [execution.results[0].value for execution in executions] == list(range(24))
+    assert not set(first) & set(executor._actors), "both were replaced"
+
+
+@pytest.mark.ray
+def test_a_supervisor_that_does_not_answer_is_replaced(executor: RayExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_sandbox, "_patience", lambda jobs: 2.0 if jobs[0].uid == "slow" else 60.0)
+    first = list(executor._actors)
+    started = time.monotonic()
+    slow, quick = executor.run([job("slow", "time.sleep(25); return x"), job("quick")])
+    assert slow.outcome is Outcome.SANDBOX_ERROR
+    assert slow.outcome.is_infrastructure
+    assert "its supervisor ended 3 times" in slow.detail
+    assert quick.outcome is Outcome.OK
+    assert time.monotonic() - started < 25
+    assert set(first) != set(executor._actors)
+
+
+@pytest.mark.ray
+def test_infrastructure_is_tried_on_another_supervisor_and_stays_infrastructure(
+    executor: RayExecutor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[int] = []
+    free_place = RayExecutor._free_place
+
+    def watched(self: RayExecutor, running: object, batch: ray_sandbox._Batch) -> int | None:
+        place = free_place(self, running, batch)  # type: ignore[arg-type]
+        if place is not None:
+            sent.append(place)
+        return place
+
+    monkeypatch.setattr(RayExecutor, "_free_place", watched)
+    broken = job("broken")
+    object.__setattr__(broken.limits, "max_files", -7)  # no limit of the kernel's: the lock-down fails
+    (execution,) = executor.run([broken])
+    assert execution.outcome is Outcome.SANDBOX_ERROR
+    assert len(sent) == 3
+    assert sent[0] != sent[1] != sent[2]
+
+
+@pytest.mark.ray
+def test_a_node_that_cannot_give_the_tier_is_refused_with_a_remedy(executor: RayExecutor) -> None:
+    nowhere = recipe("sandbox.tier=remote", "sandbox.url=http://127.0.0.1:9")
+    with pytest.raises(SandboxUnavailable, match=r"(?s)refused.*remedy: run `coupled doctor` on that node"):
+        RayExecutor(nowhere)
+    assert executor.run([job("a")])[0].outcome is Outcome.OK, "the instance they share is still there"

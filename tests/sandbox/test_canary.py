@@ -1,0 +1,206 @@
+"""Canaries: a worker that lies is found out, replaced, and what it said since its last good answer is made anew."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import signal
+from collections.abc import Callable
+
+import pytest
+from fusion import serve
+
+from coupled.sandbox import (
+    Call,
+    Execution,
+    Job,
+    Limits,
+    LocalExecutor,
+    Outcome,
+    RemoteExecutor,
+    canary,
+    open_executor,
+)
+from coupled.sandbox.worker import Finished, Worker
+
+POISON = "poison = 1\ndef f(x): return x"
+
+
+def job(uid: str, source: str = "def f(x): return x * 2", x: object = 21, **limits: float) -> Job:
+    given = Limits(**({"cpu_seconds": 1, "wall_seconds": 20.0} | limits))  # type: ignore[arg-type]
+    return Job(uid=uid, source=source, calls=(Call(function="f", args=(x,)),), limits=given)
+
+
+def outcomes(executions: list[Execution]) -> list[tuple[Outcome, object]]:
+    return [(run.outcome, run.results[0].value if run.results else None) for run in executions]
+
+
+class Liar:
+    """Makes workers lie, as one would whose zygote a program took over, until they are replaced."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.bodies: list[bytes] = []
+        self.poisoned: set[Worker] = set()
+        self.lies_always = False
+        run, restart = Worker.run, Worker.restart
+
+        def lying(worker: Worker, body: bytes, *rest: object) -> Finished:
+            self.bodies.append(body)
+            finished = run(worker, body, *rest)  # type: ignore[arg-type]
+            if worker in self.poisoned or self.lies_always:
+                # 42 becomes 43: a well-formed reply of the same length with another value.
+                stream = re.sub(
+                    rb'("v":[^0-9}]*-?)(\d)', lambda m: m[1] + b"%d" % ((int(m[2]) + 1) % 10), finished.stream
+                )
+                object.__setattr__(finished, "stream", stream)
+            if b"poison" in body:
+                self.poisoned.add(worker)
+            return finished
+
+        def forgiving(worker: Worker) -> None:
+            self.poisoned.discard(worker)
+            restart(worker)
+
+        monkeypatch.setattr(Worker, "run", lying)
+        monkeypatch.setattr(Worker, "restart", forgiving)
+
+
+@pytest.fixture
+def liar(monkeypatch: pytest.MonkeyPatch) -> Liar:
+    return Liar(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def quiet(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING, logger="coupled.sandbox.canary")
+
+
+def sources(bodies: list[bytes]) -> list[str]:
+    return [json.loads(body)["source"] for body in bodies]
+
+
+def test_a_lying_worker_is_replaced_and_what_it_said_is_made_anew(liar: Liar, caplog: pytest.LogCaptureFixture) -> None:
+    with open_executor() as executor:
+        first = executor._workers[0].incarnation
+        runs = executor.run([job("a"), job("p", POISON), job("b"), job("c", x=4)])
+        assert outcomes(runs) == [(Outcome.OK, 42), (Outcome.VIOLATION, None), (Outcome.OK, 42), (Outcome.OK, 8)]
+        assert "spoiled 2 new workers" in runs[1].detail
+        assert [run.uid for run in runs] == ["a", "p", "b", "c"]
+        assert executor._workers[0].incarnation > first
+        assert "wrong answer to a known program" in caplog.text
+        assert outcomes(executor.run([job("d")])) == [(Outcome.OK, 42)], "the worker left behind is an honest one"
+
+
+def test_without_canaries_the_lie_would_have_been_believed(liar: Liar, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(canary, "_answers", lambda *_: True)
+    with open_executor() as executor:
+        runs = executor.run([job("a"), job("p", POISON), job("b")])
+        assert outcomes(runs) == [(Outcome.OK, 42), (Outcome.OK, 21), (Outcome.OK, 52)]
+
+
+def test_a_machine_whose_new_workers_lie_too_gives_no_verdicts(liar: Liar) -> None:
+    with open_executor() as executor:
+        liar.lies_always = True
+        runs = executor.run([job("a"), job("b")])
+    assert all(run.outcome is Outcome.SANDBOX_ERROR and run.outcome.is_infrastructure for run in runs)
+    assert all(run.results == () and "do not trust this machine" in run.detail for run in runs)
+
+
+def test_a_canary_ends_every_batch_and_comes_after_so_many_programs(
+    liar: Liar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(canary, "NUM_BETWEEN", 3)
+    ours = [f"def f(x): return {n}" for n in range(7)]
+    with open_executor() as executor:
+        liar.bodies.clear()
+        executor.run([job("", source) for source in ours])
+    order = ["job" if source in ours else "canary" for source in sources(liar.bodies)]
+    assert order == ["job"] * 3 + ["canary"] + ["job"] * 3 + ["canary"] + ["job", "canary"]
+
+
+@pytest.mark.parametrize(
+    ("body", "outcome"),
+    [
+        ("import ctypes\ndef f(x): ctypes.string_at(0)", Outcome.CRASH),
+        ("import os\ndef f(x):\n    for fd in range(256):\n        try: os.write(fd, b'\\0\\0\\0\\2{}')\n"
+         "        except OSError: pass", Outcome.PROTOCOL),
+    ],
+)  # fmt: skip
+def test_a_canary_comes_at_once_after_what_smells_of_an_attack(liar: Liar, body: str, outcome: Outcome) -> None:
+    with open_executor() as executor:
+        liar.bodies.clear()
+        runs = executor.run([job("x", body), job("y")])
+    assert [run.outcome for run in runs] == [outcome, Outcome.OK]
+    ours = [body, "def f(x): return x * 2"]
+    assert [source in ours for source in sources(liar.bodies)] == [True, False, True, False]
+
+
+def test_a_failure_of_the_sandbox_claims_nothing_and_needs_no_proof(liar: Liar) -> None:
+    broken = job("broken")
+    object.__setattr__(broken.limits, "max_files", -7)  # no limit of the kernel's: the lock-down fails
+    with open_executor() as executor:
+        liar.bodies.clear()
+        assert executor.run([broken])[0].outcome is Outcome.SANDBOX_ERROR
+    started = [source for source in sources(liar.bodies) if source != "import sched"]  # the trial of a new worker
+    assert started == [broken.source] * 3
+
+
+def test_results_of_a_worker_that_died_before_its_canary_are_made_anew(
+    liar: Liar, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Worker.run
+    killed: list[int] = []
+
+    def dying(worker: Worker, body: bytes, *rest: object) -> Finished:
+        finished = run(worker, body, *rest)  # type: ignore[arg-type]
+        if b"last" in body and not killed:
+            assert worker._process is not None
+            killed.append(worker._process.pid)
+            os.kill(killed[0], signal.SIGKILL)
+            worker._process.wait()
+        return finished
+
+    monkeypatch.setattr(Worker, "run", dying)
+    last = "last = 1\ndef f(x): return x * 2"
+    with open_executor() as executor:
+        liar.bodies.clear()
+        runs = executor.run([job("a"), job("b", last)])
+    assert outcomes(runs) == [(Outcome.OK, 42)] * 2
+    assert sources(liar.bodies).count(last) == 2
+    assert sources(liar.bodies).count(job("a").source) == 2
+
+
+@pytest.mark.parametrize("like", [job("like"), Job(uid="like", source="", stdin_cases=("1",))], ids=["calls", "stdin"])
+def test_canaries_are_answered_by_honest_workers_and_never_twice_the_same(executor: LocalExecutor, like: Job) -> None:
+    drawn = [canary.canary(like) for _ in range(40)]
+    runs = executor.run([job for job, _ in drawn])
+    for (drawn_job, expected), run in zip(drawn, runs, strict=True):
+        assert run.outcome is Outcome.OK, (drawn_job, run)
+        assert [result.value for result in run.results] == expected, drawn_job
+        assert (drawn_job.uid, drawn_job.profile) == ("like", like.profile)
+    assert len({(j.source, repr(j.calls), j.stdin_cases) for j, _ in drawn}) == 40
+
+
+def test_a_value_of_another_type_is_a_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    like = job("like")
+    monkeypatch.setattr(canary, "canary", lambda _: (like, [1]))
+    answer: Callable[..., bool] = canary._answers
+    with open_executor() as executor:
+        worker = executor._workers[0]
+        from coupled.sandbox.executor import run_job
+
+        for source, is_right in (("1", True), ("True", False), ("1.0", False), ("1 / 0", False)):
+            monkeypatch.setattr(canary, "canary", lambda _, s=source: (job("c", f"def f(x): return {s}"), [1]))
+            assert answer(worker, like, run_job) is is_right, source
+
+
+def test_a_server_that_lies_gives_no_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coupled.sandbox.remote._BACKOFF_SECONDS", 0.01)
+    with serve() as server, RemoteExecutor(server.url) as executor:
+        server.lie = lambda stdout: stdout.replace('"v":4', '"v":5').replace("1", "2")
+        (run,) = executor.run([job("a")])
+        assert run.outcome is Outcome.SANDBOX_ERROR
+        server.lie = None
+        assert outcomes(executor.run([job("a")])) == [(Outcome.OK, 42)]
