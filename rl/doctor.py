@@ -94,11 +94,16 @@ def _gpu() -> Finding:
 
 def _sandbox() -> list[Finding]:
     try:
-        executor = open_executor(tier="process", num_workers=1)
+        executor = open_executor(tier="auto", num_workers=1)
     except SandboxUnavailable as error:
-        return [Finding(name="sandbox", is_good=False, detail=str(error), is_needed=True)]
+        reason, _, remedy = str(error).partition("\nremedy: ")
+        return [Finding(name="sandbox", is_good=False, detail=reason, remedy=remedy, is_needed=True)]
     with executor:
-        findings = [Finding(name="sandbox", is_good=True, detail=_isolation(executor.isolation()))]
+        isolation = executor.isolation()
+        findings = [Finding(name="sandbox", is_good=True, detail=_isolation(isolation))]
+        for note in isolation.notes:
+            reason, _, remedy = note.partition("\nremedy: ")
+            findings.append(Finding(name="sandbox: not granted", is_good=not remedy, detail=reason, remedy=remedy))
         findings += [
             Finding(name=f"sandbox: {check.name}", is_good=check.held, detail=check.detail)
             for check in self_check(executor)
@@ -108,8 +113,8 @@ def _sandbox() -> list[Finding]:
 
 def _isolation(found: Isolation) -> str:
     network = "a network" if found.has_network else "no network"
-    notes = "".join(f"; {note}" for note in found.notes)
-    return f"tier {found.tier}; {found.user}; {network}; {found.filesystem}; {found.processes}{notes}"
+    calls = "filtered system calls" if found.has_filter else "any system call"
+    return f"tier {found.tier}; {found.user}; {network}; {calls}; {found.filesystem}; {found.processes}"
 
 
 def _shared_memory() -> Finding:

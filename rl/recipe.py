@@ -181,7 +181,11 @@ class Rewards(Section):
 
 
 class Sandbox(Section):
-    tier: Literal["process"] = Field(default="process", description="isolation level of the programs that are run")
+    tier: Literal["auto", "namespaces", "landlock", "process"] = Field(
+        default="auto",
+        description="what holds the programs that are run: auto takes namespaces, else landlock, whichever passes its "
+        "self-check here, or refuses; process only limits them and does not contain a hostile program",
+    )
     num_workers: Positive = Field(default=2, description="programs run at the same time")
     cpu_seconds: Positive = Field(default=2, description="CPU time a program may use, whole seconds")
     wall_seconds: float = Field(default=6.0, gt=0, description="wall-clock time a program may take")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 _LIMITS = Limits(
     cpu_seconds=1, wall_seconds=20.0, memory_mb=256, file_kb=1024, output_kb=256, max_files=32, max_processes=8
 )
-_NAP = Limits(cpu_seconds=1, wall_seconds=0.2, memory_mb=256)
+_NAP = Limits(cpu_seconds=1, wall_seconds=0.4, memory_mb=256)
 _NUM_TRIED = 24
 """Threads or processes that a bomb tries to start: more than are allowed, few enough to survive."""
 
@@ -43,7 +43,7 @@ def call(number, *args):
 """
 _HONEST = "def probe(): return sum(range(5))"
 _LOOP = "def probe():\n    while True: pass"
-_SLEEP = "import time\ndef probe():\n    time.sleep(5)\n    return 'slept'"
+_SLEEP = "import time\ndef probe():\n    time.sleep(3)\n    return 'slept'"
 _HOG = "def probe(): return len(bytearray(1 << 29))"
 _FORK = "def fork():\n    if os.fork() == 0: os._exit(0)\n    return 'forked'\ndef probe(): return tried(fork)"
 _EXEC = "def probe(): return tried(os.execv, '/bin/true', ['true'])"
@@ -141,7 +141,8 @@ class _Probe(NamedTuple):
     source: str
     holds: Callable[[Execution], bool]
     args: tuple[object, ...] = ()
-    limits: Limits = _LIMITS
+    limits: Limits | None = None
+    """None: those of all probes."""
     profile: str = "strict"
 
 
@@ -178,9 +179,10 @@ def self_check(executor: Executor) -> list[Check]:
 def _checked(executor: Executor, probe: _Probe) -> Check:
     call = Call(function="probe", args=probe.args)
     source = _TRY + probe.source
-    job = Job(uid=probe.name, source=source, calls=(call,), limits=probe.limits, profile=probe.profile)
+    job = Job(uid=probe.name, source=source, calls=(call,), limits=probe.limits or _LIMITS, profile=probe.profile)
     (run,) = executor.run([job])
-    return Check(probe.name, probe.holds(run), _detail(run))
+    held = probe.holds(run)
+    return Check(probe.name, held, _detail(run)[: 80 if held else 400])
 
 
 def _everywhere(isolation: Isolation) -> Iterator[_Probe]:
@@ -194,7 +196,7 @@ def _everywhere(isolation: Isolation) -> Iterator[_Probe]:
     yield _Probe("flood of output", _FLOOD, lambda run: run.outcome is Outcome.OUTPUT_LIMIT)
     yield _Probe("privileges", _RIGHTS, _gives([False, 1, 0, False]))
     most = 0 if isolation.tier == "landlock" else _LIMITS.max_processes
-    yield _Probe("thread bomb", _THREADS, lambda run: _value(run) in range(most + 1), (_NUM_TRIED,))
+    yield _Probe("thread bomb", _THREADS, lambda run: _is_count(_value(run), most), (_NUM_TRIED,))
     yield _Probe("new process", _FORK, _refuses(errno.EPERM))
     yield _Probe("other program", _EXEC, _refuses(errno.EPERM))
     yield _Probe("network", _SOCKET, _refuses(errno.EPERM))
@@ -253,6 +255,8 @@ def _foreign_mounts(table: object, shown: tuple[str, ...]) -> list[str]:
     foreign = []
     for line in table.splitlines():
         fields = line.split()
+        if len(fields) < 6:
+            return [f"no mount table: {line[:80]}"]
         place, options = _unescaped(fields[4]), set(fields[5].split(","))
         is_own = place in own and set(own[place].split()) <= options
         if not is_own and not (place in real | below | set(shown) and {"ro", "nosuid"} <= options):
@@ -283,6 +287,10 @@ def _gives(expected: object) -> Callable[[Execution], bool]:
     return lambda run: type(_value(run)) is type(expected) and _value(run) == expected
 
 
+def _is_count(value: object, most: int) -> bool:
+    return type(value) is int and 0 <= value <= most
+
+
 def _refuses(number: int) -> Callable[[Execution], bool]:
     return lambda run: _refused(_value(run)) == number
 
@@ -309,4 +317,4 @@ def _ran_out_of_memory(run: Execution) -> bool:
 def _detail(run: Execution) -> str:
     reply = run.results[0] if run.results else None
     said = "" if reply is None else f", raised {reply.raised.type}" if reply.raised else f", gave {reply.value!r}"
-    return f"{run.outcome}{said}{f' ({run.detail})' if run.detail else ''}"[:200]
+    return f"{run.outcome}{said}{f' ({run.detail})' if run.detail else ''}"

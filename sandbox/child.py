@@ -24,11 +24,16 @@ MAX_TEXT = 500
 """Characters of an exception's text that are sent."""
 
 
-def serve(fd: int, codec: Any) -> int:
-    """Say that the lock-down is done, read the job and do it. Returns the exit status."""
-    random.seed(0)  # fork reseeds from the system: the same program must give the same values every time
+def fix_randomness() -> None:
+    """Make the global generators start alike: fork reseeds from the system, and a verdict must not hang on that."""
+    random.seed(0)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(0)
+
+
+def serve(fd: int, codec: Any) -> int:
+    """Say that the lock-down is done, read the job and do it. Returns the exit status."""
+    fix_randomness()
     os.write(fd, LOCKED)
     job = json.loads(_read_frame(fd))
     for name in ("exit", "quit"):

@@ -35,6 +35,12 @@ _CLONE_NEW = 0x7E020000
 """Every flag of clone that makes a namespace."""
 _AF_UNIX, _AF_INET, _AF_INET6 = 1, 2, 10
 _SOCK_STREAM, _SOCK_DGRAM, _SOCK_TYPES = 1, 2, 0xF
+_SOCKETS = (
+    *((_AF_UNIX, kind, 0) for kind in (_SOCK_STREAM, _SOCK_DGRAM)),
+    *((family, _SOCK_STREAM, protocol) for family in (_AF_INET, _AF_INET6) for protocol in (0, 6)),
+    *((family, _SOCK_DGRAM, protocol) for family in (_AF_INET, _AF_INET6) for protocol in (0, 17)),
+)
+"""Family, type, protocol: UNIX, TCP and UDP. Any other might have the kernel load a module."""
 _SIOCGIFFLAGS, _SIOCSIFFLAGS = 0x8913, 0x8914
 _PID = 0x5EED5EE1
 """Stands for the program's own pid in a compiled filter, which `load` puts in its place."""
@@ -152,16 +158,15 @@ def program_filter(profile: str, *, is_alone: bool = False) -> Filter:
 
 def _base_rules() -> Iterator[_Rule]:
     for call in (_COMPUTE + _CHANGE_FILES + _COMPAT_ONLY + _ZYGOTE_EPERM + _ZYGOTE_KILL).split():
-        if call not in ("socket", "kill"):
+        if call != "socket":
             yield _Rule(_ALLOW, call)
-    yield _Rule(_ALLOW, "kill")
     yield _Rule(_ALLOW, "sendto")
     yield _Rule(_ALLOW, "clone", ((0, _MASKED_EQ, _CLONE_NEW, 0),))
     yield _Rule(_ALLOW, "prlimit64", ((0, _EQ, 0, 0),))
     yield _Rule(_ALLOW, "socketpair", ((0, _EQ, _AF_UNIX, 0), (1, _MASKED_EQ, _SOCK_TYPES, _SOCK_STREAM)))
-    for family in (_AF_UNIX, _AF_INET, _AF_INET6):
-        for kind in (_SOCK_STREAM, _SOCK_DGRAM):
-            yield _Rule(_ALLOW, "socket", ((0, _EQ, family, 0), (1, _MASKED_EQ, _SOCK_TYPES, kind)))
+    for family, kind, protocol in _SOCKETS:
+        tests = ((0, _EQ, family, 0), (1, _MASKED_EQ, _SOCK_TYPES, kind), (2, _EQ, protocol, 0))
+        yield _Rule(_ALLOW, "socket", tests)
     for command in _FCNTL:
         yield _Rule(_ALLOW, "fcntl", ((1, _EQ, command, 0),))
     for request in (*_IOCTL, _SIOCGIFFLAGS, _SIOCSIFFLAGS):

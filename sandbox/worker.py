@@ -87,12 +87,17 @@ class Worker:
         self.tier = tier
         self._preload = tuple(preload)
         self._packages = find_packages(preload)
+        self._claim: socket.socket | None
         self._uid, self._claim = _claim_uid() if os.geteuid() == 0 else (os.getuid(), None)
         self._serial = 0
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._base = ""
-        self.isolation: Isolation = self._start()
+        try:
+            self.isolation: Isolation = self._start()
+        except BaseException:
+            self.close()
+            raise
 
     def run(self, body: bytes, limits: Limits, stdin: bytes | None = None, profile: str = "strict") -> Finished:
         """Run one program whose job is `body`; with `stdin` all of its standard output is collected.
@@ -101,7 +106,9 @@ class Worker:
         cannot be started again, or has no such profile.
         """
         if profile != "strict" and self.tier != "namespaces":
-            raise SandboxUnavailable(f"profile {profile!r} is available in tier 'namespaces' only; this is {self.tier!r}")
+            raise SandboxUnavailable(
+                f"profile {profile!r} is available in tier 'namespaces' only; this is {self.tier!r}"
+            )
         if self._process is None or self._process.poll() is not None:
             self.restart()
         self._serial += 1

@@ -47,6 +47,8 @@ def main(control_fd: int, settings: dict[str, Any]) -> None:
             sys.path.append(here.packages)
         for name in settings["preload"]:
             importlib.import_module(name)
+        # A package may load its generator when it is first used: once here, not in each program.
+        parts["child"].fix_randomness()
         confine.clear_scratch(here)
         confine.seal(here, parts["seccomp"])
     except Exception as error:  # the border: whatever went wrong is told to the host, which refuses to start

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from coupled.sandbox import ProcessExecutor, open_executor
+from coupled.sandbox import LocalExecutor, open_executor
 
 
 @pytest.fixture(scope="session")
-def executor() -> Iterator[ProcessExecutor]:
+def executor() -> Iterator[LocalExecutor]:
     """Two workers, shared by the tests of rewards."""
     with open_executor(num_workers=2) as executor:
         yield executor

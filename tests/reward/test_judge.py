@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 
 from coupled.reward import Judge, Judgement, Status, Task, UnsupportedTest, stdio_test
-from coupled.sandbox import Execution, Isolation, Job, Limits, Outcome, ProcessExecutor
+from coupled.sandbox import Execution, Isolation, Job, Limits, LocalExecutor, Outcome
 
 SQUARE = Task(
     uid="square",
@@ -22,7 +22,7 @@ def fenced(code: str) -> str:
     return f"```python\n{code}\n```"
 
 
-def judged(executor: ProcessExecutor, code: str, task: Task = SQUARE) -> Judgement:
+def judged(executor: LocalExecutor, code: str, task: Task = SQUARE) -> Judgement:
     return Judge(executor, SMALL).judge([task], [fenced(code)])[0]
 
 
@@ -45,19 +45,19 @@ def judged(executor: ProcessExecutor, code: str, task: Task = SQUARE) -> Judgeme
     ],
 )
 def test_each_hidden_test_has_its_own_verdict(
-    code: str, per_test: tuple[bool, ...], status: Status, outcome: str, executor: ProcessExecutor
+    code: str, per_test: tuple[bool, ...], status: Status, outcome: str, executor: LocalExecutor
 ) -> None:
     judgement = judged(executor, code)
     assert (judgement.per_test, judgement.status, judgement.outcome) == (per_test, status, outcome)
     assert judgement.pass_rate == sum(per_test) / 3
 
 
-def test_a_completion_without_code_fails_every_test(executor: ProcessExecutor) -> None:
+def test_a_completion_without_code_fails_every_test(executor: LocalExecutor) -> None:
     (judgement,) = Judge(executor).judge([SQUARE], ["def f(x): return x * x"])
     assert (judgement.outcome, judgement.passed, judgement.total) == ("no_code", 0, 3)
 
 
-def test_judgements_come_in_the_order_of_the_completions(executor: ProcessExecutor) -> None:
+def test_judgements_come_in_the_order_of_the_completions(executor: LocalExecutor) -> None:
     right, wrong = fenced("def f(x): return x * x"), fenced("def f(x): return 0")
     judgements = Judge(executor).judge([SQUARE] * 5, [right, "nothing", wrong, right, fenced("def")])
     assert [judgement.passed for judgement in judgements] == [3, 0, 0, 3, 0]
@@ -65,7 +65,7 @@ def test_judgements_come_in_the_order_of_the_completions(executor: ProcessExecut
         Judge(executor).judge([SQUARE] * 2, [right])
 
 
-def test_setup_runs_after_the_program_so_it_may_use_its_classes(executor: ProcessExecutor) -> None:
+def test_setup_runs_after_the_program_so_it_may_use_its_classes(executor: LocalExecutor) -> None:
     task = Task(uid="n", prompt="", setup="import math\nroot = Node(5)", hidden_tests=("assert f() == 8",))
     code = "class Node:\n    def __init__(self, v): self.v = v\ndef f(): return root.v + math.floor(3.5)"
     assert judged(executor, code, task).passed == 1
@@ -88,7 +88,7 @@ def f(x):
 """
 
 
-def test_the_expected_value_never_reaches_the_program(executor: ProcessExecutor) -> None:
+def test_the_expected_value_never_reaches_the_program(executor: LocalExecutor) -> None:
     task = Task(uid="s", prompt="", hidden_tests=("assert f(1) == 918273645546372819 or f(0) is False",))
     assert judged(executor, SNOOP, task).per_test == (True,)
     shown = Task(uid="s", prompt="", hidden_tests=("assert f(918273645546372819) is True",))
@@ -108,7 +108,7 @@ def test_the_expected_value_never_reaches_the_program(executor: ProcessExecutor)
         "import unittest.mock as m\ndef f(x): return m.ANY",
     ],
 )
-def test_a_cheat_scores_nothing(code: str, executor: ProcessExecutor) -> None:
+def test_a_cheat_scores_nothing(code: str, executor: LocalExecutor) -> None:
     assert judged(executor, code).passed == 0
 
 
@@ -125,7 +125,7 @@ def test_a_cheat_scores_nothing(code: str, executor: ProcessExecutor) -> None:
     ],
 )
 def test_standard_output_is_compared_line_by_line(
-    printed: str, expected: str, passes: bool, executor: ProcessExecutor
+    printed: str, expected: str, passes: bool, executor: LocalExecutor
 ) -> None:
     tests = (stdio_test("in", expected), stdio_test("no", "never"))
     task = Task(uid="s", prompt="", style="stdio", hidden_tests=tests)
@@ -133,14 +133,14 @@ def test_standard_output_is_compared_line_by_line(
     assert judged(executor, code, task).per_test == (passes, False)
 
 
-def test_a_stdin_program_that_ends_badly_keeps_the_inputs_it_passed(executor: ProcessExecutor) -> None:
+def test_a_stdin_program_that_ends_badly_keeps_the_inputs_it_passed(executor: LocalExecutor) -> None:
     task = Task(uid="s", prompt="", style="stdio", hidden_tests=(stdio_test("1", "1"), stdio_test("0", "0")))
     judgement = judged(executor, "x = int(input())\nprint(x)\n1 / x", task)
     assert (judgement.per_test, judgement.status) == ((True, False), Status.CRASH)
 
 
 @pytest.mark.parametrize("text", ["assert f(1) == 1", '{"input": "a"}', '{"input": "a", "output": 3}', "[]"])
-def test_a_stdio_test_of_another_shape_is_refused(text: str, executor: ProcessExecutor) -> None:
+def test_a_stdio_test_of_another_shape_is_refused(text: str, executor: LocalExecutor) -> None:
     task = Task(uid="s", prompt="", style="stdio", hidden_tests=(text,))
     with pytest.raises(UnsupportedTest, match=r"coupled\.reward\.stdio_test"):
         judged(executor, "x = 1", task)
@@ -177,7 +177,7 @@ def test_every_other_outcome_is_the_program_s_own() -> None:
         assert judgement.pass_rate == 0.0
 
 
-def test_128_small_programs_are_judged_within_a_second_of_processor_time(executor: ProcessExecutor) -> None:
+def test_128_small_programs_are_judged_within_a_second_of_processor_time(executor: LocalExecutor) -> None:
     completions = [fenced(f"import math\ndef f(x): return x * x + {index % 2}") for index in range(128)]
     Judge(executor).judge([SQUARE], completions[:1])
     start, cpu = time.monotonic(), time.process_time()

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from coupled.reward import Judge, Task, UnsupportedTest, parse_tests
-from coupled.sandbox import Limits, ProcessExecutor
+from coupled.sandbox import Limits, LocalExecutor
 
 DATA = Path(__file__).parents[2] / "../shared/data/mbpp/sanitized-mbpp.json"
 pytestmark = pytest.mark.skipif(not DATA.exists(), reason=f"sanitized MBPP is not at {DATA}; see docs/data.md")
@@ -39,7 +39,7 @@ def test_all_but_the_known_tests_can_be_split_into_calls_and_checks(rows: list[d
     assert refused == [126, 596]
 
 
-def test_the_canonical_solutions_pass(rows: list[dict[str, Any]], executor: ProcessExecutor) -> None:
+def test_the_canonical_solutions_pass(rows: list[dict[str, Any]], executor: LocalExecutor) -> None:
     usable = [row for row in rows if row["task_id"] not in (126, 596)]
     patient = Limits(wall_seconds=60.0)  # a busy machine is no reason to find a solution wrong
     judgements = Judge(executor, patient).judge_programs([task(row) for row in usable], [row["code"] for row in usable])
@@ -47,7 +47,7 @@ def test_the_canonical_solutions_pass(rows: list[dict[str, Any]], executor: Proc
     assert failed == []
 
 
-def test_solutions_of_other_problems_do_not_pass(rows: list[dict[str, Any]], executor: ProcessExecutor) -> None:
+def test_solutions_of_other_problems_do_not_pass(rows: list[dict[str, Any]], executor: LocalExecutor) -> None:
     usable = [row for row in rows if row["task_id"] not in (126, 596)][:60]
     programs = [f"def {_name(row)}(*args): return None" for row in usable]
     judgements = Judge(executor).judge_programs([task(row) for row in usable], programs)

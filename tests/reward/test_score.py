@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from coupled.reward import PUBLISHED, RewardSpec, Scorer, Status, Task, Verdict
-from coupled.sandbox import Execution, Isolation, Job, Outcome, ProcessExecutor
+from coupled.sandbox import Execution, Isolation, Job, LocalExecutor, Outcome
 
 TASK = Task(uid="t", prompt="", hidden_tests=("assert f(2) == 4", "assert f(3) == 9"), entry_point="f")
 RIGHT = "```python\ndef f(x): return x * x\n```"
@@ -18,7 +18,7 @@ BARE = "def f(x): return x * x"
 class Counting:
     """Counts the programs that another executor runs, or answers each with one outcome."""
 
-    def __init__(self, inner: ProcessExecutor | None, outcome: Outcome = Outcome.OK) -> None:
+    def __init__(self, inner: LocalExecutor | None, outcome: Outcome = Outcome.OK) -> None:
         self.inner, self.outcome, self.seen = inner, outcome, 0
 
     def run(self, jobs: Sequence[Job]) -> list[Execution]:
@@ -33,7 +33,7 @@ class Counting:
     def close(self) -> None: ...
 
 
-def test_the_published_reward_is_twice_the_pass_rate_plus_half_the_format(executor: ProcessExecutor) -> None:
+def test_the_published_reward_is_twice_the_pass_rate_plus_half_the_format(executor: LocalExecutor) -> None:
     verdicts = Scorer(PUBLISHED, executor).score([TASK] * 4, [RIGHT, HALF, BROKEN, BARE])
     assert verdicts == [
         Verdict(score=2.5, parts={"code": 1.0, "format": 1.0}, status=Status.OK, passed=2, total=2, outcome="ok"),
@@ -52,7 +52,7 @@ def test_the_published_reward_is_twice_the_pass_rate_plus_half_the_format(execut
     ]
 
 
-def test_a_program_runs_once_whatever_the_number_of_functions(executor: ProcessExecutor, tmp_path: Path) -> None:
+def test_a_program_runs_once_whatever_the_number_of_functions(executor: LocalExecutor, tmp_path: Path) -> None:
     (tmp_path / "r.py").write_text("def brevity(completions): return [-len(c) for c in completions]")
     counting = Counting(executor)
     functions = [*PUBLISHED, RewardSpec(path="r.py:brevity", weight=0.01)]

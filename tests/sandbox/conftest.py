@@ -1,24 +1,45 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from coupled.sandbox import Call, Execution, Job, Limits, ProcessExecutor, open_executor
+from coupled.sandbox import Call, Execution, Job, Limits, LocalExecutor, SandboxUnavailable, open_executor
 
 
 @pytest.fixture(scope="session")
-def executor() -> Iterator[ProcessExecutor]:
-    """One worker, so that every program runs where the one before it ran."""
-    with open_executor(num_workers=1) as executor:
+def executor() -> Iterator[LocalExecutor]:
+    """One worker of tier `namespaces`, so that every program runs where the one before it ran."""
+    try:
+        executor = open_executor("namespaces")
+    except SandboxUnavailable as error:
+        pytest.skip(str(error))
+    with executor:
         yield executor
+
+
+@pytest.fixture(scope="session")
+def open_python() -> str:
+    """An interpreter that an unprivileged user may read, as tier `landlock` needs it when the host is root."""
+    if os.getuid() != 0:
+        return sys.executable
+    ask = "import os, sys; os.setuid(65534); print(os.access(sys.executable, os.X_OK) and sys.version_info >= (3, 11))"
+    for python in (sys.executable, "/usr/bin/python3", "/usr/local/bin/python3"):
+        if os.path.exists(python):
+            asked = subprocess.run([python, "-c", ask], capture_output=True, text=True)
+            if asked.stdout.strip() == "True":
+                return python
+    pytest.skip("needs an interpreter of 3.11 or newer that everybody may read")
 
 
 Run = Callable[..., Execution]
 
 
 @pytest.fixture
-def run(executor: ProcessExecutor) -> Run:
+def run(executor: LocalExecutor) -> Run:
     """Run a source whose `f` is called with 1, 2 and 3 (or with `calls`) under small limits."""
 
     def run(source: str, *args: tuple[object, ...], setup: str = "", **limits: float) -> Execution:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from coupled.sandbox import Call, Execution, Job, Limits, Outcome, ProcessExecutor, open_executor
+from coupled.sandbox import Call, Execution, Job, Limits, LocalExecutor, Outcome, open_executor
 
 Run = Callable[..., Execution]
 
@@ -63,7 +63,7 @@ def test_setup_runs_after_the_program_and_before_the_calls(run: Run) -> None:
     assert run("def f(x): return 0", setup="root = Node()").outcome is Outcome.LOAD_ERROR
 
 
-def test_a_method_is_called_on_a_fresh_instance(executor: ProcessExecutor) -> None:
+def test_a_method_is_called_on_a_fresh_instance(executor: LocalExecutor) -> None:
     source = "class S:\n    n = 0\n    def up(self, by):\n        self.n += by\n        return self.n"
     call = Call(function="S().up", kwargs={"by": 2})
     (execution,) = executor.run([Job(uid="m", source=source, calls=(call, call))])
@@ -87,7 +87,7 @@ def test_classes_can_look_up_their_module(run: Run) -> None:
     assert run(source).results[0].value == [3, "int"]
 
 
-def test_the_main_block_is_left_out_for_calls_and_run_for_stdin(executor: ProcessExecutor) -> None:
+def test_the_main_block_is_left_out_for_calls_and_run_for_stdin(executor: LocalExecutor) -> None:
     source = (
         "def f(x): return seen\nseen = 'no'\nif __name__ == '__main__':\n    print('yes', end='')\n    seen = 'yes'"
     )
@@ -101,7 +101,7 @@ def test_the_main_block_is_left_out_for_calls_and_run_for_stdin(executor: Proces
     assert read.results[0].value == "yes"
 
 
-def test_stdin_cases_are_runs_of_their_own(executor: ProcessExecutor) -> None:
+def test_stdin_cases_are_runs_of_their_own(executor: LocalExecutor) -> None:
     source = "import sys\nn = int(input())\nprint(sum(int(line) for line in sys.stdin), n)\nexit()"
     job = Job(uid="s", source=source, stdin_cases=("2\n3\n4\n", "0\n", "1\n5"))
     (execution,) = executor.run([job])
@@ -109,7 +109,7 @@ def test_stdin_cases_are_runs_of_their_own(executor: ProcessExecutor) -> None:
     assert [result.value for result in execution.results] == ["7 2\n", "0 0\n", "5 1\n"]
 
 
-def test_large_inputs_and_outputs_pass_through(executor: ProcessExecutor) -> None:
+def test_large_inputs_and_outputs_pass_through(executor: LocalExecutor) -> None:
     text = "x" * 900_000
     read = Job(uid="s", source="print(input()[::-1], end='')", stdin_cases=(text,), limits=Limits(output_kb=2000))
     called = Job(uid="c", source="def f(x): return x", calls=(Call(function="f", args=(text,)),))
@@ -130,9 +130,7 @@ def test_large_inputs_and_outputs_pass_through(executor: ProcessExecutor) -> Non
         ("import os\nprint(1, flush=True)\nos._exit(1)", Outcome.CRASH),
     ],
 )
-def test_a_stdin_program_counts_only_when_it_ends_well(
-    source: str, outcome: Outcome, executor: ProcessExecutor
-) -> None:
+def test_a_stdin_program_counts_only_when_it_ends_well(source: str, outcome: Outcome, executor: LocalExecutor) -> None:
     # A loop ends by its processor time, however busy the machine is; only the sleeper needs the wall clock.
     wall_seconds = 1.0 if "sleep" in source else 20.0
     limits = Limits(cpu_seconds=1, wall_seconds=wall_seconds, memory_mb=128, output_kb=256)
