@@ -159,7 +159,6 @@ def test_a_hostile_program_earns_nothing_harms_nothing_and_an_honest_one_passes(
     assert any(fnmatchcase(ending, pattern) for pattern in expected), ending
     assert judgement.passed == (len(INPUTS) if program.is_right else 0), judgement
     assert judgement.status is not Status.INFRA
-    assert arena.canaries.about["process"] and arena.canaries.secret
     damage = arena.canaries.damage()
     if is_open:
         if damage:

@@ -40,7 +40,7 @@ PROGRAMS = (
     _probe("fast open by tcp", f'socket.socket().sendto(b"owned", 0x20000000, {_TCP})'),
     _probe(
         "send to a message's own address",
-        f'socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendmsg([b"owned"], [], 0, ("127.0.0.1", HOST["udp"]))',
+        'socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendmsg([b"owned"], [], 0, ("127.0.0.1", HOST["udp"]))',
     ),
     _probe("a raw socket", "socket.socket(socket.AF_INET, socket.SOCK_RAW, 1)"),
     _probe("a packet socket", "socket.socket(socket.AF_PACKET, socket.SOCK_RAW)"),
