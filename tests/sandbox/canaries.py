@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
-import resource
 import secrets
 import shutil
 import signal
@@ -20,7 +19,7 @@ from typing import Any
 REPOSITORY = Path(__file__).parents[2]
 _SLEEPER = """
 import signal, time
-signal.pthread_sigmask(signal.SIG_BLOCK, range(1, 65))
+signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
 print(flush=True)
 while True: time.sleep(600)
 """
@@ -138,7 +137,7 @@ class Canaries:
                 [status[key] for key in ("SigPnd", "ShdPnd", "TracerPid")],
                 os.getpriority(os.PRIO_PROCESS, process.pid),
                 os.sched_getaffinity(process.pid),
-                resource.prlimit(process.pid, resource.RLIMIT_NOFILE),
+                Path(f"/proc/{process.pid}/limits").read_text(),
             )
         return state
 
