@@ -1,0 +1,397 @@
+"""What it costs to run a program: processor time per program by method, and programs per second.
+
+    python benchmarks/sandbox.py                 # a table; writes docs/results/sandbox.json and .md; under four minutes
+    python benchmarks/sandbox.py --soak 5000     # a soak instead: growth, leftovers and changing verdicts end it with 1
+
+A job is one program with five tests. The methods take turns, round by round, so that a busy machine is unfair to all
+alike; figures are medians over the rounds, with the smallest and the largest. Processor time counts everything that
+works for a method: this process, the zygotes, what they run, and every process that was waited for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from coupled.sandbox import TIERS, Call, Job, Limits, Outcome, SandboxUnavailable, open_executor
+from coupled.sandbox.executor import LocalExecutor
+
+ROOT = Path(__file__).parents[1]
+TICK = os.sysconf("SC_CLK_TCK")
+LIMITS = Limits(cpu_seconds=10, wall_seconds=60.0)
+NUM_TESTS = 5
+
+_BODY = "def f(x):\n    total = 0\n    for n in range(x):\n        total += n * n\n    return total + 7\n"
+_USUAL = (
+    "from typing import List, Dict, Optional\nimport math, re, heapq, itertools, collections, functools, random, "
+    "string, datetime\n"
+)
+PROGRAMS = {
+    "trivial": _BODY,
+    "usual imports": _USUAL + _BODY,
+    "numpy": "import numpy as np\n" + _BODY.replace("total + 7", "int(np.int64(total)) + 7"),
+    "10 ms of work": _BODY.replace("    return", "    for n in range(30_000): total ^= n & 0\n    return"),
+}
+EXPECTED = [sum(n * n for n in range(x)) + 7 for x in range(1, NUM_TESTS + 1)]
+BARS = {
+    "python -c per test": {"trivial": 15, "usual imports": 30, "numpy": 80},
+    "namespaces and python per program": {"trivial": 3, "usual imports": 7, "numpy": 20},
+}
+"""At least how many times the processor time of ours."""
+PROGRAMS_PER_SECOND = 200
+
+_ASSERTS = [f"assert f({x}) == {value}" for x, value in enumerate(EXPECTED, 1)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """Median, smallest and largest over the rounds. Example: `Figure(median=3.1, low=2.9, high=3.6)`."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """A way to run programs: `run` takes a source and how often, and raises if a result is wrong."""
+
+    name: str
+    run: Callable[[str, int], None]
+    num_jobs: int
+    """Programs per round: more for a fast method, so that the clock's ticks do not matter."""
+    roots: Callable[[], Sequence[int]] = list
+    """Processes of its own that live on between programs."""
+
+
+def cpu_seconds(roots: Sequence[int]) -> float:
+    """Processor time so far of this process, of all it has waited for, and of `roots` with their descendants."""
+    own = os.times()
+    return own.user + own.system + own.children_user + own.children_system + sum(map(_family_seconds, roots))
+
+
+def _family_seconds(pid: int) -> float:
+    try:
+        # utime, stime, and those of the children it has waited for: a program's time goes to its zygote
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:15]
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+    return sum(map(int, fields)) / TICK + sum(_family_seconds(int(child)) for child in children)
+
+
+def ours(executor: LocalExecutor, tier: str) -> Method:
+    def run(source: str, count: int) -> None:
+        calls = tuple(Call(function="f", args=(x,)) for x in range(1, NUM_TESTS + 1))
+        for execution in executor.run([Job(uid="b", source=source, calls=calls, limits=LIMITS)] * count):
+            values = [result.value for result in execution.results]
+            if execution.outcome is not Outcome.OK or values != EXPECTED:
+                raise RuntimeError(f"tier {tier} gave {execution}")
+
+    def roots() -> list[int]:
+        return [worker._process.pid for worker in executor._workers if worker._process is not None]
+
+    return Method(name=f"ours, {tier}", run=run, num_jobs=100, roots=roots)
+
+
+def commands(name: str, prefix: Sequence[str], *, is_per_test: bool = False, num_jobs: int = 4) -> Method:
+    """A fresh interpreter per program, or per test; passed means exit status 0."""
+
+    def run(source: str, count: int) -> None:
+        bodies = [[line] for line in _ASSERTS] if is_per_test else [_ASSERTS]
+        for _ in range(count):
+            for lines in bodies:
+                code = source + "\n" + "\n".join(lines)
+                subprocess.run([*prefix, sys.executable, "-c", code], check=True, timeout=60)
+
+    return Method(name=name, run=run, num_jobs=num_jobs)
+
+
+def evalplus() -> Method | str:
+    try:
+        from evalplus.eval import PASS, untrusted_check  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    except ImportError:
+        return "evalplus' own checker: not installed"
+
+    def run(source: str, count: int) -> None:
+        inputs = [[x] for x in range(1, NUM_TESTS + 1)]
+        for _ in range(count):
+            status, _details = untrusted_check("humaneval", source, inputs, "f", EXPECTED, 0, [1.0] * NUM_TESTS)
+            if status != PASS:
+                raise RuntimeError(f"evalplus gave {status}")
+
+    return Method(name="evalplus' own checker (fork, no isolation)", run=run, num_jobs=20)
+
+
+def in_namespaces() -> tuple[Method | None, str]:
+    """A fresh interpreter per program inside namespaces made for it: by bubblewrap, or by `unshare` without it."""
+    name = "namespaces and python per program"
+    if bwrap := shutil.which("bwrap"):
+        prefix = [bwrap, "--ro-bind", "/", "/", "--unshare-all", "--dev", "/dev", "--proc", "/proc", "--tmpfs", "/tmp"]
+        return commands(name, prefix), "made by bubblewrap"
+    if unshare := shutil.which("unshare"):
+        user = [] if os.getuid() == 0 else ["--user", "--map-current-user"]
+        prefix = [unshare, *user, "--mount", "--pid", "--ipc", "--net", "--uts", "--fork", "--mount-proc"]
+        if subprocess.run([*prefix, "true"], capture_output=True).returncode == 0:
+            return commands(name, prefix), "bwrap not installed: made by `unshare`, which builds no root and is lighter"
+    return None, "bwrap not installed, and no `unshare` that works"
+
+
+def measure(methods: Sequence[Method], programs: dict[str, str], rounds: int) -> dict[str, dict[str, Figure]]:
+    """Milliseconds of processor time per program: method -> program -> figure."""
+    seen: dict[tuple[str, str], list[float]] = {}
+    for number in range(rounds + 1):
+        for kind, source in programs.items():
+            for method in methods:
+                count = method.num_jobs if number else 1  # the first round warms caches and is not counted
+                before = cpu_seconds(method.roots())
+                method.run(source, count)
+                spent = cpu_seconds(method.roots()) - before
+                if number:
+                    seen.setdefault((method.name, kind), []).append(1000 * spent / count)
+    return {
+        method.name: {
+            kind: Figure(
+                median=statistics.median(seen[method.name, kind]),
+                low=min(seen[method.name, kind]),
+                high=max(seen[method.name, kind]),
+            )
+            for kind in programs
+        }
+        for method in methods
+    }
+
+
+def throughput(tier: str, rounds: int) -> Figure:
+    """Trivial programs per second of wall time with a worker per processor."""
+    num_workers = len(os.sched_getaffinity(0))
+    with _open(tier, num_workers) as executor:
+        method = ours(executor, tier)
+        method.run(PROGRAMS["trivial"], 50)
+        rates = []
+        for _ in range(rounds):
+            start = time.perf_counter()
+            method.run(PROGRAMS["trivial"], 300)
+            rates.append(300 / (time.perf_counter() - start))
+    return Figure(median=statistics.median(rates), low=min(rates), high=max(rates))
+
+
+def _open(tier: str, num_workers: int) -> LocalExecutor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tier process says that it contains nothing; here it is one row of a table
+        return open_executor(tier, num_workers=num_workers, preload=("numpy",))
+
+
+def verdicts(table: dict[str, dict[str, Figure]], rates: dict[str, Figure]) -> list[str]:
+    """One line per bar: held or missed, with the ratio."""
+    lines = []
+    for tier in [name for name in table if name in ("ours, namespaces", "ours, landlock")]:
+        for other, bars in BARS.items():
+            if other not in table:
+                continue
+            for kind, bar in bars.items():
+                ratio = table[other][kind].median / table[tier][kind].median
+                lines.append(
+                    f"{tier}: {other} costs {ratio:.1f} times as much, {kind} (bar {bar}): {_held(ratio, bar)}"
+                )
+    for tier, rate in rates.items():
+        lines.append(
+            f"ours, {tier}: {rate.median:.0f} trivial programs/s (bar {PROGRAMS_PER_SECOND} on two quiet cores): "
+            f"{_held(rate.median, PROGRAMS_PER_SECOND)}"
+        )
+    return lines
+
+
+def _held(value: float, bar: float) -> str:
+    return "held" if value >= bar else "MISSED"
+
+
+def markdown(report: dict[str, object], table: dict[str, dict[str, Figure]], lines: Sequence[str]) -> str:
+    """The report as a page."""
+    kinds = list(PROGRAMS)
+    rows = [
+        "| "
+        + " | ".join([name, *(f"{f.median:.1f} ({f.low:.1f}–{f.high:.1f})" for f in map(row.get, kinds) if f)])
+        + " |"
+        for name, row in table.items()
+    ]
+    head = ["| " + " | ".join(["ms of processor time per program", *kinds]) + " |", "|" + "---|" * (len(kinds) + 1)]
+    about = [f"* {key}: {value}" for key, value in report.items() if isinstance(value, str)]
+    notes = [f"* {line}" for line in lines]
+    parts = ["# The cost of running a program", "", "One program with five tests. Median (smallest–largest) of rounds "
+             "that take turns.", "", *head, *rows, "", *notes, "", *about, ""]  # fmt: skip
+    return "\n".join(parts)
+
+
+def benchmark(rounds: int, output: Path) -> bool:
+    """Measure, print and write; True when every bar that applies was held."""
+    notes: list[str] = []
+    tiers: list[str] = []
+    with ExitStack() as stack:
+        methods = []
+        for tier in (name for name in TIERS if name != "auto"):
+            try:
+                methods.append(ours(stack.enter_context(_open(tier, 1)), tier))
+                tiers.append(tier)
+            except SandboxUnavailable as error:
+                notes.append(f"tier {tier}: {error}".splitlines()[0])
+        methods.append(commands("python -c per test", [], is_per_test=True, num_jobs=2))
+        methods.append(commands("one python per program", []))
+        confined, how = in_namespaces()
+        notes.append(f"namespaces and python per program: {how}")
+        if confined is not None:
+            methods.append(confined)
+        checker = evalplus()
+        if isinstance(checker, str):
+            notes.append(checker)
+        else:
+            methods.append(checker)
+        table = measure(methods, PROGRAMS, rounds)
+    rates = {tier: throughput(tier, rounds) for tier in tiers}
+    held = verdicts(table, rates)
+    report: dict[str, object] = {
+        "command": f"python benchmarks/sandbox.py --rounds {rounds}",
+        "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} processors, {_processor()}",
+        "system": platform.platform(),
+        "interpreter": platform.python_version(),
+        "load": " ".join(f"{load:.1f}" for load in os.getloadavg()) + " at the end",
+        "cpu_ms": {name: {kind: asdict(figure) for kind, figure in row.items()} for name, row in table.items()},
+        "programs_per_second": {tier: asdict(rate) for tier, rate in rates.items()},
+        "bars": held,
+        "notes": notes,
+    }
+    page = markdown(report, table, [*held, *notes])
+    print(page)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "sandbox.json").write_text(json.dumps(report, indent=2) + "\n")
+    (output / "sandbox.md").write_text(page)
+    return not any("MISSED" in line for line in held)
+
+
+def _processor() -> str:
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return names[0].partition(":")[2].strip() if names else "processor unknown"
+
+
+_FILES = """
+import os
+def f(x):
+    try: os.close(os.open("a", os.O_CREAT | os.O_WRONLY, 0o600))
+    except OSError: pass  # tier landlock has no place to write
+    return 5
+"""
+_THREADS = """
+import threading
+def f(x):
+    threads = [threading.Thread(target=print) for _ in range(2)]
+    try:
+        for thread in threads: thread.start()
+        for thread in threads: thread.join()
+    except RuntimeError: pass  # tier landlock has no threads
+    return 6
+"""
+# What a soak mixes: source, how it must end each time, and how many in a hundred.
+MIX: tuple[tuple[str, str, int], ...] = (
+    ("def f(x): return x * x + 7", "ok 8", 44),
+    ("def f(x): return x", "ok 1", 15),
+    ("def f(x): raise ValueError(x)", "ok ValueError", 10),
+    ("def f(x) return x", "load_error", 5),
+    ("import os\ndef f(x): os._exit(0)", "incomplete", 8),
+    ("def f(x):\n    a = []\n    while True: a.append(bytearray(1 << 22))", "ok MemoryError", 5),
+    (_FILES, "ok 5", 6),
+    (_THREADS, "ok 6", 5),
+    ("import ctypes\nctypes.string_at(0)", "crash", 1),
+    ("import time\ntime.sleep(60)", "timeout", 1),
+)
+
+
+def soak(tier: str, num_programs: int) -> list[str]:
+    """Run mixed programs on one worker; return what grew, was left, or ended otherwise than before."""
+    found: list[str] = []
+    with _open(tier, 1) as executor:
+        worker = executor._workers[0]
+        assert worker._process is not None
+        first, after_warm_up, ran = worker._process.pid, {}, 0
+        jobs = [
+            Job(
+                uid=expected,
+                source=source,
+                calls=(Call(function="f", args=(1,)),),
+                limits=Limits(
+                    cpu_seconds=1, wall_seconds=0.3 if "sleep" in source else 30.0, memory_mb=64, max_processes=4
+                ),
+            )
+            for source, expected, share in MIX
+            for _ in range(share)
+        ]
+        while ran < num_programs:
+            for execution in executor.run(jobs):
+                ending = str(execution.outcome)
+                if execution.results:
+                    reply = execution.results[0]
+                    ending += f" {reply.raised.type if reply.raised else reply.value}"
+                if ending != execution.uid:
+                    found.append(f"{execution.uid} ended as {ending}: {execution.detail}")
+            ran += len(jobs)
+            now = _held_by(os.getpid()) | {f"zygote {k}": v for k, v in _held_by(*_family(first)).items()}
+            after_warm_up = after_warm_up or now
+        for name, value in now.items():
+            # Pages come and go with the allocator; descriptors and processes may not.
+            allowed = after_warm_up[name] + (6 if "MB" in name else 0)
+            print(f"tier {tier}, {ran} programs, {name}: {after_warm_up[name]:.1f} after {len(jobs)}, {value:.1f} now")
+            if value > allowed:
+                found.append(f"{name} grew from {after_warm_up[name]} to {value}")
+        if worker._process.pid != first:
+            found.append("the zygote was replaced")
+    return found
+
+
+def _family(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(below for child in children for below in _family(int(child)))]
+
+
+def _held_by(*pids: int) -> dict[str, float]:
+    pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
+    return {
+        "MB": pages * os.sysconf("SC_PAGESIZE") / (1 << 20),
+        "descriptors": float(sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in pids)),
+        "processes": float(len(pids)),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7, help="how often every method takes its turn")
+    parser.add_argument("--soak", type=int, default=0, metavar="N", help="run N mixed programs per tier instead")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results", help="where the results go")
+    options = parser.parse_args()
+    if not options.soak:
+        sys.exit(0 if benchmark(options.rounds, options.output) else 1)
+    failed = False
+    for tier in (name for name in TIERS if name != "auto"):
+        try:
+            found = soak(tier, options.soak)
+        except SandboxUnavailable as error:
+            print(f"tier {tier}: {error}")
+            continue
+        print("\n".join(found) or f"tier {tier}: nothing grew, nothing is left, every program ended as before")
+        failed |= bool(found)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

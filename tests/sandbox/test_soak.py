@@ -1,0 +1,24 @@
+"""Many mixed programs on one worker: nothing grows, nothing is left, every program ends as it did before."""
+
+from __future__ import annotations
+
+import os
+import runpy
+from pathlib import Path
+
+import pytest
+
+from coupled.sandbox import TIERS, SandboxUnavailable
+
+NUM_PROGRAMS = int(os.environ.get("COUPLED_SOAK_PROGRAMS", "300"))
+"""5000 for the whole soak, which takes minutes per tier."""
+_BENCHMARK = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "sandbox.py"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tier", [tier for tier in TIERS if tier != "auto"])
+def test_nothing_grows_and_every_program_ends_as_before(tier: str) -> None:
+    try:
+        assert _BENCHMARK["soak"](tier, NUM_PROGRAMS) == []
+    except SandboxUnavailable as error:
+        pytest.skip(f"this machine has no tier {tier}: {error}")
