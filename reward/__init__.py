@@ -4,9 +4,11 @@ if __name__ != "coupled.reward":
     raise ImportError("import coupled.reward, not reward: the folder is a package of the distribution 'coupled'")
 
 from coupled.reward.asserts import ParsedTest, parse_test, parse_tests
+from coupled.reward.evalplus import arguments_test, evalplus_task
 from coupled.reward.extract import Extraction, extract
 from coupled.reward.functions import BUILT_IN, RewardSpec
 from coupled.reward.judge import Judge
+from coupled.reward.plan import Plan, plan
 from coupled.reward.score import PUBLISHED, Scorer
 from coupled.reward.types import Judgement, RewardError, Status, Task, UnsupportedTest, Verdict, stdio_test
 
@@ -17,6 +19,7 @@ __all__ = [
     "Judge",
     "Judgement",
     "ParsedTest",
+    "Plan",
     "RewardError",
     "RewardSpec",
     "Scorer",
@@ -24,8 +27,11 @@ __all__ = [
     "Task",
     "UnsupportedTest",
     "Verdict",
+    "arguments_test",
+    "evalplus_task",
     "extract",
     "parse_test",
     "parse_tests",
+    "plan",
     "stdio_test",
 ]

@@ -10,7 +10,7 @@ if __name__ != "coupled.sandbox":
     raise ImportError("import coupled.sandbox, not sandbox: the folder is a package of the distribution 'coupled'")
 
 from coupled.sandbox.check import Check, self_check
-from coupled.sandbox.codec import CodecError, Opaque
+from coupled.sandbox.codec import CodecError, Digest, Opaque
 from coupled.sandbox.executor import TIERS, Executor, ProcessExecutor, open_executor
 from coupled.sandbox.types import (
     Call,
@@ -22,6 +22,7 @@ from coupled.sandbox.types import (
     Outcome,
     Raised,
     SandboxUnavailable,
+    TestProgram,
     Usage,
 )
 
@@ -31,6 +32,7 @@ __all__ = [
     "CallResult",
     "Check",
     "CodecError",
+    "Digest",
     "Execution",
     "Executor",
     "Isolation",
@@ -41,6 +43,7 @@ __all__ = [
     "ProcessExecutor",
     "Raised",
     "SandboxUnavailable",
+    "TestProgram",
     "Usage",
     "open_executor",
     "self_check",

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from coupled.sandbox.outcome import Reading, encode_job, read_calls, read_stdio
+from coupled.sandbox.relay import run_tests
 from coupled.sandbox.types import CallResult, Execution, Isolation, Job, Outcome, SandboxUnavailable, Usage
 from coupled.sandbox.worker import TIER, Worker, WorkerDied
 
@@ -117,8 +118,8 @@ class ProcessExecutor:
 
 def run_job(worker: Worker, job: Job) -> Execution:
     """Run one job on one worker: once for its calls, or once per input until one does not end well."""
-    body = encode_job(job)
-    if not job.stdin_cases:
+    if job.tests is not None or not job.stdin_cases:
+        body = b"" if job.tests else encode_job(job)
         reading, usage = _attempt(worker, job, body, None, read_calls)
         return Execution(
             uid=job.uid,
@@ -128,6 +129,7 @@ def run_job(worker: Worker, job: Job) -> Execution:
             tier=TIER,
             detail=reading.detail,
         )
+    body = encode_job(job)
     results: list[CallResult] = []
     cpu_seconds = wall_seconds = 0.0
     for text in job.stdin_cases:
@@ -153,12 +155,14 @@ def _attempt(
     """Run until the outcome is the program's own, at most twice more; only infrastructure is tried again."""
     for _ in range(1 + _NUM_RETRIES):
         try:
-            finished = worker.run(body, job.limits, stdin)
+            if job.tests is not None:
+                reading, usage = run_tests(worker, job)
+            else:
+                finished = worker.run(body, job.limits, stdin)
+                reading = read(finished, job)
+                usage = Usage(cpu_seconds=finished.cpu_seconds, wall_seconds=finished.wall_seconds)
         except WorkerDied as error:
             reading, usage = Reading(outcome=Outcome.SANDBOX_ERROR, detail=str(error)), Usage()
-        else:
-            reading = read(finished, job)
-            usage = Usage(cpu_seconds=finished.cpu_seconds, wall_seconds=finished.wall_seconds)
         if not reading.outcome.is_infrastructure:
             break
         if reading.outcome is Outcome.SANDBOX_ERROR:

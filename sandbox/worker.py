@@ -34,6 +34,9 @@ _REPORT_SECONDS = 5.0
 _TRIAL = "import sched"
 """A module of the standard library that the zygote does not load beforehand."""
 _FIRST_UID = 62_000
+_HEAD = 4096
+_COMPANION = 1000
+"""Added to a worker's number for the one beside it, so that their programs are of different users."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +71,43 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._base = ""
+        self._index = index
+        self._companion: Worker | None = None
         self.isolation: Isolation = self._start()
+
+    def companion(self) -> Worker:
+        """Return the worker beside this one, for the tests of the program that runs here; started when needed.
+
+        Raises SandboxUnavailable when it cannot be started.
+        """
+        if self._companion is None:
+            self._companion = Worker(self._index + _COMPANION)
+        return self._companion
+
+    def converse(self, body: bytes, limits: Limits) -> Conversation:
+        """Start one program whose job is `body` and speak with it frame by frame. Raises as `run` does."""
+        if self._process is None or self._process.poll() is not None:
+            self.restart()
+        ours, theirs = socket.socketpair()
+        try:
+            self._hand_over(limits, [theirs.detach()])
+        except BaseException:
+            ours.close()
+            raise
+        conversation = Conversation(self, ours, limits)
+        conversation.send(body)
+        return conversation
+
+    def _hand_over(self, limits: Limits, fds: list[int]) -> None:
+        self._serial += 1
+        try:
+            self._ask({"op": "run", "serial": self._serial, "limits": dataclasses.asdict(limits)}, fds)
+        except OSError as error:
+            raise WorkerDied(f"the zygote does not listen: {error}") from error
+        finally:
+            # Our copies must go first: the sockets close when the program's process has closed its own.
+            for fd in fds:
+                os.close(fd)
 
     def run(self, body: bytes, limits: Limits, stdin: bytes | None = None) -> Finished:
         """Run one program whose job is `body`; with `stdin` its standard output is collected.
@@ -78,21 +117,13 @@ class Worker:
         """
         if self._process is None or self._process.poll() is not None:
             self.restart()
-        self._serial += 1
         ours, theirs = socket.socketpair()
         handed, stdout = [theirs.detach()], -1
         try:
             if stdin is not None:
                 stdout, write_end = os.pipe()
                 handed += [_sealed_file(stdin), write_end]
-            try:
-                self._ask({"op": "run", "serial": self._serial, "limits": dataclasses.asdict(limits)}, handed)
-            except OSError as error:
-                raise WorkerDied(f"the zygote does not listen: {error}") from error
-            finally:
-                # Our copies must go first: the sockets close when the program's process has closed its own.
-                for fd in handed:
-                    os.close(fd)
+            self._hand_over(limits, handed)
             return self._attend(ours, stdout, struct.pack(">I", len(body)) + body, limits)
         finally:
             ours.close()
@@ -175,14 +206,21 @@ class Worker:
     def restart(self) -> None:
         """End the zygote, if it lives, and start another; SandboxUnavailable when that fails."""
         self._stop()
+        if self._companion is not None:
+            self._companion.close()
+            self._companion = None
         self.isolation = self._start()
 
     def close(self) -> None:
         """End the zygote and whatever it runs; harmless when repeated."""
         self._stop()
+        if self._companion is not None:
+            self._companion.close()
 
     def forget(self) -> None:
         """In a forked copy of the host: drop the sockets, so that the zygote still notices its host's end."""
+        if self._companion is not None:
+            self._companion.forget()
         if self._control is not None:
             self._control.close()
         if self._process is not None:
@@ -263,6 +301,91 @@ class Worker:
         if self._base:
             shutil.rmtree(self._base, ignore_errors=True)
         self._base = ""
+
+
+class Conversation:
+    """A program that is spoken with while it runs. `finish` must be called, whatever happens.
+
+    A frame is a 4-byte big-endian length and that many bytes. No wait outlasts the wall time of the limits.
+    """
+
+    def __init__(self, worker: Worker, ours: socket.socket, limits: Limits) -> None:
+        self._worker = worker
+        self._ours = ours
+        self._start = time.monotonic()
+        self._deadline = self._start + limits.wall_seconds
+        self._budget = limits.output_kb << 10
+        self._received = bytearray()
+        self._head = b""
+        self._wrote_too_much = False
+        self._poll = select.poll()
+        ours.setblocking(False)
+
+    def send(self, body: bytes) -> None:
+        """Send one frame. A program that does not read it keeps us until its time is up, no longer."""
+        unsent = memoryview(struct.pack(">I", len(body)) + body)
+        self._poll.register(self._ours, select.POLLOUT)
+        while unsent and time.monotonic() < self._deadline:
+            unsent = unsent[_send_some(self._ours, unsent) :]
+            if unsent:
+                self._poll.poll(max(0.0, self._deadline - time.monotonic()) * 1000 + 1)
+
+    def is_locked_down(self) -> bool:
+        """Wait for the first byte: True when it says that no byte of the program was read before."""
+        self._wait_for(1)
+        first = bytes(self._received[:1])
+        del self._received[:1]
+        return first == bytes([LOCKED])
+
+    def receive(self) -> bytes | None:
+        """Return the next frame; None when none will come: it ended, its time is up, or it wrote too much."""
+        if not self._wait_for(4):
+            return None
+        size = int.from_bytes(self._received[:4])
+        if not self._wait_for(4 + size):
+            return None
+        frame = bytes(self._received[4 : 4 + size])
+        del self._received[: 4 + size]
+        return frame
+
+    def finish(self) -> Finished:
+        """Let the program end, or end it, and return how it went; `stream` has its first bytes only."""
+        with contextlib.suppress(OSError):
+            self._ours.shutdown(socket.SHUT_WR)
+        late = time.monotonic() >= self._deadline
+        report, was_ended = self._worker._report(
+            at_once=late or self._wrote_too_much, deadline=self._deadline, waits=False
+        )
+        self._ours.close()
+        return Finished(
+            stream=self._head,
+            exit=None if report is None else report["exit"],
+            cpu_seconds=0.0 if report is None else report["cpu_seconds"],
+            queued_seconds=0.0 if report is None else report["queued_seconds"],
+            wall_seconds=time.monotonic() - self._start,
+            ran_out_of_time=late and was_ended and not self._wrote_too_much,
+            wrote_too_much=self._wrote_too_much,
+            was_ended=was_ended,
+        )
+
+    def _wait_for(self, size: int) -> bool:
+        """Read until `size` bytes are there; False when they will not come."""
+        self._poll.register(self._ours, select.POLLIN)
+        while len(self._received) < size:
+            left = self._deadline - time.monotonic()
+            if left <= 0 or self._wrote_too_much:
+                return False
+            if not self._poll.poll(left * 1000 + 1):
+                continue
+            part = _read_some(self._ours.fileno(), self._budget + 1)
+            if not part:
+                return False
+            self._budget -= len(part)
+            self._wrote_too_much = self._budget < 0
+            self._received += part
+            if len(self._head) < _HEAD:
+                self._head = (self._head + part)[:_HEAD]
+        return True
 
 
 def _isolation(hello: dict[str, Any]) -> Isolation:
