@@ -9,11 +9,13 @@ from coupled.reward.extract import Extraction, extract
 from coupled.reward.functions import BUILT_IN, RewardSpec
 from coupled.reward.judge import Judge
 from coupled.reward.plan import Plan, plan
+from coupled.reward.rows import PROGRAM_STYLES, known_task, style_of
 from coupled.reward.score import PUBLISHED, Scorer
-from coupled.reward.types import Judgement, RewardError, Status, Task, UnsupportedTest, Verdict, stdio_test
+from coupled.reward.types import Judgement, RewardError, Status, Style, Task, UnsupportedTest, Verdict, stdio_test
 
 __all__ = [
     "BUILT_IN",
+    "PROGRAM_STYLES",
     "PUBLISHED",
     "Extraction",
     "Judge",
@@ -24,14 +26,17 @@ __all__ = [
     "RewardSpec",
     "Scorer",
     "Status",
+    "Style",
     "Task",
     "UnsupportedTest",
     "Verdict",
     "arguments_test",
     "evalplus_task",
     "extract",
+    "known_task",
     "parse_test",
     "parse_tests",
     "plan",
     "stdio_test",
+    "style_of",
 ]
