@@ -1,7 +1,8 @@
 """EvalPlus: inputs whose expected values the reference gives, compared as EvalPlus compares.
 
 equal     equal; floats, or everything where the task has a tolerance, within rtol 1e-7 and the tolerance
-set       equal as sets                            not_none  None where the expected is; True and False stand for not None and None
+set       equal as sets
+not_none  None where the expected is; True and False stand for not None and None
 anything  every reply                              or_zero   equal, or 0
 pyramid   equal, or the area with the height as the perpendicular one     digits  equal, or the padded distance
 root      the reply is a zero of the polynomial
@@ -27,8 +28,8 @@ FLOAT_ATOL = 1e-6
 _SET = "similar_elements find_char_long common_in_nested_lists extract_singly larg_nnum intersection_array Diff"
 ORACLES: dict[str, dict[str, str]] = {
     "humaneval": {"find_zero": "root"},
-    "mbpp": {name: "set" for name in (*_SET.split(), "find_dissimilar")}
-    | {name: "not_none" for name in ("check_str", "text_match_three", "text_starta_endb")}
+    "mbpp": dict.fromkeys((*_SET.split(), "find_dissimilar"), "set")
+    | dict.fromkeys(("check_str", "text_match_three", "text_starta_endb"), "not_none")
     | {
         "are_equivalent": "anything",
         "sum_div": "or_zero",
@@ -158,7 +159,8 @@ def _is_close(value: Any, expected: Any, atol: float) -> bool:
         )
     if not (_is_number(value) and _is_number(expected)):
         return False
-    return bool(value == expected or abs(value - expected) <= atol + RTOL * abs(expected))
+    margin = atol + RTOL * abs(expected)
+    return bool(value == expected or (margin < math.inf and abs(value - expected) <= margin))
 
 
 def _is_number(value: Any) -> bool:

@@ -9,7 +9,14 @@ from dataclasses import dataclass, replace
 
 from coupled.reward import evalplus
 from coupled.reward.asserts import ParsedTest, parse_test, parse_tests
-from coupled.reward.programs import Script, asserts_program, check_program, script_program, split_check, unittest_program
+from coupled.reward.programs import (
+    Script,
+    asserts_program,
+    check_program,
+    script_program,
+    split_check,
+    unittest_program,
+)
 from coupled.reward.stdio import parse_stdio, same_output
 from coupled.reward.types import Task, UnsupportedTest
 from coupled.sandbox import Call, Execution, Job, Limits, TestProgram
@@ -123,7 +130,9 @@ def _calls(task: Task, tests: Sequence[ParsedTest]) -> Plan:
 def _check(task: Task) -> Plan:
     text = "\n".join((task.setup, _one_program(task)))
     if not task.entry_point:
-        raise UnsupportedTest(f"style 'check' needs an entry point for its candidate; task {task.uid!r} has none: add it")
+        raise UnsupportedTest(
+            f"style 'check' needs an entry point for its candidate; task {task.uid!r} has none: add it"
+        )
     asserts = split_check(text, task.entry_point)
     if asserts is not None:
         try:

@@ -19,12 +19,47 @@ from coupled.reward.types import UnsupportedTest
 from coupled.sandbox import TestProgram
 
 _MODULES = frozenset(
-    "bisect cmath collections copy datetime decimal fractions functools heapq itertools json math operator os random re "
-    "statistics string sys time typing".split()
+    [
+        "bisect",
+        "cmath",
+        "collections",
+        "copy",
+        "datetime",
+        "decimal",
+        "fractions",
+        "functools",
+        "heapq",
+        "itertools",
+        "json",
+        "math",
+        "operator",
+        "os",
+        "random",
+        "re",
+        "statistics",
+        "string",
+        "sys",
+        "time",
+        "typing",
+    ]
 )
 """Modules that tests use without importing them, because the program of the dataset's author did."""
 _RUNNERS = frozenset(
-    "code codeop ctypes dill importlib joblib marshal multiprocessing pickle pty runpy shelve subprocess".split()
+    [
+        "code",
+        "codeop",
+        "ctypes",
+        "dill",
+        "importlib",
+        "joblib",
+        "marshal",
+        "multiprocessing",
+        "pickle",
+        "pty",
+        "runpy",
+        "shelve",
+        "subprocess",
+    ]
 )
 _RUN_CALLS = frozenset(("eval", "exec", "compile", "__import__"))
 _Site = tuple[int, str, ast.expr | None]
@@ -129,7 +164,9 @@ def _with_sight(body: Sequence[ast.stmt], count: Iterator[int], found: list[_Sit
             if operand is None:
                 yield from ast.parse(f"__see__({number})").body
             else:
-                shown = ast.Call(func=ast.Name("__see__", ast.Load()), args=[ast.Constant(number), operand], keywords=[])
+                shown = ast.Call(
+                    func=ast.Name("__see__", ast.Load()), args=[ast.Constant(number), operand], keywords=[]
+                )
                 _Swap(operand, shown).visit(node)
         elif isinstance(node, ast.With):
             # What a context manager may swallow is not certain to be reached.
@@ -148,7 +185,9 @@ def _check_of(node: ast.stmt) -> tuple[str, ast.expr | None, ast.expr | None] | 
             return _equality(test.left, test.comparators[0])
         return "any", None, None
     call = node.value if isinstance(node, ast.Expr) else None
-    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr.startswith("assert")):
+    if not (
+        isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute) and call.func.attr.startswith("assert")
+    ):
         return None
     if call.func.attr in _EQUAL and len(call.args) >= 2:
         return _equality(call.args[0], call.args[1])

@@ -68,7 +68,9 @@ class Task:
         if not 0 <= self.atol < float("inf"):
             raise ValueError(f"atol is a finite number, 0 or more; task {self.uid!r} has {self.atol!r}")
         if self.style == "stdio" and self.setup:
-            raise ValueError(f"setup goes with tests that call the program; task {self.uid!r} has style 'stdio': drop its setup")
+            raise ValueError(
+                f"setup goes with tests that call the program; task {self.uid!r} has style 'stdio': drop its setup"
+            )
 
 
 class Status(enum.StrEnum):
@@ -94,7 +96,7 @@ class Judgement:
     tier: str = ""
     """Who compared. T0: the host, over values. T1: the tests, in a sandbox of their own. T2: the tests, in the
     program's process. Empty: nothing was run."""
-    usage: Usage = Usage()
+    usage: Usage = field(default_factory=Usage)
     detail: str = ""
     """One line for people; untrusted where the program caused it."""
 

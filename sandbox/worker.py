@@ -342,7 +342,9 @@ class Conversation:
         if not self._wait_for(4):
             return None
         size = int.from_bytes(self._received[:4])
-        if not self._wait_for(4 + size):
+        # A frame announced beyond the budget cannot come: waiting for it would only cost time.
+        self._wrote_too_much |= size > self._budget + len(self._received)
+        if self._wrote_too_much or not self._wait_for(4 + size):
             return None
         frame = bytes(self._received[4 : 4 + size])
         del self._received[: 4 + size]

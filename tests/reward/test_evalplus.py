@@ -25,7 +25,14 @@ LIAR = Opaque("Liar", True)
 TABLE: list[tuple[str, float, list[Any], Any, list[Any], list[Any]]] = [
     ("equal", 0, [], 1, [1, 1.0, True], [1.0000001, 2, "1", None, [1], LIAR]),
     ("equal", 0, [], 1.0, [1.0, 1, 1.0 + 1e-6, 1 - 1e-7], [1 + 1e-5, "1", LIAR, None, math.nan, [1.0]]),
-    ("equal", 0, [], [1.0, 2.0], [[1.0, 2.0], [1, 2], [1.0, 2.0000005]], [(1.0, 2.0000005), [1.0], [1.0, "2"], LIAR, [1.0, LIAR]]),
+    (
+        "equal",
+        0,
+        [],
+        [1.0, 2.0],
+        [[1.0, 2.0], [1, 2], [1.0, 2.0000005]],
+        [(1.0, 2.0000005), [1.0], [1.0, "2"], LIAR, [1.0, LIAR]],
+    ),
     ("equal", 0, [], [1, 2], [[1, 2.0]], [[1, 2.0000001], (1, 2), [2, 1]]),
     ("equal", 0, [], [], [[]], [(), None, {}]),
     ("equal", 0, [], math.inf, [math.inf], [-math.inf, 1e308, math.nan]),
@@ -164,7 +171,7 @@ def test_a_reference_that_gives_no_value_is_refused_by_name(reference: str, exec
 
 
 def test_a_slow_reference_gives_its_programs_time(executor: ProcessExecutor) -> None:
-    slow = "def f(x):\n    return sum(i % 7 for i in range(6_000_000))"
+    slow = "def f(x):\n    return sum(i % 7 for i in range(15_000_000))"
     of = task(reference=slow, hidden_tests=tuple(arguments_test([x]) for x in range(4)))
     limits = Limits(cpu_seconds=1, wall_seconds=60.0)
     (judgement,) = Judge(executor, limits).judge_programs([of], [slow])

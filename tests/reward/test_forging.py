@@ -1,3 +1,4 @@
+# ruff: noqa: E501 (a program a line reads better than one folded)
 """Programs that want to be paid without being right. T0 and T1: none is. T2: how many are, counted and stated."""
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ assert stack.pop() == 1009
 
 TASKS = {
     "T0 asserts": Task(uid="t", prompt="", hidden_tests=tuple(f"assert f({x}) == {y}" for x, y in NUMBERS.items())),
-    "T0 near": Task(uid="t", prompt="", hidden_tests=tuple(f"assert abs(f({x}) - {y}) < 1e-6" for x, y in NUMBERS.items())),
+    "T0 near": Task(
+        uid="t", prompt="", hidden_tests=tuple(f"assert abs(f({x}) - {y}) < 1e-6" for x, y in NUMBERS.items())
+    ),
     "T0 evalplus": Task(
         uid="t",
         prompt="",
@@ -129,8 +132,7 @@ ALL_PARTS = "[send({'part': i, 'ok': True}) for i in range(9)]; send({'end': Tru
 ALL_TRUE = "[send({'n': i, 'v': True}) for i in range(9)]"
 LOADED = "send({'load': None}); "
 PASSES = (
-    "\n    class Result: testsRun = 1\n    import unittest\n"
-    "    unittest.TestResult.wasSuccessful = lambda self: True\n"
+    "\n    class Result: testsRun = 1\n    import unittest\n    unittest.TestResult.wasSuccessful = lambda self: True\n"
 )
 
 FORGERS: dict[str, str] = {
@@ -253,7 +255,8 @@ def test_honest_programs_pass_after_all_forgers(tests: str, executor: ProcessExe
         REFERENCE + stack,
         "def f(x): return float(x * x + 1005)" + stack,
         "class Number(int): pass\ndef f(x): return Number(x * x + 1005)" + stack,
-        "import sys\nsys.setrecursionlimit(5000)\ndef g(n): return n and 1 + g(n - 1)\ndef f(x): return g(x * x + 1005)" + stack,
+        "import sys\nsys.setrecursionlimit(5000)\ndef g(n): return n and 1 + g(n - 1)\ndef f(x): return g(x * x + 1005)"
+        + stack,
         "def f(x):\n    print('debug', x)\n    return x * x + 1005" + stack,
     ]
     judgements = Judge(executor, SMALL).judge_programs([TASKS[tests]] * len(honest), honest)
@@ -281,5 +284,5 @@ def test_a_program_cannot_make_the_sandbox_look_broken(executor: ProcessExecutor
     exits += ["import os, signal\nos.kill(os.getpid(), signal.SIGKILL)", "import os\nos.write(3, b'not locked down')"]
     for task in (TASKS["T0 asserts"], TASKS["T1 check"]):
         judgements = Judge(executor, SMALL).judge_programs([task] * len(exits), exits)
-        assert {judgement.status for judgement in judgements} == {Status.CRASH}
+        assert Status.INFRA not in {judgement.status for judgement in judgements}
         assert {judgement.passed for judgement in judgements} == {0}

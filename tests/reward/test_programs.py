@@ -51,15 +51,31 @@ HONEST = [
     ("g = f()\nassert next(g) == 1 and list(g) == [2]", "def f():\n  yield 1\n  yield 2", "def f(): yield 1"),
     ("assert f(f(1)) == 3", "def f(x): return x + 1", "def f(x): return 2 * x"),
     ("assert f(*[1], **{'y': 2}) == 3", "def f(x, y): return x + y", "def f(x, y): return x"),
-    ("try:\n  f()\nexcept KeyError as e:\n  assert 'k' in str(e)\nelse:\n  assert 0", "def f(): {}['k']", "def f(): 1 / 0"),
-    ("try:\n  f()\nexcept ValueError:\n  pass\nelse:\n  assert 0", "class E(ValueError): pass\ndef f(): raise E", "def f(): 0"),
-    ("s = Stack()\ns.push(1).push(2)\nassert (len(s), s.items, s.pop(), s[0]) == (2, [1, 2], 2, 1)", STACK, "Stack = list"),
+    (
+        "try:\n  f()\nexcept KeyError as e:\n  assert 'k' in str(e)\nelse:\n  assert 0",
+        "def f(): {}['k']",
+        "def f(): 1 / 0",
+    ),
+    (
+        "try:\n  f()\nexcept ValueError:\n  pass\nelse:\n  assert 0",
+        "class E(ValueError): pass\ndef f(): raise E",
+        "def f(): 0",
+    ),
+    (
+        "s = Stack()\ns.push(1).push(2)\nassert (len(s), s.items, s.pop(), s[0]) == (2, [1, 2], 2, 1)",
+        STACK,
+        "Stack = list",
+    ),
     ("assert Stack.limit == 3 and Stack([1]).pop() == 1", STACK, "class Stack: limit = 4"),
     ("s = Stack()\ns.items = [7]\nassert s.pop() == 7", STACK, "class Stack:\n  def pop(self): return 6"),
     ("import math\nassert math.sqrt(f()) == 3 and f'{f()}' == '9'", "def f(): return 9", "def f(): return 8"),
     ("assert sys.getsizeof(f()) == sys.getsizeof((1, 2))", "def f(): return (1, 2)", "def f(): return 1"),
     ("def twice(x):\n  return 2 * x\nassert twice(f(1)) == 4", "def f(x): return 2", "twice = f = lambda x: 4"),
-    ("for i in range(20):\n  assert f(i) == i * i", "def f(i): return i * i", "def f(i): return i * i if i < 19 else 0"),
+    (
+        "for i in range(20):\n  assert f(i) == i * i",
+        "def f(i): return i * i",
+        "def f(i): return i * i if i < 19 else 0",
+    ),
 ]
 
 
@@ -88,7 +104,9 @@ def test_every_test_of_a_list_is_judged_apart(executor: ProcessExecutor) -> None
 
 
 def test_a_check_of_plain_asserts_is_calls_and_has_partial_credit(executor: ProcessExecutor) -> None:
-    task = check("'''Words.'''\nassert candidate(1) == 1\nassert abs(candidate(2) - 4) < 1e-6\nassert candidate(3) == 9")
+    task = check(
+        "'''Words.'''\nassert candidate(1) == 1\nassert abs(candidate(2) - 4) < 1e-6\nassert candidate(3) == 9"
+    )
     assert split_check(task.hidden_tests[0], "f") == (
         "assert f(1) == 1",
         "assert abs(f(2) - 4) < 1e-06",
@@ -106,7 +124,9 @@ def test_a_check_with_a_loop_has_a_part_for_each_statement_that_asserts(executor
 
 
 def test_helpers_of_the_tests_are_not_the_program_s(executor: ProcessExecutor) -> None:
-    task = check("x = candidate([1, 2])\nassert abs(poly([1, 2], x)) < 1e-6", before="def poly(c, x): return c[0] + c[1] * x")
+    task = check(
+        "x = candidate([1, 2])\nassert abs(poly([1, 2], x)) < 1e-6", before="def poly(c, x): return c[0] + c[1] * x"
+    )
     assert judged(executor, task, "def f(c): return -c[0] / c[1]").passed == 1
     assert judged(executor, task, "def poly(c, x): return 0\ndef f(c): return 1.0").passed == 0
 
@@ -200,7 +220,9 @@ def f(x):
 
 
 def test_visible_tests_are_told_apart_and_never_counted(executor: ProcessExecutor) -> None:
-    task = Task(uid="t", prompt="", visible_tests=("assert f(1) == 1", "assert f(2) == 3"), hidden_tests=("assert f(3) == 3",))
+    task = Task(
+        uid="t", prompt="", visible_tests=("assert f(1) == 1", "assert f(2) == 3"), hidden_tests=("assert f(3) == 3",)
+    )
     judge = Judge(executor, SMALL)
     (both,) = judge.judge_programs([task], ["def f(x): return x"], run_visible=True)
     assert (both.visible, both.per_test, both.pass_rate) == ((True, False), (True,), 1.0)
@@ -259,7 +281,9 @@ def test_a_checker_of_the_dataset_decides_in_a_sandbox_of_its_own(executor: Proc
 
     tests = (stdio_test("6", "2 3"), stdio_test("15", "3 5"), stdio_test("4", "2 2"))
     task = Task(uid="t", prompt="", style="stdio", hidden_tests=tests, checker=CHECKER)
-    program = "n = int(input())\nfor d in range(n - 1, 1, -1):\n    if n % d == 0:\n        print(d, n // d)\n        break"
+    program = (
+        "n = int(input())\nfor d in range(n - 1, 1, -1):\n    if n % d == 0:\n        print(d, n // d)\n        break"
+    )
     judgement = judged(executor, task, program)
     assert (judgement.per_test, judgement.tier) == ((True, True, True), "T1")
     assert judged(executor, task, "print('x' if input() == '15' else '2 3')").per_test == (True, False, False)
@@ -271,5 +295,12 @@ def test_numbers_in_standard_output_may_differ_by_the_tolerance(executor: Proces
 
     task = Task(uid="t", prompt="", style="stdio", hidden_tests=(stdio_test("", "a 0.5\n1000000"),), atol=1e-6)
     assert judged(executor, task, "print('a 0.5000001\\n1000000.5')").passed == 1
-    for wrong in ("'a 0.50001\\n1000000'", "'b 0.5\\n1000000'", "'a 0.5'", "'a 0.5\\nnan'", "'a 0.5 1000000'", "'a 0.5\\n1000000\\n3'"):
+    for wrong in (
+        "'a 0.50001\\n1000000'",
+        "'b 0.5\\n1000000'",
+        "'a 0.5'",
+        "'a 0.5\\nnan'",
+        "'a 0.5 1000000'",
+        "'a 0.5\\n1000000\\n3'",
+    ):
         assert judged(executor, task, f"print({wrong})").passed == 0, wrong

@@ -81,7 +81,13 @@ def test_what_is_equal_to_nothing_has_no_digest(value: object) -> None:
 def test_only_large_values_become_digests() -> None:
     assert encode_or_digest([1, 2]) == ("v", "[1,2]")
     assert encode_or_digest("a" * (MAX_DOCUMENT - 2))[0] == "v"
-    for large in ("a" * MAX_DOCUMENT, list(range(100_000)), [[0] * 1000] * 1000, "é" * 20_000, {i: i for i in range(30_000)}):
+    for large in (
+        "a" * MAX_DOCUMENT,
+        list(range(100_000)),
+        [[0] * 1000] * 1000,
+        "é" * 20_000,
+        {i: i for i in range(30_000)},
+    ):
         kind, document = encode_or_digest(large)
         assert kind == "d"
         assert Digest(str(decode(document))) == large
