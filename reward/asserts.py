@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from coupled.reward.expressions import FAILURES, Slot, Unsupported, evaluate, function_name
@@ -64,7 +64,24 @@ def parse_test(text: str, entry_point: str | None) -> ParsedTest:
         raise _unsupported(text, str(error)) from None
     if not splitter.calls:
         raise _unsupported(text, "it calls nothing of the program, so it would pass without one")
-    return ParsedTest(text=text, calls=tuple(splitter.calls), checks=tuple(checks))
+    calls = tuple(
+        replace(call, may_digest=_is_only_compared(index, checks)) for index, call in enumerate(splitter.calls)
+    )
+    return ParsedTest(text=text, calls=calls, checks=tuple(checks))
+
+
+def _is_only_compared(index: int, checks: Sequence[ast.expr]) -> bool:
+    """True when all that is asked of a reply is whether it equals a value of the test."""
+    for check in checks:
+        slots = [node for node in ast.walk(check) if isinstance(node, Slot)]
+        if any(slot.index == index for slot in slots):
+            return (
+                isinstance(check, ast.Compare)
+                and len(slots) == len(check.ops) == 1
+                and isinstance(check.ops[0], ast.Eq)
+                and slots[0] in (check.left, check.comparators[0])
+            )
+    return False
 
 
 class _Splitter(ast.NodeTransformer):

@@ -18,8 +18,8 @@ PUBLISHED = (RewardSpec(name="code", weight=2.0), RewardSpec(name="format", weig
 class Scorer:
     """Scores completions. The executor stays the caller's to close; without `code` none is needed.
 
-    `timeout_seconds` bounds one call of a user's function. Raises RewardError for a function that cannot be
-    loaded.
+    `timeout_seconds` bounds one call of a user's function; `allow_weak` is the judge's. Raises RewardError for a
+    function that cannot be loaded.
     """
 
     def __init__(
@@ -29,6 +29,7 @@ class Scorer:
         *,
         timeout_seconds: float = 60.0,
         limits: Limits | None = None,
+        allow_weak: bool = False,
         root: Path | None = None,
     ) -> None:
         keys = [spec.key for spec in functions]
@@ -43,7 +44,9 @@ class Scorer:
         if "code" in keys and executor is None:
             raise RewardError("the reward function 'code' runs programs; received no executor: open one")
         self._functions = tuple(functions)
-        self._judge = Judge(executor, limits) if "code" in keys and executor is not None else None
+        self._judge = (
+            Judge(executor, limits, allow_weak=allow_weak) if "code" in keys and executor is not None else None
+        )
         self._timeout_seconds = timeout_seconds
         self._users: dict[str, UserFunction] = {
             spec.key: load_function(spec.path, root or Path()) for spec in functions if spec.path is not None

@@ -22,9 +22,30 @@ def parse_stdio(text: str) -> tuple[str, str]:
     return stdin, stdout
 
 
-def same_output(received: str, expected: str) -> bool:
-    """True when all lines are the same up to blanks within a line and blank lines at the end."""
-    return _lines(received) == _lines(expected)
+def same_output(received: str, expected: str, atol: float = 0.0) -> bool:
+    """True when all lines are the same up to blanks within a line and blank lines at the end.
+
+    With a tolerance, two words that are numbers may differ by `atol`, or by `atol` times the expected one where
+    that is larger than 1.
+    """
+    left, right = _lines(received), _lines(expected)
+    if left == right or atol == 0:
+        return left == right
+    return [len(line) for line in left] == [len(line) for line in right] and all(
+        _same_word(word, wanted, atol)
+        for line, other in zip(left, right, strict=True)
+        for word, wanted in zip(line, other, strict=True)
+    )
+
+
+def _same_word(word: str, wanted: str, atol: float) -> bool:
+    if word == wanted:
+        return True
+    try:
+        number = float(wanted)
+        return abs(float(word) - number) <= atol * max(1.0, abs(number))
+    except ValueError:
+        return False
 
 
 def _lines(text: str) -> list[list[str]]:

@@ -6,7 +6,9 @@ import enum
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
+
+from coupled.sandbox import Usage
 
 
 class RewardError(ValueError):
@@ -14,7 +16,13 @@ class RewardError(ValueError):
 
 
 class UnsupportedTest(RewardError):
-    """A test that cannot be turned into calls of the program and a check on the host."""
+    """A test that cannot be judged without trusting the program, or not at all."""
+
+
+Style = Literal["assert", "check", "unittest", "evalplus", "stdio", "script"]
+"""assert: each test is asserts over calls. check: a program with a function `check(candidate)`. unittest: a program
+with test classes over functions of the program. evalplus: arguments of one call each, judged by what the reference
+gives. stdio: standard input and output. script: test classes that must share the program's process (tier T2)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,20 +38,39 @@ class Task:
     visible_tests: tuple[str, ...] = ()
     """Tests that the prompt shows; never scored."""
     hidden_tests: tuple[str, ...]
-    """Tests that are scored. For `stdio` each is the text that `stdio_test` gives."""
+    """Tests that are scored. For `stdio` each is the text that `stdio_test` gives, for `evalplus` that of
+    `arguments_test`."""
     entry_point: str | None = None
     """The function that the tests call; None: every name in a test that is not one of the checker's own."""
     setup: str = ""
     """Code of the tests that runs after the program and before the calls."""
-    style: Literal["assert", "stdio"] = "assert"
+    style: Style = "assert"
+    reference: str = ""
+    """A right program; `evalplus` takes its replies as the expected values."""
+    oracle: str = "equal"
+    """How `evalplus` compares; see `reward/evalplus.py`."""
+    atol: float = 0.0
+    """Absolute tolerance of floats, for `evalplus` and `stdio`. 0: the exact text for `stdio`, 1e-6 for replies
+    of `evalplus` that are floats."""
+    checker: str = ""
+    """For `stdio`: a program with `check(stdin, expected, printed)` that returns True for a right output. It runs
+    in a sandbox of its own. Empty: all lines are compared."""
     columns: Mapping[str, object] = field(default_factory=dict)
     """The other columns of the dataset, for reward functions of the user."""
 
     def __post_init__(self) -> None:
-        if self.style not in ("assert", "stdio"):
-            raise ValueError(f"style is 'assert' or 'stdio'; task {self.uid!r} has {self.style!r}")
+        if self.style not in get_args(Style):
+            raise ValueError(f"style is one of {get_args(Style)}; task {self.uid!r} has {self.style!r}")
+        if self.style == "evalplus" and not (self.reference and self.entry_point):
+            raise ValueError(f"style 'evalplus' needs reference and entry_point; task {self.uid!r} lacks one: add it")
+        if self.checker and self.style != "stdio":
+            raise ValueError(f"checker goes with style 'stdio'; task {self.uid!r} has {self.style!r}: drop it")
+        if not 0 <= self.atol < float("inf"):
+            raise ValueError(f"atol is a finite number, 0 or more; task {self.uid!r} has {self.atol!r}")
         if self.style == "stdio" and self.setup:
-            raise ValueError(f"setup goes with assert tests; task {self.uid!r} has style 'stdio': drop its setup")
+            raise ValueError(
+                f"setup goes with tests that call the program; task {self.uid!r} has style 'stdio': drop its setup"
+            )
 
 
 class Status(enum.StrEnum):
@@ -63,8 +90,32 @@ class Judgement:
     outcome: str
     """An `Outcome` of the sandbox, or `no_code`, `syntax_error`: there was nothing to run."""
     per_test: tuple[bool, ...]
-    """One entry per hidden test; empty for INFRA."""
-    cpu_seconds: float = 0.0
+    """One entry per hidden test, or per part of one that is a program; empty for INFRA."""
+    visible: tuple[bool, ...] = ()
+    """The same for the visible tests, where they were asked for; never counted."""
+    tier: str = ""
+    """Who compared. T0: the host, over values. T1: the tests, in a sandbox of their own. T2: the tests, in the
+    program's process. Empty: nothing was run."""
+    usage: Usage = field(default_factory=Usage)
+    detail: str = ""
+    """One line for people; untrusted where the program caused it."""
+
+    @property
+    def is_weak(self) -> bool:
+        """True for T2: the program could have forged what its tests said."""
+        return self.tier == "T2"
+
+    @property
+    def summary(self) -> str:
+        """`pass`, `fail`, or the outcome when the run did not end well."""
+        if self.outcome != "ok":
+            return self.outcome
+        return "pass" if self.total and self.passed == self.total else "fail"
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Processor time of everything that was run for it."""
+        return self.usage.cpu_seconds
 
     @property
     def passed(self) -> int:

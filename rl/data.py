@@ -1,6 +1,7 @@
 """Datasets: rows of a JSONL file, a Parquet file or a hub dataset → tasks, prompts and token batches.
 
 The columns that are understood: prompt, hidden_tests, visible_tests, entry_point, setup, solution, uid, style.
+Rows of HumanEval+, MBPP+, HumanEval and BigCodeBench are recognised by theirs when hidden_tests is not mapped.
 `data.columns` maps them to what the file calls them. Every other column is handed to user reward functions.
 """
 
@@ -11,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from coupled.reward import Task, UnsupportedTest, parse_tests
+from coupled.reward import PROGRAM_STYLES, Style, Task, UnsupportedTest, known_task, plan, style_of
 from coupled.rl.errors import DataError, nearest
 from coupled.rl.keys import generator
 from coupled.rl.recipe import COLUMNS, Data
@@ -59,8 +60,12 @@ def to_task(
     Raises:
         DataError: a column that is needed is absent or of the wrong type.
     """
+    known = known_task(row) if "hidden_tests" not in columns and "hidden_tests" not in row else None
+    if known is not None:
+        return known
     prompt = _text(row, columns, "prompt")
-    tests = _tests(row, columns, "hidden_tests", is_required=needs_tests)
+    style = row.get(columns.get("style", "style")) or _inferred_style(row, columns)
+    tests = _tests(row, columns, "hidden_tests", is_required=needs_tests, style=style)
     visible = _tests(row, columns, "visible_tests", is_required=False)
     if num_visible:
         if num_visible >= len(tests):
@@ -79,15 +84,18 @@ def to_task(
         hidden_tests=tests,
         entry_point=row.get(columns.get("entry_point", "entry_point")),
         setup=row.get(columns.get("setup", "setup")) or "",
-        style=row.get(columns.get("style", "style")) or "assert",
+        style=style,
         columns={k: v for k, v in row.items() if k not in named},
     )
 
 
-def load_tasks(data: Data, path: str | None = None, *, needs_tests: bool = True) -> list[Task]:
+def load_tasks(
+    data: Data, path: str | None = None, *, needs_tests: bool = True, allow_weak: bool = False
+) -> list[Task]:
     """The tasks of `data.path` (or of `path`, with the same columns).
 
-    A task with a test that cannot be split into calls and a check is left out, and said so: it could not be judged.
+    A task with tests that cannot be judged (or, without `allow_weak`, not without trusting the program) is left out,
+    and said so.
 
     Raises:
         DataError: unreadable, a row lacks a column, two tasks share a uid, or no task can be judged.
@@ -100,15 +108,15 @@ def load_tasks(data: Data, path: str | None = None, *, needs_tests: bool = True)
     ]
     if len({task.uid for task in tasks}) != len(tasks):
         raise DataError("two tasks have the same uid; map data.columns.uid to a column that is unique, or to none")
-    return _judgeable(tasks, source)
+    return _judgeable(tasks, source, allow_weak)
 
 
-def _judgeable(tasks: list[Task], source: str) -> list[Task]:
+def _judgeable(tasks: list[Task], source: str, allow_weak: bool) -> list[Task]:
     kept, reason = [], ""
     for task in tasks:
         try:
-            if task.style == "assert":
-                parse_tests(task)
+            if task.hidden_tests:
+                plan(task, allow_weak=allow_weak)
             kept.append(task)
         except UnsupportedTest as error:
             reason = reason or str(error)
@@ -175,12 +183,21 @@ def _text(row: dict[str, Any], columns: dict[str, str], name: str) -> str:
     return value
 
 
-def _tests(row: dict[str, Any], columns: dict[str, str], name: str, is_required: bool = True) -> tuple[str, ...]:
+def _inferred_style(row: dict[str, Any], columns: dict[str, str]) -> Style:
+    tests = row.get(columns.get("hidden_tests", "hidden_tests"))
+    if isinstance(tests, list) and len(tests) == 1:
+        tests = tests[0]
+    return style_of(tests) if isinstance(tests, str) else "assert"
+
+
+def _tests(
+    row: dict[str, Any], columns: dict[str, str], name: str, is_required: bool = True, style: str = "assert"
+) -> tuple[str, ...]:
     if not is_required and row.get(columns.get(name, name)) is None:
         return ()  # `datasets` fills a column that only some rows have with nulls
     value = _value(row, columns, name)
     if isinstance(value, str):
-        value = [line for line in value.splitlines() if line.strip()]
+        value = [value] if style in PROGRAM_STYLES else [line for line in value.splitlines() if line.strip()]
     if not isinstance(value, list) or (is_required and not value) or not all(isinstance(t, str) for t in value):
         raise DataError(
             f"column {columns.get(name, name)!r} must hold a non-empty list of test strings; got {value!r:.80}"

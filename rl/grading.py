@@ -46,11 +46,13 @@ def open_grader(recipe: Recipe) -> Grader:
     specs = [RewardSpec(name=f.name, path=f.path, weight=f.weight) for f in recipe.reward.functions]
     executor = CachedExecutor(_open_sandbox(recipe))
     try:
-        scorer = Scorer(specs, executor, timeout_seconds=recipe.reward.timeout_seconds, limits=limits)
+        weak = recipe.reward.allow_weak
+        timeout = recipe.reward.timeout_seconds
+        scorer = Scorer(specs, executor, timeout_seconds=timeout, limits=limits, allow_weak=weak)
     except BaseException:
         executor.close()
         raise
-    return Grader(executor, scorer, Judge(executor, limits))
+    return Grader(executor, scorer, Judge(executor, limits, allow_weak=weak))
 
 
 def open_local_sandbox(sandbox: Sandbox) -> Executor:

@@ -182,6 +182,10 @@ class Rewards(Section):
         description="summed with their weights; the default is the published reward",
     )
     timeout_seconds: float = Field(default=60.0, gt=0, description="a reward function of yours may take this long")
+    allow_weak: bool = Field(
+        default=False,
+        description="judge tests that must share the program's process (tier T2); a program can forge those",
+    )
 
 
 class Sandbox(Section):

@@ -244,7 +244,7 @@ def open_run(recipe: Recipe, resume: str = "never") -> Run:
     use_threads(recipe)
     policy = open_policy(recipe.model, recipe.seed)
     needs_tests = any(function.name == "code" for function in recipe.reward.functions)
-    tasks = load_tasks(recipe.data, needs_tests=needs_tests)
+    tasks = load_tasks(recipe.data, needs_tests=needs_tests, allow_weak=recipe.reward.allow_weak)
     prompts = encode_prompts(tasks, policy.tokenizer, recipe.data.max_prompt_tokens)
     held_out = _held_out(recipe, policy, prompts)
     _check_fit(recipe, policy, [*prompts, *held_out])
@@ -269,7 +269,7 @@ def open_engine(recipe: Recipe, policy: Policy, folder: Path | None = None) -> R
 def _held_out(recipe: Recipe, policy: Policy, prompts: Sequence[Prompt]) -> list[Prompt]:
     if recipe.data.eval_path is None:
         return []
-    tasks = load_tasks(recipe.data, recipe.data.eval_path)
+    tasks = load_tasks(recipe.data, recipe.data.eval_path, allow_weak=recipe.reward.allow_weak)
     held_out = encode_prompts(tasks, policy.tokenizer, recipe.data.max_prompt_tokens)
     held_out = held_out[: recipe.evaluation.num_problems]
     seen = {p.token_ids for p in prompts} & {p.token_ids for p in held_out}

@@ -62,7 +62,7 @@ def evaluate_checkpoint(path: Path, recipe: str | None, overrides: tuple[str, ..
     use_threads(chosen)
     model = chosen.model.model_copy(update={"path": str(checkpoint), "init": "checkpoint", "adapter": None})
     policy = open_policy(model, chosen.seed)
-    tasks = load_tasks(chosen.data, chosen.data.eval_path)
+    tasks = load_tasks(chosen.data, chosen.data.eval_path, allow_weak=chosen.reward.allow_weak)
     prompts = encode_prompts(tasks, policy.tokenizer, chosen.data.max_prompt_tokens)
     engine = InlineEngine(policy, chosen.rollout.batch_size)
     grader = open_grader(chosen)

@@ -11,7 +11,7 @@ if __name__ != "coupled.sandbox":
 
 from coupled.sandbox.cache import CachedExecutor, CacheStatistics
 from coupled.sandbox.check import Check, self_check
-from coupled.sandbox.codec import CodecError, Opaque
+from coupled.sandbox.codec import CodecError, Digest, Opaque
 from coupled.sandbox.executor import NOT_CONTAINED, TIERS, Executor, LocalExecutor, open_executor
 from coupled.sandbox.remote import RemoteExecutor
 from coupled.sandbox.types import (
@@ -24,6 +24,7 @@ from coupled.sandbox.types import (
     Outcome,
     Raised,
     SandboxUnavailable,
+    TestProgram,
     Usage,
 )
 
@@ -36,6 +37,7 @@ __all__ = [
     "CallResult",
     "Check",
     "CodecError",
+    "Digest",
     "Execution",
     "Executor",
     "Isolation",
@@ -47,6 +49,7 @@ __all__ = [
     "Raised",
     "RemoteExecutor",
     "SandboxUnavailable",
+    "TestProgram",
     "Usage",
     "open_executor",
     "self_check",

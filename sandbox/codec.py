@@ -9,12 +9,17 @@ null, true, 1, 1.5, "x", [..]   themselves; ints beyond 2**53 as {"i": hex}, nan
 {"t": [..]}  tuple      {"s": [..]}  set      {"S": [..]}  frozenset     {"d": [[key, value], ..]}  dict
 {"b": hex}   bytes      {"c": [re, im]} complex     {"r": [start, stop, step]}  range
 {"o": [type name, truth or null]}  anything else
+{"h": [kind, number]}  an object that stays where it is; only between two sandboxes that agreed on it
+
+A value too large to send is compared by its digest instead: the sha256 of a canonical form that is the same for
+two values exactly when python calls them equal. A right digest needs the right value.
 
 This file is also loaded by path inside the sandbox, so it imports the standard library only.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Iterable
@@ -26,8 +31,14 @@ MAX_NODES = 400_000
 """Values in one document, containers included."""
 MAX_COLLISIONS = 64
 """Members of one set or dict that share a hash: more is an attack that makes lookups quadratic."""
+MAX_DOCUMENT = 1 << 16
+"""Characters of a document; a larger value is sent as its digest where that is allowed."""
 
 _PLAIN_INT = 2**53
+HANDLE_KINDS = ("object", "call", "iter")
+"""What a value that stays in its sandbox can be used as."""
+Refer = Callable[[Any], "list[Any] | None"]
+Resolve = Callable[[str, int], object]
 
 
 class CodecError(ValueError):
@@ -64,17 +75,75 @@ class Opaque:
         return f"Opaque({self.type_name!r})"
 
 
-def encode(value: object) -> str:
+class Digest:
+    """Stands for a value that was too large to send. Equal to every value with that digest."""
+
+    __slots__ = ("sha256",)
+
+    def __init__(self, sha256: str) -> None:
+        self.sha256 = sha256
+
+    def __eq__(self, other: object) -> bool:
+        if type(other) is Digest:
+            return self.sha256 == other.sha256
+        try:
+            return self.sha256 == digest(other)
+        except CodecError:
+            return False
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"Digest({self.sha256!r})"
+
+
+def encode(value: object, refer: Refer | None = None) -> str:
     """Return the document of a value: ASCII JSON on one line.
 
     A value too deep or too large as a whole becomes opaque; a part of another type becomes opaque in its
-    place.
+    place, unless `refer` gives `[kind, number]` for it: then it stays where it is and that is sent.
     """
     try:
-        tree = _Encoder().tree(value, 0)
+        tree = _Encoder(refer=refer).tree(value, 0)
     except (CodecError, RuntimeError) as error:  # RuntimeError: a container changed while it was walked
         tree = {"o": [f"{type(value).__name__}: {error}"[:200], None]}
     return json.dumps(tree, allow_nan=False, separators=(",", ":"))
+
+
+def encode_or_digest(value: object) -> tuple[str, str]:
+    """Return ("v", document) or, for a value larger than MAX_DOCUMENT, ("d", digest as JSON).
+
+    A large value that is equal to nothing has no digest: its document says so.
+    """
+    is_text = isinstance(value, str | bytes)
+    if not (is_text and len(value) > MAX_DOCUMENT):  # type: ignore[arg-type]
+        try:
+            # A document has more characters than values: more values than that need no counting.
+            tree = _Encoder(MAX_DOCUMENT).tree(value, 0)
+            document = json.dumps(tree, allow_nan=False, separators=(",", ":"))
+            if len(document) <= MAX_DOCUMENT:
+                return "v", document
+        except (CodecError, RuntimeError):
+            pass
+    try:
+        return "d", json.dumps(digest(value))
+    except (CodecError, RuntimeError):
+        return "v", encode(value)
+
+
+def digest(value: object) -> str:
+    """Return the sha256 of the canonical form, the same for values that python calls equal.
+
+    So 1, 1.0 and True agree, as do a set and a frozenset, or dicts in another order; a list and a tuple do
+    not. Raises CodecError for a value with a part that is equal to nothing (nan, an object of another type)
+    and for more than MAX_DEPTH levels.
+    """
+    sha = hashlib.sha256()
+    _canonical(value, 0, sha.update)
+    return sha.hexdigest()
 
 
 def decode(document: str | bytes) -> object:
@@ -90,9 +159,13 @@ def parse(document: str | bytes) -> Any:
         raise CodecError(f"no JSON document: {type(error).__name__}: {error}"[:200]) from None
 
 
-def decode_tree(tree: Any) -> object:
-    """Return the value of a tree that `parse` gave; CodecError as for `decode`."""
-    return _Decoder().value(tree, 0)
+def decode_tree(tree: Any, resolve: Resolve | None = None) -> object:
+    """Return the value of a tree that `parse` gave; CodecError as for `decode`.
+
+    `resolve(kind, number)` gives what stands for an object that stayed in its sandbox; without it there is
+    none such.
+    """
+    return _Decoder(resolve).value(tree, 0)
 
 
 def _refuse_constant(name: str) -> Any:
@@ -102,13 +175,14 @@ def _refuse_constant(name: str) -> Any:
 class _Encoder:
     """Walks a value; counts nodes, so that a small value that contains itself many times ends."""
 
-    def __init__(self) -> None:
-        self.left = MAX_NODES
+    def __init__(self, max_nodes: int = MAX_NODES, refer: Refer | None = None) -> None:
+        self.left = self.most = max_nodes
+        self.refer = refer
 
     def tree(self, value: Any, depth: int) -> Any:
         self.left -= 1
         if self.left < 0:
-            raise CodecError(f"more than {MAX_NODES} values")
+            raise CodecError(f"more than {self.most} values")
         if depth > MAX_DEPTH:
             raise CodecError(f"more than {MAX_DEPTH} levels")
         kind = type(value)
@@ -134,6 +208,9 @@ class _Encoder:
         return self.flattened(value, kind, depth)
 
     def flattened(self, value: Any, kind: type, depth: int) -> Any:
+        handle = self.refer(value) if self.refer else None
+        if handle is not None:
+            return {"h": handle}
         for base, plain in _FLATTEN:
             if issubclass(kind, base):
                 return self.tree(plain(value), depth)
@@ -159,6 +236,62 @@ _FLATTEN: tuple[tuple[type, Callable[[Any], object]], ...] = (
 )
 
 
+def _canonical(value: Any, depth: int, feed: Callable[[bytes], object]) -> None:
+    """Feed the canonical form of a value: each part with its kind and length, so that no two read alike."""
+    if depth > MAX_DEPTH:
+        raise CodecError(f"more than {MAX_DEPTH} levels")
+    kind = type(value)
+    if kind in (bool, int, float, complex):
+        feed(_canonical_number(value))
+    elif kind is str or kind is bytes:
+        body = value.encode("utf-8", "surrogatepass") if kind is str else value
+        feed(b"%s%d:" % (b"s" if kind is str else b"b", len(body)))
+        feed(body)
+    elif value is None:
+        feed(b"n;")
+    elif kind is list or kind is tuple:
+        feed(b"%s%d:" % (b"l" if kind is list else b"t", len(value)))
+        for item in value:
+            _canonical(item, depth + 1, feed)
+    elif kind is set or kind is frozenset:
+        feed(b"S%d:" % len(value))
+        for member in sorted(_canonical_bytes(item, depth + 1) for item in value):
+            feed(member)
+    elif kind is dict:
+        feed(b"d%d:" % len(value))
+        keys = ((_canonical_bytes(key, depth + 1), key) for key in value)
+        for text, key in sorted(keys, key=lambda pair: pair[0]):
+            feed(text)
+            _canonical(value[key], depth + 1, feed)
+    elif kind is range:
+        feed(b"r%d:" % len(value))  # ranges are equal when they give the same numbers
+        feed(b"%d,%d;" % (value.start if value else 0, value.step if len(value) > 1 else 0))
+    else:
+        for base, plain in _FLATTEN:
+            if issubclass(kind, base):
+                return _canonical(plain(value), depth, feed)
+        raise CodecError(f"a value of type {kind.__name__} is equal to nothing"[:200])
+    return None
+
+
+def _canonical_bytes(value: Any, depth: int) -> bytes:
+    parts = bytearray()
+    _canonical(value, depth, parts.extend)
+    return bytes(parts)
+
+
+def _canonical_number(value: Any) -> bytes:
+    if type(value) is complex:
+        if value.imag != 0:
+            return b"c" + _canonical_number(value.real) + _canonical_number(value.imag)
+        value = value.real
+    if value != value:
+        raise CodecError("nan is equal to nothing")
+    if type(value) is float and math.isfinite(value) and not value.is_integer():
+        return b"f%s;" % value.hex().encode()
+    return b"f%s;" % repr(value).encode() if value in (math.inf, -math.inf) else b"i%x;" % int(value)
+
+
 def _part(value: complex, name: str) -> float:
     part: float = complex.__dict__[name].__get__(value)
     return part
@@ -167,8 +300,9 @@ def _part(value: complex, name: str) -> float:
 class _Decoder:
     """Builds a value from a hostile tree within the limits."""
 
-    def __init__(self) -> None:
+    def __init__(self, resolve: Resolve | None = None) -> None:
         self.left = MAX_NODES
+        self.resolve = resolve
 
     def value(self, tree: Any, depth: int) -> Any:
         self.left -= 1
@@ -214,6 +348,10 @@ class _Decoder:
             ):
                 raise CodecError("an opaque value is a type's name and its truth")
             return Opaque(body[0][:200], None if body[1] is None else bool(body[1]))
+        if tag == "h" and self.resolve is not None:
+            if type(body) is not list or len(body) != 2 or body[0] not in HANDLE_KINDS or type(body[1]) is not int:
+                raise CodecError("a handle is a kind and a number")
+            return self.resolve(body[0], body[1])
         if type(body) is not str:
             raise CodecError(f"the body of tag {tag[:20]!r} is text; received {type(body).__name__}")
         return self.text(tag, body)

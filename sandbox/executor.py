@@ -43,6 +43,7 @@ from coupled.sandbox import worker as workers
 from coupled.sandbox.canary import Slot, run_watched
 from coupled.sandbox.check import self_check
 from coupled.sandbox.outcome import Reading, encode_job, read_calls, read_stdio
+from coupled.sandbox.relay import run_tests
 from coupled.sandbox.types import CallResult, Execution, Isolation, Job, Outcome, SandboxUnavailable, Usage
 from coupled.sandbox.worker import Worker, WorkerDied
 
@@ -153,8 +154,8 @@ class LocalExecutor:
 
 def run_job(worker: Worker, job: Job) -> Execution:
     """Run one job on one worker: once for its calls, or once per input until one does not end well."""
-    body = encode_job(job)
-    if not job.stdin_cases:
+    if job.tests is not None or not job.stdin_cases:
+        body = b"" if job.tests else encode_job(job)
         reading, usage, stdout = _attempt(worker, job, body, None, read_calls)
         return Execution(
             uid=job.uid,
@@ -165,6 +166,7 @@ def run_job(worker: Worker, job: Job) -> Execution:
             stdout=stdout,
             detail=reading.detail,
         )
+    body = encode_job(job)
     results: list[CallResult] = []
     cpu_seconds = wall_seconds = memory_mb = 0.0
     for text in job.stdin_cases:
@@ -193,17 +195,15 @@ def _attempt(
     for _ in range(1 + _NUM_RETRIES):
         stdout = ""
         try:
-            finished = worker.run(body, job.limits, stdin, job.profile)
+            if job.tests is not None:
+                reading, usage, stdout = run_tests(worker, job)
+            else:
+                finished = worker.run(body, job.limits, stdin, job.profile)
+                reading = read(finished, job)
+                stdout = finished.shown_stdout
+                usage = finished.usage
         except WorkerDied as error:
             reading, usage = Reading(outcome=Outcome.SANDBOX_ERROR, detail=str(error)), Usage()
-        else:
-            reading = read(finished, job)
-            stdout = finished.stdout[: workers.STDOUT_KEPT].decode("utf-8", errors="replace")
-            usage = Usage(
-                cpu_seconds=finished.cpu_seconds,
-                wall_seconds=finished.wall_seconds,
-                memory_mb=finished.memory_mb,
-            )
         if not reading.outcome.is_infrastructure:
             break
         if reading.outcome is Outcome.SANDBOX_ERROR:

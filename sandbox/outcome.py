@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from coupled.sandbox import codec
-from coupled.sandbox.types import CallResult, Job, Outcome, Raised
+from coupled.sandbox.types import CallResult, Job, Limits, Outcome, Raised
 from coupled.sandbox.worker import LOCKED, Finished
 
 _CPU_TOLERANCE = 0.5
@@ -24,14 +24,19 @@ class Reading:
     detail: str = ""
 
 
-class _Breach(ValueError):
-    """The stream is not the sequence of frames that was asked for."""
+class Breach(ValueError):
+    """What a program wrote is not what was asked for."""
 
 
 def encode_job(job: Job) -> bytes:
     """Return the bytes that the program's process reads: source, setup and the inputs of every call."""
     calls = [
-        [call.function, codec.parse(codec.encode(call.args)), codec.parse(codec.encode(dict(call.kwargs)))]
+        [
+            call.function,
+            codec.parse(codec.encode(call.args)),
+            codec.parse(codec.encode(dict(call.kwargs))),
+            call.may_digest,
+        ]
         for call in job.calls
     ]
     mode = "stdio" if job.stdin_cases else "calls"
@@ -41,50 +46,51 @@ def encode_job(job: Job) -> bytes:
 def read_calls(run: Finished, job: Job) -> Reading:
     """Conclude from a run in `calls` mode. A reply counts when it is well formed and the next one due."""
     if not run.stream or run.stream[0] != LOCKED:
-        return _not_started(run)
+        return not_started(run)
     try:
         frames = _frames(run.stream[1:])
         load = next(frames, None)
         if load is None:
-            return Reading(outcome=_silence(run, job), detail="ended while it was loaded")
-        failure = _load_failure(load)
+            return Reading(outcome=silence(run, job.limits), detail="ended while it was loaded")
+        failure = load_failure(load)
         if failure is not None:
             if next(frames, None) is not None:
-                raise _Breach("a frame after the program failed to load")
+                raise Breach("a frame after the program failed to load")
             return Reading(outcome=Outcome.LOAD_ERROR, detail=f"{failure.type}: {failure.text}")
         results = tuple(_reply(frame, index, job) for index, frame in enumerate(frames))
-    except (_Breach, codec.CodecError) as error:
+    except (Breach, codec.CodecError) as error:
         return Reading(outcome=Outcome.PROTOCOL, detail=str(error))
     if len(results) == len(job.calls):
         return Reading(outcome=Outcome.OK, results=results)
-    return Reading(outcome=_silence(run, job), results=results, detail=f"answered {len(results)} calls")
+    return Reading(outcome=silence(run, job.limits), results=results, detail=f"answered {len(results)} calls")
 
 
 def read_stdio(run: Finished, job: Job) -> Reading:
     """Conclude from one run in stdin mode: its standard output counts when it ended with status 0."""
     if not run.stream or run.stream[0] != LOCKED:
-        return _not_started(run)
+        return not_started(run)
     if len(run.stream) > 1:
         return Reading(outcome=Outcome.PROTOCOL, detail="wrote to a descriptor that is not its own")
     if run.exit == 0 and not run.was_ended:
         text = run.stdout.decode("utf-8", errors="replace")
         return Reading(outcome=Outcome.OK, results=(CallResult(value=text),))
-    outcome = _silence(run, job)
+    outcome = silence(run, job.limits)
     return Reading(outcome=Outcome.CRASH if outcome is Outcome.INCOMPLETE else outcome, detail=f"exit {run.exit}")
 
 
-def _not_started(run: Finished) -> Reading:
+def not_started(run: Finished) -> Reading:
+    """Return what it means that the first byte did not come: the sandbox is at fault, not the program."""
     said = run.stream.decode("utf-8", errors="replace")[-2000:]
     return Reading(outcome=Outcome.SANDBOX_ERROR, detail=f"not locked down, exit {run.exit}: {said}")
 
 
-def _silence(run: Finished, job: Job) -> Outcome:
+def silence(run: Finished, limits: Limits) -> Outcome:
     """Return why a program stopped replying. It had started, so nothing here is the sandbox's fault."""
     if run.wrote_too_much:
         return Outcome.OUTPUT_LIMIT
     if run.ran_out_of_time:
         # A single locked-down process cannot make itself wait for a processor: only a busy machine can.
-        is_overloaded = run.queued_seconds > job.limits.wall_seconds / 2
+        is_overloaded = run.queued_seconds > limits.wall_seconds / 2
         return Outcome.OVERLOADED if is_overloaded else Outcome.TIMEOUT
     if run.exit is None:
         return Outcome.VIOLATION
@@ -93,7 +99,7 @@ def _silence(run: Finished, job: Job) -> Outcome:
     if run.exit != -signal.SIGKILL:
         return Outcome.VIOLATION if run.exit == -signal.SIGSYS else Outcome.CRASH
     # Asked of the time and not of who sent the signal: the host may have sent one to a program just killed.
-    if run.cpu_seconds >= job.limits.cpu_seconds * _CPU_TOLERANCE:
+    if run.cpu_seconds >= limits.cpu_seconds * _CPU_TOLERANCE:
         return Outcome.TIMEOUT
     return Outcome.INCOMPLETE if run.was_ended else Outcome.KILLED
 
@@ -109,27 +115,32 @@ def _frames(stream: bytes) -> Iterator[bytes]:
         start = end
 
 
-def _load_failure(frame: bytes) -> Raised | None:
+def load_failure(frame: bytes) -> Raised | None:
+    """Return why the program did not load, None when it did; Breach when the frame does not say."""
     tree = codec.parse(frame)
     if type(tree) is not dict or list(tree) != ["load"]:
-        raise _Breach("the first frame is not about loading")
+        raise Breach("the first frame is not about loading")
     return None if tree["load"] is None else _raised(tree["load"])
 
 
 def _reply(frame: bytes, index: int, job: Job) -> CallResult:
     tree = codec.parse(frame)
     if index >= len(job.calls):
-        raise _Breach(f"more than {len(job.calls)} replies")
-    if type(tree) is not dict or list(tree) not in (["n", "v"], ["n", "x"]):
-        raise _Breach("a reply has a number and either a value or an exception")
+        raise Breach(f"more than {len(job.calls)} replies")
+    if type(tree) is not dict or list(tree) not in (["n", "v"], ["n", "x"], ["n", "d"]):
+        raise Breach("a reply has a number and a value, a digest or an exception")
     if type(tree["n"]) is not int or tree["n"] != index:
-        raise _Breach(f"reply {index} was due")
+        raise Breach(f"reply {index} was due")
     if "x" in tree:
         return CallResult(raised=_raised(tree["x"]))
+    if "d" in tree:
+        if not job.calls[index].may_digest or type(tree["d"]) is not str or len(tree["d"]) != 64:
+            raise Breach("a digest was not asked for, or is none")
+        return CallResult(value=codec.Digest(tree["d"]))
     return CallResult(value=codec.decode_tree(tree["v"]))
 
 
 def _raised(tree: object) -> Raised:
     if type(tree) is not list or len(tree) != 2 or any(type(part) is not str for part in tree):
-        raise _Breach("an exception is a type and a text")
+        raise Breach("an exception is a type and a text")
     return Raised(type=tree[0][:500], text=tree[1][:500])

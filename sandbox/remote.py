@@ -230,7 +230,7 @@ class _Connection:
 
 
 def _run_job(connection: _Connection, job: Job) -> Execution:
-    if getattr(job, "tests", None) is not None:
+    if job.tests is not None:
         raise SandboxUnavailable(
             f"a server runs calls and programs that read stdin; job {job.uid!r} has tests that must speak with the "
             "program while both run\nremedy: choose another sandbox.tier, or tests that are calls of literal arguments"

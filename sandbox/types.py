@@ -85,14 +85,35 @@ class Call:
     """`name`, or `Class().method` for a method of a fresh instance."""
     args: tuple[object, ...] = ()
     kwargs: Mapping[str, object] = field(default_factory=dict)
+    may_digest: bool = False
+    """True: a reply larger than 64 KB may come as a `Digest`, because it is only compared for equality."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TestProgram:
+    """Tests that are a program of their own. Example: `TestProgram(source="with __part__(0): assert f(1) == 2",
+    parts=("0",), names=("f",))`
+    """
+
+    __test__ = False  # pytest: this is no test class
+    source: str
+    parts: tuple[str, ...]
+    """What is judged one by one: numbers, which the source enters as `with __part__(number):`, or, for test
+    classes, `Class.method`."""
+    names: tuple[str, ...] = ()
+    """What the tests take from the program: the functions, and the classes whose objects they may hold."""
+    is_in_process: bool = False
+    """False: the tests run in a second sandbox, and the program in its own answers their calls. True: both
+    share one process, so the program can forge what its tests say."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One program with what is asked of it: either calls, or inputs to read from stdin.
+    """One program with what is asked of it: calls, or inputs to read from stdin, or a program that tests it.
 
     With `calls` the source is loaded once and answers them in order in one process. With `stdin_cases` it
-    runs once per input as `__main__`, each in a process of its own.
+    runs once per input as `__main__`, each in a process of its own. With `tests` there is one result per part:
+    True or False, or, in process, [what the tests say, [[site, value], ...]].
     """
 
     uid: str
@@ -101,6 +122,7 @@ class Job:
     """Code that is loaded after the source, in its namespace, before the first call."""
     calls: tuple[Call, ...] = ()
     stdin_cases: tuple[str, ...] = ()
+    tests: TestProgram | None = None
     limits: Limits = field(default_factory=Limits)
     profile: str = "strict"
     """`strict`: computes, with threads. `compat`: may also start processes and open sockets that reach nobody else;
@@ -111,6 +133,8 @@ class Job:
             raise ValueError(f"a job has calls or stdin_cases, not both; job {self.uid!r} has both: make two jobs")
         if self.setup and self.stdin_cases:
             raise ValueError(f"setup goes with calls; job {self.uid!r} reads stdin: put it into the source")
+        if self.tests is not None and (self.calls or self.stdin_cases):
+            raise ValueError(f"a job has tests alone; job {self.uid!r} has calls or stdin_cases too: make two jobs")
         if self.profile not in PROFILES:
             raise ValueError(f"profile is one of {PROFILES}; job {self.uid!r} has {self.profile!r}")
 

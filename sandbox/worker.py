@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from coupled.sandbox.remedy import remedy
-from coupled.sandbox.types import Isolation, Limits, SandboxUnavailable
+from coupled.sandbox.types import Isolation, Limits, SandboxUnavailable, Usage
 
 LOCKED = 0x55
 """First byte on the result socket: the lock-down is done and no byte of the program has been read."""
@@ -51,6 +51,8 @@ _ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
     "MALLOC_ARENA_MAX": "1",
 }
+_HEAD = 4096
+"""Bytes kept of a conversation's beginning: what a zygote says of a failed lock-down."""
 STDOUT_KEPT = 4096
 """Bytes kept of what a program that answers calls prints."""
 
@@ -75,6 +77,15 @@ class Finished:
     was_ended: bool = False
     """True: the host asked for it to be killed, so a SIGKILL in `exit` may be the host's."""
 
+    @property
+    def usage(self) -> Usage:
+        return Usage(cpu_seconds=self.cpu_seconds, wall_seconds=self.wall_seconds, memory_mb=self.memory_mb)
+
+    @property
+    def shown_stdout(self) -> str:
+        """The beginning of what was printed, for a report."""
+        return self.stdout[:STDOUT_KEPT].decode("utf-8", errors="replace")
+
 
 class WorkerDied(RuntimeError):
     """The zygote is gone although no program of ours ran."""
@@ -93,6 +104,7 @@ class Worker:
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._base = ""
+        self._companion: Worker | None = None
         self.incarnation = 0
         try:
             self.isolation: Isolation = self._start()
@@ -100,38 +112,68 @@ class Worker:
             self.close()
             raise
 
+    def companion(self) -> Worker:
+        """Return the worker beside this one, for the tests of the program that runs here; started when needed.
+
+        Raises SandboxUnavailable when it cannot be started.
+        """
+        if self._companion is None:
+            self._companion = Worker(self.tier, self._preload)
+        return self._companion
+
+    def converse(self, body: bytes, limits: Limits, profile: str = "strict") -> Conversation:
+        """Start one program whose job is `body` and speak with it frame by frame. Raises as `run` does."""
+        self._make_ready(profile)
+        ours, theirs = socket.socketpair()
+        output, write_end = os.pipe()
+        try:
+            self._hand_over(limits, profile, [theirs.detach(), write_end])
+        except BaseException:
+            ours.close()
+            os.close(output)
+            raise
+        conversation = Conversation(self, ours, output, limits)
+        conversation.send(body)
+        return conversation
+
     def run(self, body: bytes, limits: Limits, stdin: bytes | None = None, profile: str = "strict") -> Finished:
         """Run one program whose job is `body`; with `stdin` all of its standard output is collected.
 
         Raises WorkerDied when the zygote is gone before the program could start, SandboxUnavailable when it
         cannot be started again, or has no such profile.
         """
-        if profile != "strict" and self.tier != "namespaces":
-            raise SandboxUnavailable(
-                f"profile {profile!r} is available in tier 'namespaces' only; this is {self.tier!r}"
-            )
-        if self._process is None or self._process.poll() is not None:
-            self.restart()
-        self._serial += 1
+        self._make_ready(profile)
         ours, theirs = socket.socketpair()
         stdout, write_end = os.pipe()
         handed = [theirs.detach(), write_end]
         try:
             if stdin is not None:
                 handed.append(_sealed_file(stdin))
-            request = {"op": "run", "serial": self._serial, "limits": dataclasses.asdict(limits), "profile": profile}
-            try:
-                self._ask(request, handed)
-            except OSError as error:
-                raise WorkerDied(f"the zygote does not listen: {error}") from error
-            finally:
-                # Our copies must go first: the sockets close when the program's process has closed its own.
-                for fd in handed:
-                    os.close(fd)
+            self._hand_over(limits, profile, handed)
             return self._attend(ours, stdout, struct.pack(">I", len(body)) + body, limits, stdin is not None)
         finally:
             ours.close()
             os.close(stdout)
+
+    def _make_ready(self, profile: str) -> None:
+        if profile != "strict" and self.tier != "namespaces":
+            raise SandboxUnavailable(
+                f"profile {profile!r} is available in tier 'namespaces' only; this is {self.tier!r}"
+            )
+        if self._process is None or self._process.poll() is not None:
+            self.restart()
+
+    def _hand_over(self, limits: Limits, profile: str, fds: list[int]) -> None:
+        self._serial += 1
+        request = {"op": "run", "serial": self._serial, "limits": dataclasses.asdict(limits), "profile": profile}
+        try:
+            self._ask(request, fds)
+        except OSError as error:
+            raise WorkerDied(f"the zygote does not listen: {error}") from error
+        finally:
+            # Our copies must go first: the sockets close when the program's process has closed its own.
+            for fd in fds:
+                os.close(fd)
 
     def _attend(self, ours: socket.socket, stdout: int, body: bytes, limits: Limits, is_stdio: bool) -> Finished:
         """Feed the job, collect what comes back, and see to it that the program ends."""
@@ -219,6 +261,9 @@ class Worker:
     def restart(self) -> None:
         """End the zygote, if it lives, and start another; SandboxUnavailable when that fails."""
         self._stop()
+        if self._companion is not None:
+            self._companion.close()
+            self._companion = None
         self.isolation = self._start()
 
     def close(self) -> None:
@@ -226,9 +271,13 @@ class Worker:
         self._stop()
         if self._claim is not None:
             self._claim.close()
+        if self._companion is not None:
+            self._companion.close()
 
     def forget(self) -> None:
         """In a forked copy of the host: drop the sockets, so that the zygote still notices its host's end."""
+        if self._companion is not None:
+            self._companion.forget()
         for sock in (self._control, self._claim):
             if sock is not None:
                 sock.close()
@@ -305,6 +354,119 @@ class Worker:
         if self._base:
             shutil.rmtree(self._base, ignore_errors=True)
         self._base = ""
+
+
+class Conversation:
+    """A program that is spoken with while it runs. `finish` must be called, whatever happens.
+
+    A frame is a 4-byte big-endian length and that many bytes. No wait outlasts the wall time of the limits.
+    """
+
+    def __init__(self, worker: Worker, ours: socket.socket, output: int, limits: Limits) -> None:
+        self._worker = worker
+        self._ours = ours
+        self._output = output
+        self._stdout = bytearray()
+        self._start = time.monotonic()
+        self._deadline = self._start + limits.wall_seconds
+        self._budget = limits.output_kb << 10
+        self._received = bytearray()
+        self._head = b""
+        self._wrote_too_much = False
+        self._poll = select.poll()
+        ours.setblocking(False)
+        os.set_blocking(output, False)
+        self._poll.register(output, select.POLLIN)
+
+    def send(self, body: bytes) -> None:
+        """Send one frame. A program that does not read it keeps us until its time is up, no longer."""
+        unsent = memoryview(struct.pack(">I", len(body)) + body)
+        self._poll.register(self._ours, select.POLLOUT)
+        while unsent and time.monotonic() < self._deadline:
+            unsent = unsent[_send_some(self._ours, unsent) :]
+            if unsent:
+                self._poll.poll(max(0.0, self._deadline - time.monotonic()) * 1000 + 1)
+                self._drain()
+
+    def is_locked_down(self) -> bool:
+        """Wait for the first byte: True when it says that no byte of the program was read before."""
+        self._wait_for(1)
+        first = bytes(self._received[:1])
+        del self._received[:1]
+        return first == bytes([LOCKED])
+
+    def receive(self) -> bytes | None:
+        """Return the next frame; None when none will come: it ended, its time is up, or it wrote too much."""
+        if not self._wait_for(4):
+            return None
+        size = int.from_bytes(self._received[:4])
+        # A frame announced beyond the budget cannot come: waiting for it would only cost time.
+        self._wrote_too_much |= size > self._budget + len(self._received)
+        if self._wrote_too_much or not self._wait_for(4 + size):
+            return None
+        frame = bytes(self._received[4 : 4 + size])
+        del self._received[: 4 + size]
+        return frame
+
+    def finish(self) -> Finished:
+        """Let the program end, or end it, and return how it went; `stream` has its first bytes only."""
+        with contextlib.suppress(OSError):
+            self._ours.shutdown(socket.SHUT_WR)
+        late = time.monotonic() >= self._deadline
+        report, was_ended = self._worker._report(
+            at_once=late or self._wrote_too_much, deadline=self._deadline, waits=False
+        )
+        self._ours.close()
+        self._drain()
+        os.close(self._output)
+        return Finished(
+            stream=self._head,
+            stdout=bytes(self._stdout),
+            exit=None if report is None else report["exit"],
+            cpu_seconds=0.0 if report is None else report["cpu_seconds"],
+            memory_mb=0.0 if report is None else report["memory_kb"] / 1024,
+            queued_seconds=0.0 if report is None else report["queued_seconds"],
+            wall_seconds=time.monotonic() - self._start,
+            ran_out_of_time=late and was_ended and not self._wrote_too_much,
+            wrote_too_much=self._wrote_too_much,
+            was_ended=was_ended,
+        )
+
+    def _wait_for(self, size: int) -> bool:
+        """Read until `size` bytes are there; False when they will not come."""
+        self._poll.register(self._ours, select.POLLIN)
+        while len(self._received) < size:
+            left = self._deadline - time.monotonic()
+            if left <= 0 or self._wrote_too_much:
+                return False
+            ready = [fd for fd, _ in self._poll.poll(left * 1000 + 1)]
+            if self._output in ready:
+                self._drain()
+            if self._ours.fileno() not in ready:
+                continue
+            part = _read_some(self._ours.fileno(), self._budget + 1)
+            if not part:
+                return False
+            self._budget -= len(part)
+            self._wrote_too_much = self._budget < 0
+            self._received += part
+            if len(self._head) < _HEAD:
+                self._head = (self._head + part)[:_HEAD]
+        return True
+
+    def _drain(self) -> None:
+        """Keep the beginning of what was printed and drop the rest: a full pipe would stop the program."""
+        while True:
+            try:
+                part = os.read(self._output, 1 << 16)
+            except BlockingIOError:
+                return
+            if not part:
+                # Closed at the other end: polling it again would return at once, for ever.
+                with contextlib.suppress(KeyError):
+                    self._poll.unregister(self._output)
+                return
+            _keep(self._stdout, part)
 
 
 def find_packages(names: Sequence[str]) -> list[str]:

@@ -1,0 +1,218 @@
+"""Are verdicts right? Canonical solutions and seeded wrong ones of HumanEval+ and MBPP+, judged on all inputs.
+
+    python benchmarks/verdicts.py --data ../shared/data/evalplus [--mutants 2] [--workers 2] [--json out.json]
+
+Every canonical solution must pass. A mutant is a canonical solution with one operator, comparison or constant
+changed; whether it differs on an input is found out apart from the judge, by running it beside the reference in one
+process and comparing there. A mutant that differs on an input and passes is a wrong verdict.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import gzip
+import json
+import platform
+import random
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from coupled.reward import Judge, Judgement, Task, evalplus_task
+from coupled.reward.evalplus import parse_arguments
+from coupled.sandbox import Call, Execution, Executor, Job, Limits, open_executor
+
+FILES = {"HumanEval+": "HumanEvalPlus.jsonl.gz", "MBPP+": "MbppPlus.jsonl.gz"}
+LIMITS = Limits(cpu_seconds=10, wall_seconds=120.0, memory_mb=2048)
+"""Generous: a busy machine is no reason to find a solution wrong."""
+_BATCH = 16
+
+_FLIPS: dict[type[ast.AST], type[ast.AST]] = {
+    ast.Lt: ast.LtE,
+    ast.LtE: ast.Lt,
+    ast.Gt: ast.GtE,
+    ast.GtE: ast.Gt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Add,
+    ast.Mod: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.And: ast.Or,
+    ast.Or: ast.And,
+}
+_BESIDE = """
+import copy
+def _load(source):
+    names = {{}}
+    exec(source, names)
+    return names[{entry_point!r}]
+_right, _other = _load({right!r}), _load({other!r})
+def same(*args):
+    expected = _right(*copy.deepcopy(args))
+    try:
+        return bool(_other(*copy.deepcopy(args)) == expected)
+    except Exception:
+        return False
+"""
+
+
+def load_tasks(path: Path) -> list[Task]:
+    """The tasks of an EvalPlus file."""
+    with gzip.open(path, "rt") as lines:
+        return [evalplus_task(json.loads(line)) for line in lines]
+
+
+def mutants(source: str, *, seed: str, count: int) -> list[str]:
+    """Up to `count` different programs, each with one change; the same for the same seed."""
+    sites = len(list(_sites(ast.parse(source))))
+    chosen = random.Random(seed).sample(range(sites), min(count, sites))
+    return [_mutant(source, site) for site in chosen]
+
+
+def _mutant(source: str, site: int) -> str:
+    tree = ast.parse(source)
+    owner, name, index = list(_sites(tree))[site]
+    old = getattr(owner, name)
+    if isinstance(old, list):
+        old[index] = _FLIPS[type(old[index])]()
+    elif isinstance(owner, ast.Constant):
+        owner.value = owner.value + 1
+    else:
+        setattr(owner, name, _FLIPS[type(old)]())
+    return ast.unparse(ast.fix_missing_locations(tree))
+
+
+def _sites(tree: ast.Module) -> Iterator[tuple[Any, str, int]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            yield from ((node, "ops", index) for index, op in enumerate(node.ops) if type(op) in _FLIPS)
+        elif isinstance(node, ast.BinOp | ast.BoolOp) and type(node.op) in _FLIPS:
+            yield node, "op", 0
+        elif isinstance(node, ast.Constant) and type(node.value) is int:
+            yield node, "value", 0
+
+
+def beside(task: Task, mutant: str) -> Job:
+    """A job that says of every input whether the mutant gives what the reference gives."""
+    source = _BESIDE.format(entry_point=task.entry_point, right=task.reference, other=mutant)
+    calls = tuple(Call(function="same", args=parse_arguments(text)) for text in task.hidden_tests)
+    return Job(uid=task.uid, source=source, calls=calls, limits=LIMITS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MutantCount:
+    """What became of the mutants of a benchmark."""
+
+    mutants: int = 0
+    differing: int = 0
+    """They differ from the reference on an input of theirs, or do not end in time."""
+    passed_though_differing: int = 0
+    failed_though_same: int = 0
+    inputs: int = 0
+    disagreements: int = 0
+    """Inputs on which the judge and the comparison beside the reference do not say the same."""
+
+    def __add__(self, other: MutantCount) -> MutantCount:
+        return MutantCount(**{name: value + getattr(other, name) for name, value in vars(self).items()})
+
+
+def compare(task: Task, judgement: Judgement, run: Execution) -> MutantCount:
+    """Hold a verdict against what was found beside the reference. Only for tasks without tolerance."""
+    same = [reply.value is True for reply in run.results]
+    differs = not (all(same) and len(same) == len(task.hidden_tests))
+    passes = judgement.summary == "pass"
+    both = min(len(same), judgement.total if judgement.outcome == "ok" else 0)
+    return MutantCount(
+        mutants=1,
+        differing=differs,
+        passed_though_differing=passes and differs,
+        failed_though_same=not passes and not differs,
+        inputs=both,
+        disagreements=sum(left != right for left, right in zip(same[:both], judgement.per_test[:both], strict=True)),
+    )
+
+
+def judge_canonical(judge: Judge, tasks: Sequence[Task]) -> list[Judgement]:
+    """The judgement of every reference on its own task."""
+    judgements: list[Judgement] = []
+    for start in range(0, len(tasks), _BATCH):
+        batch = tasks[start : start + _BATCH]
+        judgements += judge.judge_programs(batch, [task.reference for task in batch])
+    return judgements
+
+
+def judge_mutants(executor: Executor, tasks: Sequence[Task], *, count: int, num_inputs: int) -> MutantCount:
+    """Judge mutants of exact tasks on their first inputs, and hold the verdicts against the truth."""
+    judge = Judge(executor, replace(LIMITS, cpu_seconds=2))
+    total = MutantCount()
+    exact = [task for task in tasks if task.oracle == "equal" and task.atol == 0 and _is_integral(task)]
+    for start in range(0, len(exact), _BATCH):
+        pairs = [
+            (replace(task, hidden_tests=task.hidden_tests[:num_inputs]), mutant)
+            for task in exact[start : start + _BATCH]
+            for mutant in mutants(task.reference, seed=task.uid, count=count)
+        ]
+        judgements = judge.judge_programs([task for task, _ in pairs], [mutant for _, mutant in pairs])
+        runs = executor.run([beside(task, mutant) for task, mutant in pairs])
+        for (task, _), judgement, run in zip(pairs, judgements, runs, strict=True):
+            total += compare(task, judgement, run)
+    return total
+
+
+def _is_integral(task: Task) -> bool:
+    """True when no reply can be compared with a tolerance: neither the inputs nor the reference make a float."""
+    return not any("." in text for text in task.hidden_tests) and not any(
+        isinstance(node, ast.Div | ast.Pow)
+        or (isinstance(node, ast.Constant) and isinstance(node.value, float))
+        or (isinstance(node, ast.Name) and node.id in ("float", "math", "round", "sum"))
+        for node in ast.walk(ast.parse(task.reference))
+    )
+
+
+def main() -> None:
+    """Judge everything and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the files of EvalPlus")
+    parser.add_argument("--mutants", type=int, default=2, help="mutants per problem; 0 is none")
+    parser.add_argument("--inputs", type=int, default=50, help="inputs per mutant")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--json", type=Path, help="write the numbers here")
+    given = parser.parse_args()
+    rows = []
+    with open_executor(num_workers=given.workers) as executor:
+        for name, file in FILES.items():
+            tasks = load_tasks(given.data / file)
+            start = time.monotonic()
+            judgements = judge_canonical(Judge(executor, LIMITS), tasks)
+            seconds = time.monotonic() - start
+            for task, judgement in zip(tasks, judgements, strict=True):
+                if judgement.summary != "pass":
+                    print(f"{task.uid}: {judgement.summary}, {judgement.passed}/{judgement.total} {judgement.detail}")
+            found = judge_mutants(executor, tasks, count=given.mutants, num_inputs=given.inputs)
+            passed = sum(judgement.summary == "pass" for judgement in judgements)
+            row = {
+                "benchmark": name,
+                "problems": len(tasks),
+                "passed": passed,
+                "inputs": sum(judgement.total for judgement in judgements),
+                "inputs_passed": sum(judgement.passed for judgement in judgements),
+                "cpu_seconds": round(sum(judgement.usage.cpu_seconds for judgement in judgements), 1),
+                "wall_seconds": round(seconds, 1),
+                **{f"mutants.{key}": value for key, value in vars(found).items()},
+            }
+            rows.append(row)
+            print("\n".join(f"{key:40} {value}" for key, value in row.items()), end="\n\n", flush=True)
+    if given.json:
+        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        machine = f"{platform.processor() or platform.machine()}, {platform.python_version()}"
+        given.json.write_text(json.dumps({"commit": commit, "machine": machine, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
