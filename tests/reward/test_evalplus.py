@@ -10,7 +10,7 @@ import pytest
 
 from coupled.reward import Judge, Status, Task, UnsupportedTest, arguments_test, evalplus_task
 from coupled.reward.evalplus import matches, parse_arguments
-from coupled.sandbox import Digest, Execution, Job, Limits, Opaque, Outcome, LocalExecutor
+from coupled.sandbox import Digest, Execution, Job, Limits, LocalExecutor, Opaque, Outcome
 from coupled.sandbox.codec import digest
 
 

@@ -23,7 +23,7 @@ from attacks.record import Program
 from canaries import Canaries
 
 from coupled.reward import Judge, Judgement, Status, Task, stdio_test
-from coupled.sandbox import TIERS, Call, Execution, Executor, Job, Limits, SandboxUnavailable, open_executor
+from coupled.sandbox import TIERS, Call, Execution, Executor, Job, Limits, SandboxUnavailable, open_executor, worker
 
 PROGRAMS = [
     pytest.param(category, program, id=f"{category}: {program.name}")
@@ -136,13 +136,17 @@ def _ending(execution: Execution) -> str:
 
 @pytest.fixture(scope="module", params=[tier for tier in TIERS if tier != "auto"])
 def arena(request: pytest.FixtureRequest) -> Iterator[Arena]:
-    try:
-        arena = Arena(request.param)
-    except SandboxUnavailable as error:
-        pytest.skip(f"this machine has no tier {request.param}: {error}")
-    with arena.executor:
-        yield arena
-        arena.canaries.close()
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param != "namespaces":
+            # There programs read the interpreter where it lies; in `namespaces` it is shown to them.
+            patch.setattr(worker, "PYTHON", request.getfixturevalue("open_python"))
+        try:
+            arena = Arena(request.param)
+        except SandboxUnavailable as error:
+            pytest.skip(f"this machine has no tier {request.param}: {error}")
+        with arena.executor:
+            yield arena
+            arena.canaries.close()
 
 
 @pytest.mark.parametrize(("category", "program"), PROGRAMS)

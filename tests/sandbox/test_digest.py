@@ -11,7 +11,7 @@ from enum import IntEnum
 
 import pytest
 
-from coupled.sandbox import Call, CodecError, Digest, Job, Outcome, LocalExecutor
+from coupled.sandbox import Call, CodecError, Digest, Job, LocalExecutor, Outcome
 from coupled.sandbox.codec import MAX_DOCUMENT, decode, digest, encode, encode_or_digest
 
 Pair = namedtuple("Pair", "left right")
