@@ -18,7 +18,7 @@ def _stdio(name: str, source: str, *expect: str, **more: object) -> Program:
 _FILL = """
 def f(x):
     total = 0
-    for n in range(5000):
+    for n in range(200):
         try:
             fd = os.open(f"hostile-{n}", os.O_CREAT | os.O_WRONLY)
             total += os.write(fd, bytes(SIZE))
@@ -85,7 +85,7 @@ PROGRAMS = (
     ),
     _calls(
         "use up the inodes",
-        "import os\ndef f(x):\n    for n in range(20_000):\n        try: os.mkdir(str(n))\n"
+        "import os\ndef f(x):\n    for n in range(6000):\n        try: os.mkdir(str(n))\n"
         "        except OSError: return n\n    return 'no limit'",
         "ok: [0-9]*",
         limits={"cpu_seconds": 4},
