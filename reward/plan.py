@@ -220,8 +220,11 @@ def _call(task: Task, text: str, may_digest: bool) -> Call:
 
 def _stdio(task: Task) -> Plan:
     cases = tuple(map(parse_stdio, task.hidden_tests))
+    # All cases together: room for the right answers twice over, blanks included.
+    output_kb = sum(2 * len(stdout.encode(errors="replace")) for _, stdout in cases) // 1024 + 1
 
     def job(program: str, limits: Limits) -> Job:
+        limits = replace(limits, output_kb=max(limits.output_kb, output_kb))
         return Job(uid=task.uid, source=program, stdin_cases=tuple(stdin for stdin, _ in cases), limits=limits)
 
     def verdicts(run: Execution) -> tuple[bool, ...]:

@@ -121,9 +121,9 @@ def doctor() -> None:
     findings = examine()
     for finding in findings:
         mark = "[green]ok[/green]  " if finding.is_good else "[red]no[/red]  "
-        console.print(f"{mark} {finding.name}: {finding.detail}")
+        console.print(f"{mark} {finding.name}: {escape(finding.detail)}")
         if finding.remedy:
-            console.print(f"      remedy: {finding.remedy}")
+            console.print(f"      remedy: {escape(finding.remedy)}")
     if any(f.is_needed and not f.is_good for f in findings):
         raise typer.Exit(1)
 

@@ -55,7 +55,7 @@ class Limits:
     memory_mb: int = 512
     """Address space on top of the interpreter's own."""
     output_kb: int = 4096
-    """All replies, or all of standard output, together."""
+    """All replies, or all of standard output for all inputs, together."""
     max_files: int = 64
     """Descriptors open at once."""
     file_kb: int = 16_384
