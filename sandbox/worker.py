@@ -35,6 +35,8 @@ _REPORT_SECONDS = 30.0
 """How long a zygote may take to report a program it was told to kill; then it is stopped itself."""
 _NUM_DRAINED = 16
 """Parts of a full pipe dropped at once: a program that fills it as fast must not keep us from the clock."""
+_PAUSE_SECONDS = 0.001
+"""After a read that found nothing although there was something: whoever takes it back must not keep us busy."""
 _TRIAL = "import sched"
 """A module of the standard library that the zygote does not load beforehand."""
 _UIDS = range(62_000, 64_000)
@@ -221,6 +223,7 @@ class Worker:
                 if events & (select.POLLIN | select.POLLHUP | select.POLLERR):
                     part = _read_some(fd, budget + 1)
                     if part is None:
+                        time.sleep(_PAUSE_SECONDS)
                         continue
                     if fd in needed:
                         collected[fd] += part
@@ -498,6 +501,7 @@ class Conversation:
                 continue
             part = _read_some(self._ours.fileno(), self._budget + 1)
             if part is None:
+                time.sleep(_PAUSE_SECONDS)
                 continue
             if not part:
                 return False
