@@ -81,7 +81,9 @@ def read_calls(run: Finished, job: Job) -> Reading:
         return Reading(outcome=Outcome.PROTOCOL, detail=str(error))
     if len(results) == len(job.calls):
         return Reading(outcome=Outcome.OK, results=results)
-    return Reading(outcome=silence(run, job.limits), results=results, detail=f"answered {len(results)} calls")
+    return Reading(
+        outcome=silence(run, job.limits), results=results, detail=f"answered {len(results)} calls, {_end(run)}"
+    )
 
 
 def read_stdio(run: Finished, job: Job) -> Reading:
@@ -122,6 +124,12 @@ def silence(run: Finished, limits: Limits) -> Outcome:
     if run.cpu_seconds >= limits.cpu_seconds * _CPU_TOLERANCE:
         return Outcome.TIMEOUT
     return Outcome.INCOMPLETE if run.was_ended else Outcome.KILLED
+
+
+def _end(run: Finished) -> str:
+    if run.exit is None:
+        return "its zygote went with it"
+    return f"signal {-run.exit}" if run.exit < 0 else f"exit {run.exit}"
 
 
 def _frames(stream: bytes) -> Iterator[bytes]:

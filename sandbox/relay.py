@@ -35,13 +35,15 @@ def run_tests(worker: Worker, job: Job) -> tuple[Reading, Usage, str]:
     assert job.tests is not None
     mode = "script" if job.tests.is_in_process else "serve"
     body = {"mode": mode, "source": job.source, "setup": job.setup, "classes": list(job.tests.classes)}
+    # Before the program: starting a worker takes longer than many a program may run.
+    companion = None if job.tests.is_in_process else worker.companion()
     talks = [worker.converse(json.dumps(body).encode(), job.limits, job.profile)]
     results: list[CallResult] = []
     try:
         try:
             _expect_loaded(talks[0])
-            if not job.tests.is_in_process:
-                talks.append(worker.companion().converse(_tests_body(job.tests, "tests"), job.limits))
+            if companion is not None:
+                talks.append(companion.converse(_tests_body(job.tests, "tests"), job.limits))
                 if not talks[1].is_locked_down():
                     raise _Over(Outcome.SANDBOX_ERROR, "the tests were not locked down")
                 _relay(talks[0], talks[1], job.tests, results)
@@ -54,7 +56,11 @@ def run_tests(worker: Worker, job: Job) -> tuple[Reading, Usage, str]:
     except _Over as end:
         over = end
     finally:
-        ends = [talk.finish() for talk in talks]
+        ends: list[Finished] = []
+        try:
+            ends.append(talks[0].finish())
+        finally:
+            ends += [talk.finish() for talk in talks[1:]]
     outcome = over.outcome
     if outcome is None:
         outcome = silence(ends[-1] if over.is_tests_end else ends[0], job.limits)
