@@ -67,7 +67,6 @@ PROGRAMS = (
     _snoop(
         "walks the globals of its caller",
         "def f(x):\n    return find([sys._getframe(1).f_globals, sys._getframe(1).f_code], set())",
-        forges=True,
     ),
     _snoop(
         "asks the collector for everything",
@@ -93,10 +92,9 @@ PROGRAMS = (
     ),
     _snoop(
         "traces its caller",
-        "found = []\ndef trace(frame, event, arg):\n"
-        "    found.append(find([frame.f_locals, frame.f_code], set()))\n    return trace\ndef f(x):\n"
-        "    up = sys._getframe(1)\n    up.f_trace = trace\n    sys.settrace(trace)\n"
-        "    return find([up.f_code], set()) or max(found, default=0)",
+        "found = []\ndef trace(frame, event, arg):\n    sys.settrace(None)\n    while frame:\n"
+        "        found.append(find([frame.f_locals, frame.f_code], set()))\n        frame = frame.f_back\n"
+        "def called(): pass\ndef f(x):\n    sys.settrace(trace)\n    called()\n    return max(found, default=0)",
         forges=True,
     ),
     _snoop(
