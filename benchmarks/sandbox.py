@@ -3,6 +3,9 @@
     python benchmarks/sandbox.py                 # a table; writes docs/results/sandbox.json and .md; under four minutes
     python benchmarks/sandbox.py --soak 5000     # a soak instead: growth, leftovers and changing verdicts end it with 1
 
+As root, the tiers `landlock` and `process` need an interpreter that everybody may read; where this one is not, name
+another of the same version: `--python /usr/bin/python3`. All methods use it.
+
 A job is one program with five tests. The methods take turns, round by round, so that a busy machine is unfair to all
 alike; figures are medians over the rounds, with the smallest and the largest. Processor time counts everything that
 works for a method: this process, the zygotes, what they run, and every process that was waited for.
@@ -26,6 +29,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from coupled.sandbox import TIERS, Call, Job, Limits, Outcome, SandboxUnavailable, open_executor
+from coupled.sandbox import worker as workers
 from coupled.sandbox.executor import LocalExecutor
 
 ROOT = Path(__file__).parents[1]
@@ -108,13 +112,16 @@ def ours(executor: LocalExecutor, tier: str) -> Method:
 
 def commands(name: str, prefix: Sequence[str], *, is_per_test: bool = False, num_jobs: int = 4) -> Method:
     """A fresh interpreter per program, or per test; passed means exit status 0."""
+    # Another interpreter finds numpy where this one has it.
+    site_packages = str(Path(workers.find_packages(["numpy"])[0]).parent)
+    environment = os.environ | ({"PYTHONPATH": site_packages} if sys.executable != workers.PYTHON else {})
 
     def run(source: str, count: int) -> None:
         bodies = [[line] for line in _ASSERTS] if is_per_test else [_ASSERTS]
         for _ in range(count):
             for lines in bodies:
                 code = source + "\n" + "\n".join(lines)
-                subprocess.run([*prefix, sys.executable, "-c", code], check=True, timeout=60)
+                subprocess.run([*prefix, workers.PYTHON, "-c", code], check=True, timeout=60, env=environment)
 
     return Method(name=name, run=run, num_jobs=num_jobs)
 
@@ -177,7 +184,7 @@ def measure(methods: Sequence[Method], programs: dict[str, str], rounds: int) ->
 def throughput(tier: str, rounds: int) -> Figure:
     """Trivial programs per second of wall time with a worker per processor."""
     num_workers = len(os.sched_getaffinity(0))
-    with _open(tier, num_workers) as executor:
+    with _open(tier, num_workers, ["numpy"]) as executor:
         method = ours(executor, tier)
         method.run(PROGRAMS["trivial"], 50)
         rates = []
@@ -188,10 +195,10 @@ def throughput(tier: str, rounds: int) -> Figure:
     return Figure(median=statistics.median(rates), low=min(rates), high=max(rates))
 
 
-def _open(tier: str, num_workers: int) -> LocalExecutor:
+def _open(tier: str, num_workers: int, preload: Sequence[str] = ()) -> LocalExecutor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tier process says that it contains nothing; here it is one row of a table
-        return open_executor(tier, num_workers=num_workers, preload=("numpy",))
+        return open_executor(tier, num_workers=num_workers, preload=preload)
 
 
 def verdicts(table: dict[str, dict[str, Figure]], rates: dict[str, Figure]) -> list[str]:
@@ -243,7 +250,7 @@ def benchmark(rounds: int, output: Path) -> bool:
         methods = []
         for tier in (name for name in TIERS if name != "auto"):
             try:
-                methods.append(ours(stack.enter_context(_open(tier, 1)), tier))
+                methods.append(ours(stack.enter_context(_open(tier, 1, ["numpy"])), tier))
                 tiers.append(tier)
             except SandboxUnavailable as error:
                 notes.append(f"tier {tier}: {error}".splitlines()[0])
@@ -262,11 +269,11 @@ def benchmark(rounds: int, output: Path) -> bool:
     rates = {tier: throughput(tier, rounds) for tier in tiers}
     held = verdicts(table, rates)
     report: dict[str, object] = {
-        "command": f"python benchmarks/sandbox.py --rounds {rounds}",
+        "command": f"python benchmarks/sandbox.py --rounds {rounds}{_chosen()}",
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
         "machine": f"{platform.machine()}, {os.cpu_count()} processors, {_processor()}",
         "system": platform.platform(),
-        "interpreter": platform.python_version(),
+        "interpreter": f"{platform.python_version()}; of the programs: {_version(workers.PYTHON)}",
         "load": " ".join(f"{load:.1f}" for load in os.getloadavg()) + " at the end",
         "cpu_ms": {name: {kind: asdict(figure) for kind, figure in row.items()} for name, row in table.items()},
         "programs_per_second": {tier: asdict(rate) for tier, rate in rates.items()},
@@ -279,6 +286,14 @@ def benchmark(rounds: int, output: Path) -> bool:
     (output / "sandbox.json").write_text(json.dumps(report, indent=2) + "\n")
     (output / "sandbox.md").write_text(page)
     return not any("MISSED" in line for line in held)
+
+
+def _chosen() -> str:
+    return "" if sys.executable == workers.PYTHON else f" --python {workers.PYTHON}"
+
+
+def _version(python: str) -> str:
+    return subprocess.run([python, "-V"], capture_output=True, text=True, check=True).stdout.split()[-1]
 
 
 def _processor() -> str:
@@ -377,8 +392,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="how often every method takes its turn")
     parser.add_argument("--soak", type=int, default=0, metavar="N", help="run N mixed programs per tier instead")
+    parser.add_argument("--python", default=workers.PYTHON, help="the interpreter that programs run in")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results", help="where the results go")
     options = parser.parse_args()
+    workers.PYTHON = options.python
     if not options.soak:
         sys.exit(0 if benchmark(options.rounds, options.output) else 1)
     failed = False

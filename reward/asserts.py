@@ -7,11 +7,13 @@ sees inputs only, the expected value never leaves the host. Done once per test a
 from __future__ import annotations
 
 import ast
-from collections.abc import Sequence
+import builtins
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from coupled.reward.expressions import FAILURES, Slot, Unsupported, evaluate, function_name
+from coupled.reward.programs import bound_by, library_names, looks_like_a_class
 from coupled.reward.types import Task, UnsupportedTest
 from coupled.sandbox import Call, CallResult
 
@@ -35,22 +37,26 @@ class ParsedTest:
 
 def parse_tests(task: Task) -> tuple[ParsedTest, ...]:
     """Return the hidden tests of a task; UnsupportedTest naming the first that cannot be split."""
-    return tuple(parse_test(text, task.entry_point) for text in task.hidden_tests)
+    return tuple(parse_test(text, task.entry_point, task.setup) for text in task.hidden_tests)
 
 
 @lru_cache(maxsize=1 << 16)
-def parse_test(text: str, entry_point: str | None) -> ParsedTest:
+def parse_test(text: str, entry_point: str | None, setup: str = "") -> ParsedTest:
     """Split one test, which is one or more asserts and maybe `import math`.
 
-    Calls of `entry_point`, of `Class().method`, and of any name the evaluator does not know go to the
-    program; their arguments must be literals, or literals combined by what `expressions` has. Raises
-    UnsupportedTest.
+    Calls of `entry_point` go to the program, and no others. Without one, calls of every name that neither python
+    nor the setup gives do, and of methods of a fresh object, `Class().method`. Their arguments must be literals, or
+    literals combined by what `expressions` has. Raises UnsupportedTest.
     """
     try:
-        body = ast.parse(text.strip()).body
+        module = ast.parse(text.strip())
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise _unsupported(text, f"it does not parse: {error}") from None
-    splitter = _Splitter(entry_point)
+    called = {
+        node.func.id for node in ast.walk(module) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    splitter = _Splitter(entry_point, bound_by(setup) | library_names(called - bound_by(setup), entry_point).keys())
+    body = module.body
     checks: list[ast.expr] = []
     try:
         for statement in body:
@@ -87,8 +93,9 @@ def _is_only_compared(index: int, checks: Sequence[ast.expr]) -> bool:
 class _Splitter(ast.NodeTransformer):
     """Replaces every call of the program by a slot and keeps the call."""
 
-    def __init__(self, entry_point: str | None) -> None:
+    def __init__(self, entry_point: str | None, bound: Collection[str]) -> None:
         self.entry_point = entry_point
+        self.bound = bound
         self.calls: list[Call] = []
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
@@ -104,11 +111,24 @@ class _Splitter(ast.NodeTransformer):
 
     def program_function(self, node: ast.expr) -> str | None:
         match node:
-            case ast.Name(id=name) if name == self.entry_point or function_name(node) is None:
+            case ast.Name(id=name) if name == self.entry_point or (self.entry_point is None and self.is_free(node)):
                 return name
-            case ast.Attribute(value=ast.Call(func=ast.Name(id=owner), args=[], keywords=[]) as made, attr=method):
-                return f"{owner}().{method}" if function_name(made.func) is None else None
+            case ast.Attribute(value=ast.Call(func=ast.Name(id=owner) as made, args=[], keywords=[]), attr=method):
+                return f"{owner}().{method}" if self.is_class(made, method) else None
         return None
+
+    def is_free(self, node: ast.Name) -> bool:
+        """True when nobody but the program can have given the name: a builtin of the program's could be anything."""
+        return function_name(node) is None and not hasattr(builtins, node.id) and node.id not in self.bound
+
+    def is_class(self, node: ast.Name, method: str) -> bool:
+        """True for a class of the program. Of a function's reply, a method would be the program's word."""
+        if self.entry_point is None:
+            return self.is_free(node) and looks_like_a_class(node.id)
+        owner, dot, _ = self.entry_point.partition("().")
+        return (bool(dot) and node.id == owner) or (
+            method == self.entry_point and self.is_free(node) and looks_like_a_class(node.id)
+        )
 
 
 def _literal(node: ast.expr) -> object:

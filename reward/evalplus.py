@@ -19,7 +19,7 @@ from typing import Any
 
 from coupled.reward.types import RewardError, Task, UnsupportedTest
 from coupled.sandbox import CodecError
-from coupled.sandbox.codec import build_set, decode, encode
+from coupled.sandbox.codec import build_set, decode, encode, is_floats
 
 RTOL = 1e-7
 FLOAT_ATOL = 1e-6
@@ -108,14 +108,14 @@ def parse_arguments(text: str) -> tuple[object, ...]:
 
 def is_exact(task: Task, expected: object) -> bool:
     """True when only an equal value can be right, so that a digest is enough."""
-    return task.oracle == "equal" and task.atol == 0 and not _is_floats(expected)
+    return task.oracle == "equal" and task.atol == 0 and not is_floats(expected)
 
 
 def matches(task: Task, args: Sequence[Any], value: Any, expected: Any) -> bool:
     """True when the reply is right. Never raises, whatever the value; costs little more than its size."""
     try:
         return _matches(task, args, value, expected)
-    except (TypeError, ValueError, ArithmeticError, LookupError, RecursionError):
+    except (TypeError, ValueError, ArithmeticError, LookupError, RecursionError, MemoryError):
         return False
 
 
@@ -139,14 +139,8 @@ def _matches(task: Task, args: Sequence[Any], value: Any, expected: Any) -> bool
             return True
         case "digits" if _is_number(value) and value == _digit_distance(*args):
             return True
-    atol = task.atol or (FLOAT_ATOL if _is_floats(expected) else 0.0)
+    atol = task.atol or (FLOAT_ATOL if is_floats(expected) else 0.0)
     return atol > 0 and type(value) is type(expected) and _is_close(value, expected, atol)
-
-
-def _is_floats(value: Any) -> bool:
-    if isinstance(value, list | tuple) and value:
-        return all(isinstance(item, float) for item in value)
-    return isinstance(value, float)
 
 
 def _is_close(value: Any, expected: Any, atol: float) -> bool:

@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from coupled.sandbox import CallResult
-from coupled.sandbox.codec import MAX_NODES, build_set, check_collisions
+from coupled.sandbox.codec import MAX_NODES, build_set, check_collisions, range_length
 
 MAX_BITS = 1 << 14
 """Size of an int that arithmetic is done on, or that it may give."""
 
-FAILURES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError)
+FAILURES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError)
 """What `evaluate` raises when a value does not have what the test asks of it: the test has failed."""
 
 
@@ -148,7 +148,7 @@ def _call(node: ast.Call, replies: Sequence[CallResult]) -> Any:
 
 
 def _walkable(value: Any) -> Any:
-    if type(value) is range and not -MAX_NODES <= (value.stop - value.start) // value.step <= MAX_NODES:
+    if type(value) is range and range_length(value) > MAX_NODES:
         raise TooLarge("a range this long is not walked")
     return value
 

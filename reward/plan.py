@@ -13,6 +13,8 @@ from coupled.reward.programs import (
     Script,
     asserts_program,
     check_program,
+    imports_of,
+    refuse_what_runs_values,
     script_program,
     split_check,
     unittest_program,
@@ -65,8 +67,7 @@ def plan(task: Task, *, allow_weak: bool = False, expected: Expected | None = No
         case "check":
             return _check(task)
         case "unittest":
-            program = unittest_program(_one_program(task), task.entry_point)
-            return _beside(task, program)
+            return _beside(task, unittest_program(_one_program(task), task.entry_point, task.setup))
         case "evalplus":
             return _evalplus(task, expected)
         case "stdio":
@@ -75,7 +76,8 @@ def plan(task: Task, *, allow_weak: bool = False, expected: Expected | None = No
             if not allow_weak:
                 raise UnsupportedTest(
                     f"tests of style 'script' run in the program's own process, where it can forge them (tier T2); "
-                    f"task {task.uid!r} needs it and it is off: drop the task, or set reward.allow_weak: true"
+                    f"task {task.uid!r} needs it and it is off: drop the task, or set reward.allow_weak: true "
+                    "(coupled sandbox run: --allow-weak)"
                 )
             return _in_process(task, script_program(_one_program(task)))
     raise ValueError(f"no style {task.style!r}")
@@ -84,7 +86,7 @@ def plan(task: Task, *, allow_weak: bool = False, expected: Expected | None = No
 def oracle_job(task: Task) -> Job:
     """Return the job that gives the expected values of an `evalplus` task: its reference, no other program."""
     may_digest = task.oracle == "equal" and task.atol == 0
-    calls = tuple(_call(task, text, may_digest) for text in task.hidden_tests)
+    calls = tuple(replace(_call(task, text, may_digest), keep_floats=may_digest) for text in task.hidden_tests)
     return Job(uid=f"{task.uid} reference", source=task.reference, setup=task.setup, calls=calls, limits=ORACLE_LIMITS)
 
 
@@ -136,15 +138,17 @@ def _check(task: Task) -> Plan:
     asserts = split_check(text, task.entry_point)
     if asserts is not None:
         try:
-            return _calls(task, [parse_test(one, task.entry_point) for one in asserts])
+            return _calls(task, [parse_test(one, task.entry_point, text) for one in asserts])
         except UnsupportedTest:
             pass  # the same tests as a program
     return _beside(task, check_program(text, task.entry_point))
 
 
 def _beside(task: Task, program: TestProgram) -> Plan:
+    setup = imports_of(task.setup)  # the rest is the tests' own, and runs where they run
+
     def job(source: str, limits: Limits) -> Job:
-        return Job(uid=task.uid, source=source, setup=task.setup, tests=program, limits=limits)
+        return Job(uid=task.uid, source=source, setup=setup, tests=program, limits=limits)
 
     def verdicts(run: Execution) -> tuple[bool, ...]:
         return tuple(reply.value is True for reply in run.results)
@@ -220,8 +224,11 @@ def _call(task: Task, text: str, may_digest: bool) -> Call:
 
 def _stdio(task: Task) -> Plan:
     cases = tuple(map(parse_stdio, task.hidden_tests))
+    # All cases together: room for the right answers twice over, blanks included.
+    output_kb = sum(2 * len(stdout.encode(errors="replace")) for _, stdout in cases) // 1024 + 1
 
     def job(program: str, limits: Limits) -> Job:
+        limits = replace(limits, output_kb=max(limits.output_kb, output_kb))
         return Job(uid=task.uid, source=program, stdin_cases=tuple(stdin for stdin, _ in cases), limits=limits)
 
     def verdicts(run: Execution) -> tuple[bool, ...]:
@@ -239,6 +246,7 @@ def _stdio(task: Task) -> Plan:
 
     if not task.checker:
         return Plan(tier="T0", total=len(cases), job=job, verdicts=verdicts)
+    refuse_what_runs_values(task.checker)
     return Plan(tier="T1", total=len(cases), job=job, verdicts=_checked, checker=checker)
 
 

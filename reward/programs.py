@@ -10,9 +10,16 @@ from __future__ import annotations
 
 import ast
 import builtins
+import datetime
+import importlib
 import itertools
+import math
+import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from fractions import Fraction
 from functools import lru_cache
 
 from coupled.reward.types import UnsupportedTest
@@ -62,6 +69,64 @@ _RUNNERS = frozenset(
     ]
 )
 _RUN_CALLS = frozenset(("eval", "exec", "compile", "__import__"))
+_LIBRARY: dict[str, str] = {
+    "Counter": "collections",
+    "OrderedDict": "collections",
+    "defaultdict": "collections",
+    "deque": "collections",
+    "Decimal": "decimal",
+    "Fraction": "fractions",
+}
+"""Classes that tests use without importing them, and their modules."""
+_NEEDS_THE_PROCESS = frozenset(
+    [
+        "unittest.mock",
+        "mock",
+        "pytest_mock",
+        "tempfile",
+        "shutil",
+        "sys.stdin",
+        "sys.stdout",
+        "sys.stderr",
+        "sys.argv",
+        "builtins.input",
+        "builtins.print",
+    ]
+)
+"""With these, tests reach into the program's process or share files with it."""
+_NEEDS_THE_STREAMS = frozenset(("redirect_stdout", "redirect_stderr", "capsys", "capfd", "monkeypatch"))
+_TYPE_CHECKS = frozenset(
+    (
+        "isinstance",
+        "issubclass",
+        "assertIsInstance",
+        "assertNotIsInstance",
+        "assertRaises",
+        "assertRaisesRegex",
+        "raises",
+    )
+)
+_ATTRIBUTES = frozenset(
+    name
+    for kind in (
+        int,
+        float,
+        complex,
+        str,
+        bytes,
+        list,
+        tuple,
+        set,
+        frozenset,
+        dict,
+        range,
+        type(None),
+        Decimal,
+        Fraction,
+    )
+    for name in dir(kind)
+) | frozenset(name for kind in (datetime.datetime, datetime.time, datetime.timedelta) for name in dir(kind))
+"""What the replies of a plain function can have."""
 _Site = tuple[int, str, ast.expr | None]
 _EQUAL = ("assertEqual", "assertEquals", "assertListEqual", "assertDictEqual", "assertTupleEqual", "assertSetEqual")
 
@@ -95,8 +160,9 @@ def check_program(text: str, entry_point: str) -> TestProgram:
         raise _unsupported(text, "there is no function check(candidate)")
     count = itertools.count()
     check.body = [_as_part([node], count) if _has_assert(node) else node for node in check.body]
+    module.body = [node for node in module.body if not (_is_main_guard(node) or _calls_check(node))]
     module.body = [*module.body, *ast.parse(f"check({entry_point})").body]
-    return _program(text, module, next(count), [entry_point])
+    return _program(text, module, next(count), entry_point)
 
 
 @lru_cache(maxsize=1 << 12)
@@ -109,20 +175,19 @@ def asserts_program(texts: tuple[str, ...], entry_point: str | None, setup: str)
         if not any(map(_has_assert, body)):
             raise _unsupported(text, "it asserts nothing, so it would pass without a program")
         module.body = [*module.body, _as_part(body, count)]
-    program = _program("\n".join((setup, *texts)), module, next(count), [entry_point] if entry_point else [])
-    if not program.names:
-        raise _unsupported("\n".join(texts), "it calls nothing of the program, so it would pass without one")
+    program = _program("\n".join((setup, *texts)), module, next(count), entry_point)
     return program
 
 
 @lru_cache(maxsize=1 << 12)
-def unittest_program(text: str, entry_point: str | None) -> TestProgram:
+def unittest_program(text: str, entry_point: str | None, setup: str = "") -> TestProgram:
     """Return the test program of test classes: each method is one part. Raises UnsupportedTest."""
+    text = f"{setup}\n{text}"
     module = _parsed(text)
     module.body = [node for node in module.body if not _is_main_guard(node)]
     parts = tuple(f"{owner.name}.{method.name}" for owner, method in _methods(text, module))
-    program = _program(text, module, 0, [entry_point] if entry_point else [])
-    return TestProgram(source=program.source, parts=parts, names=program.names)
+    program = _program(text, module, 0, entry_point)
+    return replace(program, parts=parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,34 +297,155 @@ class _Rename(ast.NodeTransformer):
         return self.by if node.id == self.name else node
 
 
-def _program(text: str, module: ast.Module, num_parts: int, asked: list[str | None]) -> TestProgram:
+def library_names(free: AbstractSet[str], entry_point: str | None) -> dict[str, str]:
+    """Return the free names that are the standard library's, with their modules.
+
+    Without an entry point only classes, and when nothing else is asked of the program, not even these: it may be
+    the tests of a class `Counter`.
+    """
+    library = _LIBRARY | (dict.fromkeys(dir(math), "math") if entry_point else {})
+    known = {name: library[name] for name in free if name in library and name != _owner(entry_point)}
+    return known if entry_point or free - known.keys() - set(dir(builtins)) else {}
+
+
+def looks_like_a_class(name: str) -> bool:
+    """True for a name such as `Stack`."""
+    return name.lstrip("_")[:1].isupper()
+
+
+@lru_cache(maxsize=1 << 12)
+def bound_by(text: str) -> frozenset[str]:
+    """Return the names that code gives itself, anywhere in it. UnsupportedTest when it does not parse."""
+    return frozenset(_bound(text, _parsed(text)))
+
+
+def imports_of(text: str) -> str:
+    """Return the imports at the top of a code, alone. UnsupportedTest when it does not parse."""
+    return "\n".join(ast.unparse(node) for node in _parsed(text).body if isinstance(node, ast.Import | ast.ImportFrom))
+
+
+def refuse_what_runs_values(text: str) -> None:
+    """Raise UnsupportedTest for a program of the tests' that could run what the program under test gives it."""
+    for node in ast.walk(_parsed(text)):
+        _refuse_what_runs_values(text, node)
+
+
+def _owner(entry_point: str | None) -> str:
+    return (entry_point or "").partition("()")[0].partition(".")[0]
+
+
+def _program(text: str, module: ast.Module, num_parts: int, entry_point: str | None) -> TestProgram:
+    bound = _bound(text, module)
     for node in ast.walk(module):
         _refuse_what_runs_values(text, node)
+        _refuse_what_needs_the_process(text, node, bound)
+    wanted = {_owner(entry_point)} - {""} | _imported_from_solution(module)
+    if own := wanted & _defined_at_the_top(module):
+        raise _unsupported(text, f"it defines {own.pop()!r} itself, which is said to be the program's")
     used = {node.id for node in ast.walk(module) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
-    wanted = {str(name).partition("()")[0].partition(".")[0] for name in asked}
-    free = (used | wanted) - _bound(module) - {"__part__", "__name__"}
+    free = {name for name in used - bound - {"__part__", "__name__"} if not hasattr(builtins, name)} | wanted
     imports = sorted((free & _MODULES) - wanted)
-    names = sorted(name for name in free - set(imports) if name in wanted or not hasattr(builtins, name))
-    if imports:
-        module.body = [*ast.parse(f"import {', '.join(imports)}").body, *module.body]
+    library = library_names(free - set(imports), entry_point)
+    names = free - {*imports, *library}
+    if not names:
+        raise _unsupported(text, "it calls nothing of the program, so it would pass without one")
+    classes = {name for name in names if looks_like_a_class(name)}
+    if entry_point and (strangers := names - classes - wanted):
+        raise _unsupported(
+            text,
+            f"it uses {min(strangers)!r}, which it does not define, and of the program only {entry_point!r} counts",
+        )
+    for node in ast.walk(module):
+        _refuse_what_cannot_come(text, node, names, classes)
+    given = [f"import {name}" for name in imports] + [f"from {library[name]} import {name}" for name in sorted(library)]
+    body = [node for node in module.body if not (isinstance(node, ast.ImportFrom) and node.module == "__future__")]
+    module.body = [*ast.parse("\n".join(given)).body, *body]
     source = ast.unparse(ast.fix_missing_locations(module))
-    return TestProgram(source=source, parts=tuple(map(str, range(num_parts))), names=tuple(names))
+    parts = tuple(map(str, range(num_parts)))
+    return TestProgram(source=source, parts=parts, names=tuple(sorted(names)), classes=tuple(sorted(classes)))
+
+
+def _imported_from_solution(module: ast.Module) -> set[str]:
+    """Return what the tests take from the program as from a module of that name."""
+    names: set[str] = set()
+    for node in ast.walk(module):
+        match node:
+            case ast.ImportFrom(module="solution"):
+                names |= {alias.name for alias in node.names} - {"*"}
+            case ast.Attribute(value=ast.Name(id="solution"), attr=name):
+                names.add(name)
+    return names
 
 
 def _refuse_what_runs_values(text: str, node: ast.AST) -> None:
-    modules: list[str] = []
-    if isinstance(node, ast.Import):
-        modules = [alias.name for alias in node.names]
-    elif isinstance(node, ast.ImportFrom):
-        modules = [node.module or ""]
-    runs = [module for module in modules if module.partition(".")[0] in _RUNNERS]
+    runs = [module for module in _modules_of(node) if module.partition(".")[0] in _RUNNERS]
     if isinstance(node, ast.Name) and node.id in _RUN_CALLS:
         runs.append(node.id)
     if runs:
         raise _unsupported(text, f"it uses {runs[0]}, with which the tests could run what the program gives them")
 
 
-def _bound(module: ast.Module) -> set[str]:
+def _refuse_what_needs_the_process(text: str, node: ast.AST, bound: AbstractSet[str]) -> None:
+    """Raise for what cannot work between two sandboxes: it would fail every program."""
+    uses = [module for module in _modules_of(node) if module in _NEEDS_THE_PROCESS]
+    match node:
+        case ast.Name(id=name) if name in _NEEDS_THE_STREAMS or (name == "open" and name not in bound):
+            uses.append(name)
+        case ast.arg(arg=name) if name in _NEEDS_THE_STREAMS:
+            uses.append(name)
+        case ast.Attribute(attr=name) if name in _NEEDS_THE_STREAMS or ast.unparse(node) in _NEEDS_THE_PROCESS:
+            uses.append(ast.unparse(node))
+    if uses:
+        raise _unsupported(text, f"it uses {uses[0]}, which needs the program's own process (style 'script', tier T2)")
+    for module in _modules_of(node):
+        top = module.partition(".")[0]
+        if top != "solution" and top not in sys.stdlib_module_names:
+            raise _unsupported(text, f"it imports {module or 'a relative module'!r}, which the sandbox does not have")
+
+
+def _refuse_what_cannot_come(text: str, node: ast.AST, names: AbstractSet[str], classes: AbstractSet[str]) -> None:
+    """Raise for a use of the program's names that cannot work by calls alone: it would fail every program."""
+    types: list[ast.expr] = []
+    match node:
+        case ast.Call(func=function) if ast.unparse(function).rpartition(".")[2] in _TYPE_CHECKS:
+            types = node.args
+        case ast.ExceptHandler(type=ast.expr() as kind):
+            types = [kind]
+        case ast.ClassDef():
+            types = node.bases
+        case ast.Compare() if any(ast.unparse(side).startswith("type(") for side in [node.left, *node.comparators]):
+            types = [node.left, *node.comparators]
+        case ast.Attribute(value=ast.Call(func=ast.Name(id=name)), attr=attribute) if (
+            name in names and not classes and attribute not in _ATTRIBUTES
+        ):
+            raise _unsupported(text, f"it asks a reply of {name!r} for {attribute!r}, which no value of python has")
+    for kind in types:
+        for one in kind.elts if isinstance(kind, ast.Tuple) else [kind]:
+            if isinstance(one, ast.Name) and one.id in names:
+                raise _unsupported(text, f"it uses {one.id!r} of the program as a type, and types do not leave it")
+
+
+def _modules_of(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        module = "" if node.level else node.module or ""
+        return [module, *(f"{module}.{alias.name}" for alias in node.names)]
+    return []
+
+
+def _defined_at_the_top(module: ast.Module) -> set[str]:
+    names = {node.name for node in module.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    return names | {
+        target.id
+        for node in module.body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+
+
+def _bound(text: str, module: ast.Module) -> set[str]:
     """Return the names that the tests define themselves, anywhere."""
     names: set[str] = set()
     for node in ast.walk(module):
@@ -268,6 +454,12 @@ def _bound(module: ast.Module) -> set[str]:
                 names.add(name)
             case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
                 names.add(name)
+            case ast.ImportFrom(module="solution"):
+                names |= {alias.asname for alias in node.names if alias.asname}
+            case ast.ImportFrom() if any(alias.name == "*" for alias in node.names):
+                if node.module not in _MODULES:
+                    raise _unsupported(text, f"it imports * from {node.module!r}: name what it needs")
+                names |= set(dir(importlib.import_module(node.module)))
             case ast.Import() | ast.ImportFrom():
                 names |= {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
             case ast.ExceptHandler(name=str(name)):
@@ -302,6 +494,15 @@ def _as_part(body: list[ast.stmt], count: Iterator[int]) -> ast.stmt:
 
 def _has_assert(node: ast.stmt) -> bool:
     return any(isinstance(inner, ast.Assert) for inner in ast.walk(node))
+
+
+def _calls_check(node: ast.stmt) -> bool:
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Call)
+        and isinstance(node.value.func, ast.Name)
+        and node.value.func.id == "check"
+    )
 
 
 def _is_text(node: ast.stmt) -> bool:

@@ -96,4 +96,5 @@ class Scorer:
             passed=judgement.passed if judgement else 0,
             total=judgement.total if judgement else 0,
             outcome=judgement.outcome if judgement else "not_run",
+            tier=judgement.tier if judgement else "",
         )

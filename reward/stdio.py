@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 from coupled.reward.types import UnsupportedTest
 
@@ -42,10 +43,12 @@ def _same_word(word: str, wanted: str, atol: float) -> bool:
     if word == wanted:
         return True
     try:
-        number = float(wanted)
-        return abs(float(word) - number) <= atol * max(1.0, abs(number))
+        number, received = float(wanted), float(word)
     except ValueError:
         return False
+    if not (math.isfinite(number) and math.isfinite(received)):
+        return number == received  # to an infinite one, every number would be near
+    return abs(received - number) <= atol * max(1.0, abs(number))
 
 
 def _lines(text: str) -> list[list[str]]:

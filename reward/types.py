@@ -41,9 +41,12 @@ class Task:
     """Tests that are scored. For `stdio` each is the text that `stdio_test` gives, for `evalplus` that of
     `arguments_test`."""
     entry_point: str | None = None
-    """The function that the tests call; None: every name in a test that is not one of the checker's own."""
+    """The function that the tests call, or `Class().method`. None: every function that a test calls and that neither
+    Python nor the setup gives."""
     setup: str = ""
-    """Code of the tests that runs after the program and before the calls."""
+    """Code of the tests that runs after the program and before the calls. At T0 that is in the program's namespace: a
+    program can call everything in it, so a reference must not be there. At T1 it runs where the tests run, and the
+    program gets its imports alone."""
     style: Style = "assert"
     reference: str = ""
     """A right program; `evalplus` takes its replies as the expected values."""
@@ -150,6 +153,8 @@ class Verdict:
     """Hidden tests judged; 0 for INFRA and when no function asked for the tests."""
     outcome: str = "not_run"
     """As in `Judgement`; `not_run` when no function asked for the tests."""
+    tier: str = ""
+    """As in `Judgement`: T0, T1 or T2, which is weak; empty when nothing was run."""
 
 
 def stdio_test(stdin: str, stdout: str) -> str:

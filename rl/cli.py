@@ -100,12 +100,15 @@ def sandbox_run(
     tests: Annotated[Path, typer.Option(help="JSON file: a list of asserts, or {style, tests, entry_point, setup}")],
     tier: Annotated[str, typer.Option(help="auto, namespaces, landlock, process or remote")] = "auto",
     url: Annotated[str | None, typer.Option(help="address of the server, with --tier remote")] = None,
+    allow_weak: Annotated[
+        bool, typer.Option("--allow-weak", help="also tests that run in the program's process, where it can forge them")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one line of JSON instead of a table")] = False,
 ) -> None:
     """Run a file against tests. Exit status 0: all passed; 1: not all; 2: nothing was judged."""
     from coupled.rl.sandbox_command import try_file
 
-    trial = try_file(program, tests, tier=tier, url=url)
+    trial = try_file(program, tests, tier=tier, url=url, allow_weak=allow_weak)
     if as_json:
         print(trial.as_json())
     else:
@@ -121,9 +124,9 @@ def doctor() -> None:
     findings = examine()
     for finding in findings:
         mark = "[green]ok[/green]  " if finding.is_good else "[red]no[/red]  "
-        console.print(f"{mark} {finding.name}: {finding.detail}")
+        console.print(f"{mark} {finding.name}: {escape(finding.detail)}")
         if finding.remedy:
-            console.print(f"      remedy: {finding.remedy}")
+            console.print(f"      remedy: {escape(finding.remedy)}")
     if any(f.is_needed and not f.is_good for f in findings):
         raise typer.Exit(1)
 

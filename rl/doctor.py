@@ -96,8 +96,8 @@ def _sandbox() -> list[Finding]:
     try:
         executor = open_executor(tier="auto", num_workers=1)
     except SandboxUnavailable as error:
-        reason, _, remedy = str(error).partition("\nremedy: ")
-        return [Finding(name="sandbox", is_good=False, detail=reason, remedy=remedy, is_needed=True)]
+        # Every tier with its reason and its remedy.
+        return [Finding(name="sandbox", is_good=False, detail=str(error), is_needed=True)]
     with executor:
         isolation = executor.isolation()
         findings = [Finding(name="sandbox", is_good=True, detail=_isolation(isolation))]

@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from coupled.reward import Judge, Judgement, RewardSpec, Scorer, Task, Verdict
+from coupled.reward import Judge, Judgement, RewardSpec, Scorer, Task, Verdict, plan
 from coupled.rl.recipe import Recipe, Sandbox
-from coupled.sandbox import CachedExecutor, CacheStatistics, Executor, Limits, RemoteExecutor, open_executor
+from coupled.sandbox import (
+    CachedExecutor,
+    CacheStatistics,
+    Executor,
+    Limits,
+    RemoteExecutor,
+    SandboxUnavailable,
+    open_executor,
+)
+from coupled.sandbox.executor import require_runnable
 
 
 class Grader:
@@ -34,11 +43,12 @@ class Grader:
         self._executor.close()
 
 
-def open_grader(recipe: Recipe) -> Grader:
-    """The grader of a recipe; close it when done.
+def open_grader(recipe: Recipe, tasks: Sequence[Task] = ()) -> Grader:
+    """The grader of a recipe; close it when done. `tasks` are those that it will be asked about.
 
     Raises:
-        SandboxUnavailable: this host cannot give the tier that the recipe asks for.
+        SandboxUnavailable: this host cannot give the tier that the recipe asks for, or the tier cannot run the
+            tests of a task.
         RewardError: a reward function cannot be loaded.
     """
     sandbox = recipe.sandbox
@@ -46,6 +56,7 @@ def open_grader(recipe: Recipe) -> Grader:
     specs = [RewardSpec(name=f.name, path=f.path, weight=f.weight) for f in recipe.reward.functions]
     executor = CachedExecutor(_open_sandbox(recipe))
     try:
+        _check_tests(tasks, executor.isolation().tier, recipe.reward.allow_weak)
         weak = recipe.reward.allow_weak
         timeout = recipe.reward.timeout_seconds
         scorer = Scorer(specs, executor, timeout_seconds=timeout, limits=limits, allow_weak=weak)
@@ -53,6 +64,21 @@ def open_grader(recipe: Recipe) -> Grader:
         executor.close()
         raise
     return Grader(executor, scorer, Judge(executor, limits, allow_weak=weak))
+
+
+def _check_tests(tasks: Sequence[Task], tier: str, allow_weak: bool) -> None:
+    """Find out now, and not in the middle of a run, that a tier cannot run the tests of a task."""
+    refused: list[str] = []
+    for task in tasks:
+        planned = plan(task, allow_weak=allow_weak) if task.hidden_tests else None
+        if planned is None or planned.tier == "T0":  # calls and inputs, which every tier runs
+            continue
+        try:
+            require_runnable(planned.job("", Limits()), tier)
+        except SandboxUnavailable as error:
+            refused.append(str(error))
+    if refused:
+        raise SandboxUnavailable(f"{len(refused)} of {len(tasks)} tasks cannot be judged here. The first: {refused[0]}")
 
 
 def open_local_sandbox(sandbox: Sandbox) -> Executor:

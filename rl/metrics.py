@@ -45,6 +45,8 @@ class StepMetrics:
         judged = [v for v in verdicts if v.status is not Status.INFRA]
         passed = [v.total > 0 and v.passed == v.total for v in judged]
         self._row["pass_rate"] = float(np.mean(passed)) if judged else float("nan")
+        # Share of them that their own programs could have forged.
+        self._row["weak_verdicts"] = float(np.mean([v.tier == "T2" for v in judged])) if judged else float("nan")
         self._row["unscored"] = float(len(verdicts) - len(scored))  # completions without a verdict
         lengths = np.array([r.completion_length for r in rollouts])
         self._row["completion_length"] = float(lengths.mean())  # tokens, end token included

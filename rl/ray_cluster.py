@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ def open_ray(recipe: Recipe, log_dir: Path | None = None) -> Any:
 
     A bare `ray.init()` would join whatever cluster it finds on the host. Each call wants its `close_ray`.
     """
+    _require_token()  # before the import, which reads the mode
     import ray
 
     global _num_users
@@ -55,8 +58,24 @@ def on_node(node: str) -> Any:
     return NodeAffinitySchedulingStrategy(node_id=node, soft=True)
 
 
+def _require_token() -> None:
+    """Have Ray hear only who knows a token: it listens on every interface and runs whatever it is sent.
+
+    What the user has set of this stays. Processes of the sandbox do not get this environment; in tier `process` they
+    can read it when they run as the same user.
+    """
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    os.environ["RAY_AUTH_MODE"] = "token"
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    if "ray" in sys.modules:
+        from ray._raylet import Config
+
+        Config.initialize("")  # reads the mode again
+
+
 def _start_quietly(ray: Any, recipe: Recipe) -> None:
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # a loopback-only instance; unset, Ray prints a warning
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     threads = str(recipe.num_threads or 1)
     ray.init(

@@ -19,6 +19,7 @@ from coupled.rl.grading import open_local_sandbox
 from coupled.rl.ray_cluster import alive_nodes, close_ray, on_node, open_ray
 from coupled.rl.recipe import Recipe
 from coupled.sandbox import Execution, Isolation, Job, Outcome, SandboxUnavailable
+from coupled.sandbox.executor import require_runnable
 
 MAX_ATTEMPTS = 3
 """A program that could not be run is tried so often, on another supervisor if there is one."""
@@ -71,8 +72,9 @@ class _Sent:
 class RayExecutor:
     """An executor whose workers are on all nodes of a Ray instance. A context manager.
 
-    `nodes` names the nodes, one supervisor each; none takes all that are alive. Raises SandboxUnavailable when a
-    node cannot give the recipe's tier.
+    `nodes` names the nodes, one supervisor each; none takes all that are alive. All have the same tier: what one node
+    refuses and another allows would make a reward depend on where it was earned. Raises SandboxUnavailable when a
+    node cannot give the recipe's tier, or `auto` finds different ones.
     """
 
     def __init__(self, recipe: Recipe, nodes: Sequence[str] | None = None) -> None:
@@ -83,15 +85,23 @@ class RayExecutor:
         try:
             self._nodes = list(nodes if nodes is not None else alive_nodes(self._ray))
             self._actors = [self._start(node) for node in self._nodes]
-            self._isolation, *_ = [self._greet(actor) for actor in self._actors]  # all must be there
+            self._isolation = self._common([self._greet(actor) for actor in self._actors])
+            # A replacement is held to the tier that was found, even where `auto` would now find a better one.
+            fixed = recipe.sandbox.model_copy(update={"tier": self._isolation.tier})
+            self._recipe = recipe.model_copy(update={"sandbox": fixed})
         except BaseException:
             close_ray()
             raise
 
     def run(self, jobs: Sequence[Job]) -> list[Execution]:
-        """Return one execution per job, in order, whatever becomes of supervisors and nodes meanwhile."""
+        """Return one execution per job, in order, whatever becomes of supervisors and nodes meanwhile.
+
+        RuntimeError when closed. SandboxUnavailable, before anything runs, for a job that the tier cannot run.
+        """
         if not self._actors:
             raise RuntimeError("an executor runs nothing after close(): open another")
+        for job in jobs:
+            require_runnable(job, self._isolation.tier)
         ray = self._ray
         done: dict[int, Execution] = {}
         waiting = _batches(jobs, self._recipe.sandbox.num_workers)
@@ -108,7 +118,9 @@ class RayExecutor:
                 sent = running.pop(ref)
                 try:
                     found = ray.get(ref, timeout=_LEAST_SECONDS if ended else 0)
-                except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError, SandboxUnavailable) as error:
+                except (ray.exceptions.RayError, SandboxUnavailable) as error:
+                    if not self._is_loss(error):
+                        raise
                     self._replace(sent)
                     waiting += self._again(sent, jobs, done, f"{type(error).__name__}: {error}")
                     continue
@@ -120,7 +132,7 @@ class RayExecutor:
         return [done[index] for index in range(len(jobs))]
 
     def isolation(self) -> Isolation:
-        """Return what holds programs on the first node; a node that cannot give the tier was refused."""
+        """Return what holds programs on the first node; all nodes have its tier."""
         return self._isolation
 
     def close(self) -> None:
@@ -169,18 +181,40 @@ class RayExecutor:
         ray = self._ray
         try:
             isolation: Isolation = ray.get(actor.isolation.remote(), timeout=START_SECONDS)
-        except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError) as error:
+        except (ray.exceptions.RayError, SandboxUnavailable) as error:
+            if not self._is_loss(error):
+                raise
             raise SandboxUnavailable(
                 f"every node must give the sandbox that the recipe asks for; one could not: {error}\n"
                 "remedy: run `coupled doctor` on that node, or take it out of the cluster"
             ) from error
         return isolation
 
+    def _common(self, found: Sequence[Isolation]) -> Isolation:
+        tiers = {isolation.tier for isolation in found}
+        if len(tiers) > 1:
+            told = ", ".join(f"{node}: {isolation.tier}" for node, isolation in zip(self._nodes, found, strict=True))
+            raise SandboxUnavailable(
+                f"every node must give the same tier; they give {told}\n"
+                f"remedy: run `coupled doctor` on the nodes without tier 'namespaces', or set sandbox.tier=landlock"
+            )
+        return found[0]
+
+    def _is_loss(self, error: Exception) -> bool:
+        """True when a supervisor, a node or an answer was lost; False for a mistake in what the supervisor ran."""
+        return isinstance(error, SandboxUnavailable) or not isinstance(error, self._ray.exceptions.RayTaskError)
+
     def _replace(self, sent: _Sent) -> None:
         """Start another supervisor. A second batch of the old one fails by itself: the new one must survive that."""
-        if self._actors[sent.place] is sent.actor:
-            self._ray.kill(sent.actor)
-            self._actors[sent.place] = self._start(self._nodes[sent.place])
+        if self._actors[sent.place] is not sent.actor:
+            return
+        self._ray.kill(sent.actor)
+        self._actors[sent.place] = new = self._start(self._nodes[sent.place])
+        try:
+            self._greet(new)
+        except SandboxUnavailable:
+            # Not the end of the run: what is sent there fails, is tried elsewhere, and at last left out.
+            self._ray.kill(new)
 
 
 def _batches(jobs: Sequence[Job], num_workers: int) -> list[_Batch]:

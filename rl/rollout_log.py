@@ -52,6 +52,7 @@ def _verdict_row(group: Group, index: int) -> dict[str, object]:
         "score": verdict.score,
         "status": str(verdict.status),
         "outcome": verdict.outcome,
+        "tier": verdict.tier,
         "passed": verdict.passed,
         "total": verdict.total,
         "rewards": [{"name": name, "value": value} for name, value in sorted(verdict.parts.items())],

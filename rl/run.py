@@ -248,7 +248,8 @@ def open_run(recipe: Recipe, resume: str = "never") -> Run:
     prompts = encode_prompts(tasks, policy.tokenizer, recipe.data.max_prompt_tokens)
     held_out = _held_out(recipe, policy, prompts)
     _check_fit(recipe, policy, [*prompts, *held_out])
-    grader = open_grader(recipe)
+    judged = [*prompts, *held_out] if needs_tests else held_out
+    grader = open_grader(recipe, [prompt.task for prompt in judged])
     try:
         folder = open_run_dir(recipe, resume)
         return Run(recipe, policy, prompts, held_out, grader, folder, open_engine(recipe, policy, folder.path))

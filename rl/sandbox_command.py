@@ -27,6 +27,12 @@ FORMAT = (
     '"style", "entry_point" and "setup"; of style "stdio" each test is {"input": "..", "output": ".."}'
 )
 
+_COMPARED_BY = {
+    "T0": "compared by the host",
+    "T1": "compared by the tests, in a sandbox of their own",
+    "T2": "weak: compared in the program's own process, where it can forge what its tests say",
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
@@ -63,6 +69,8 @@ class Trial:
             "passed": self.has_passed,
             "status": str(self.judgement.status),
             "outcome": self.judgement.outcome,
+            "verdict_tier": self.judgement.tier,
+            "is_weak": self.judgement.is_weak,
             "tests": [{"test": text, "passed": passed} for text, passed in self.rows()],
             "tier": run.tier if run else self.isolation.tier,
             "usage": asdict(run.usage) if run else None,
@@ -84,6 +92,8 @@ class Trial:
             f"status   {judgement.status}, {judgement.outcome}" + (f": {run.detail}" if run and run.detail else "")
         ]
         lines += [f"passed   {judgement.passed} of {len(self.rows())}"]
+        if judgement.tier:
+            lines += [f"verdict  {judgement.tier}: {_COMPARED_BY[judgement.tier]}"]
         if run is not None:
             used = run.usage
             lines += [f"used     {used.cpu_seconds:.3f} s CPU, {used.wall_seconds:.3f} s wall, {used.memory_mb:.0f} MB"]
@@ -94,8 +104,8 @@ class Trial:
         return Group(*parts)
 
 
-def try_file(program: Path, tests: Path, *, tier: str, url: str | None) -> Trial:
-    """Run a file against its tests with the default limits.
+def try_file(program: Path, tests: Path, *, tier: str, url: str | None, allow_weak: bool = False) -> Trial:
+    """Run a file against its tests with the default limits. `allow_weak`: also tests of verdict tier T2.
 
     Raises:
         DataError: a file cannot be read or is not in the format, or tier and address do not fit.
@@ -111,7 +121,7 @@ def try_file(program: Path, tests: Path, *, tier: str, url: str | None) -> Trial
     limits = Limits(cpu_seconds=settings.cpu_seconds, wall_seconds=settings.wall_seconds, memory_mb=settings.memory_mb)
     recorder = _Recorder(open_local_sandbox(settings))
     try:
-        (judgement,) = Judge(recorder, limits).judge_programs([task], [source])
+        (judgement,) = Judge(recorder, limits, allow_weak=allow_weak).judge_programs([task], [source])
         isolation = recorder.isolation()
     finally:
         recorder.close()

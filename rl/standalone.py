@@ -65,9 +65,10 @@ def evaluate_checkpoint(path: Path, recipe: str | None, overrides: tuple[str, ..
     tasks = load_tasks(chosen.data, chosen.data.eval_path, allow_weak=chosen.reward.allow_weak)
     prompts = encode_prompts(tasks, policy.tokenizer, chosen.data.max_prompt_tokens)
     engine = InlineEngine(policy, chosen.rollout.batch_size)
-    grader = open_grader(chosen)
+    prompts = prompts[: chosen.evaluation.num_problems]
+    grader = open_grader(chosen, [prompt.task for prompt in prompts])
     try:
-        return evaluate(engine, grader, prompts[: chosen.evaluation.num_problems], chosen, step=0)
+        return evaluate(engine, grader, prompts, chosen, step=0)
     finally:
         grader.close()
 

@@ -30,6 +30,7 @@ KEPT = frozenset({Outcome.OK, Outcome.LOAD_ERROR, Outcome.CRASH, Outcome.OUTPUT_
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, range, set, frozenset)
 _LEAST_WEIGHT = 16
 """What an entry without results counts, in values."""
+_VALUE_BYTES = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +51,8 @@ class CachedExecutor:
     """Any executor, with a cache in front of it. Closing it closes the executor.
 
     `max_values` bounds the memory: that many values (numbers, short texts, containers) are kept in all results
-    together, about 100 bytes each; what was used longest ago goes first. May be used by several threads.
+    together, about 100 bytes each, and what is larger counts as several; what was used longest ago goes first. May
+    be used by several threads.
     """
 
     def __init__(self, executor: Executor, *, max_values: int = 1_000_000) -> None:
@@ -110,7 +112,11 @@ class CachedExecutor:
     def _keep(self, key: bytes, execution: Execution) -> None:
         if execution.outcome not in KEPT or key in self._known:
             return
-        weight = _LEAST_WEIGHT + sum(_weight(result.value) for result in execution.results)
+        weight = _LEAST_WEIGHT + _weight_of_texts(execution.stdout, execution.detail)
+        for result in execution.results:
+            weight += _weight(result.value)
+            if result.raised is not None:
+                weight += _weight_of_texts(result.raised.type, result.raised.text)
         self._known[key] = (execution, weight)
         self._room -= weight
         while self._room < 0:
@@ -146,15 +152,21 @@ def _feed(update: Callable[[bytes], None], value: Any) -> None:
 
 
 def _weight(value: Any) -> int:
-    """Count the values in a value; long texts count by their length."""
+    """Count the values in a value; one that is large by itself, such as a text or an int, counts by its size."""
     weight, rest = 0, [value]
     while rest:
         item = rest.pop()
-        weight += 1
-        if isinstance(item, str | bytes):
-            weight += len(item) // 64
-        elif isinstance(item, Mapping):
+        weight += 1 + sys.getsizeof(item) // _VALUE_BYTES
+        if isinstance(item, Mapping):
             rest += [*item.keys(), *item.values()]
         elif isinstance(item, list | tuple | set | frozenset):
             rest += item
+        elif isinstance(item, range):
+            rest += [item.start, item.stop, item.step]
+        elif isinstance(item, codec.Opaque):
+            rest.append(item.type_name)
     return weight
+
+
+def _weight_of_texts(*texts: str) -> int:
+    return sum(sys.getsizeof(text) // _VALUE_BYTES for text in texts)

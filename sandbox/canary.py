@@ -5,6 +5,7 @@ Results leave the sandbox only after the worker that made them has answered such
 canary is a job like any other: ordinary code, names and arguments drawn anew each time, limits and kind of the
 job before it. A worker that answers wrongly is replaced, and what it did since its last good canary is run again,
 one program at a time with a canary after each; a program that twice spoils a new worker has broken the rules.
+A canary that the sandbox failed to run proves nothing and blames nobody: what it should have proven is left out.
 
 What this cannot find: a worker that lies about some programs only and recognises ours for what they are. Nobody
 but a program that broke out of its jail is in a position to lie so; canaries are the net below the rope.
@@ -26,6 +27,8 @@ NUM_BETWEEN = 32
 """Programs that one worker runs between two canaries, at most."""
 SUSPICIOUS = frozenset({Outcome.VIOLATION, Outcome.PROTOCOL, Outcome.CRASH})
 """After these a canary comes at once."""
+MAY_BE_BUSY = frozenset({Outcome.TIMEOUT, Outcome.KILLED})
+"""A canary that ends so may have met a busy or crowded machine: a second one is asked before anyone is blamed."""
 _NUM_TRIES = 2
 _NAMES = [
     "total",
@@ -40,6 +43,8 @@ _NAMES = [
     "transform",
 ]
 _ARGUMENTS = ["values", "items", "data", "numbers", "xs", "arr", "nums", "sequence"]
+_NO_CANARY = "the sandbox could not run a program with known answers, so nothing vouches for its worker"
+_WRONG_ANSWERS = "a new worker gives wrong answers to programs with known ones: do not trust this machine"
 _draw = secrets.SystemRandom()
 _log = logging.getLogger(__name__)
 
@@ -80,7 +85,8 @@ def run_watched(worker: W, todo: deque[Slot], run: Callable[[W, Job], Execution]
     """Take jobs off `todo`, at most `NUM_BETWEEN`, run them on the worker, and prove it afterwards.
 
     When it returns every slot taken has an execution: made by a worker that answered a canary since,
-    VIOLATION for a program that spoils workers, or SANDBOX_ERROR when a new worker answers wrongly too.
+    VIOLATION for a program that spoils workers, or SANDBOX_ERROR when a new worker answers wrongly too, or
+    no canary could be run.
     """
     unproven: list[Slot] = []
     while len(unproven) < NUM_BETWEEN:
@@ -96,7 +102,12 @@ def run_watched(worker: W, todo: deque[Slot], run: Callable[[W, Job], Execution]
                 break
     if not unproven:
         return
-    if _answers(worker, unproven[-1].job, run):
+    answers = _answers(worker, unproven[-1].job, run)
+    if answers is None:
+        for slot in unproven:
+            _leave_out(slot, _NO_CANARY)
+        return
+    if answers:
         unproven = [slot for slot in unproven if slot.incarnation != worker.incarnation and not _is_lowest(slot)]
     else:
         _retire(worker, f"one of {len(unproven)} programs was its last")
@@ -107,29 +118,37 @@ def run_watched(worker: W, todo: deque[Slot], run: Callable[[W, Job], Execution]
 def _run_alone(worker: W, slot: Slot, run: Callable[[W, Job], Execution]) -> None:
     """Run one job between two canaries, so that whose fault a wrong answer is can be told."""
     for _ in range(_NUM_TRIES):
-        if not _answers(worker, slot.job, run):
+        answers = _answers(worker, slot.job, run)
+        if answers is False:
             _retire(worker, "a new one is tried")
-            if not _answers(worker, slot.job, run):
-                slot.execution = dataclasses.replace(
-                    slot.result,
-                    outcome=Outcome.SANDBOX_ERROR,
-                    results=(),
-                    detail="a new worker gives wrong answers to programs with known ones: do not trust this machine",
-                )
-                return
+            answers = _answers(worker, slot.job, run)
+            if answers is False:
+                return _leave_out(slot, _WRONG_ANSWERS)
+        if answers is None:
+            return _leave_out(slot, _NO_CANARY)
         slot.execution = run(worker, slot.job)
         slot.incarnation = worker.incarnation
-        if _answers(worker, slot.job, run):
-            if slot.incarnation == worker.incarnation or slot.execution.outcome.is_infrastructure or _is_lowest(slot):
-                return
-        else:
+        if slot.execution.outcome.is_infrastructure:
+            return None
+        answers = _answers(worker, slot.job, run)
+        if answers is None:
+            return _leave_out(slot, _NO_CANARY)
+        if not answers:
             _retire(worker, "a single program was its last")
+        elif slot.incarnation == worker.incarnation or _is_lowest(slot):
+            return None
     slot.execution = dataclasses.replace(
         slot.result,
         outcome=Outcome.VIOLATION,
         results=(),
         detail=f"spoiled {_NUM_TRIES} new workers, one after the other",
     )
+    return None
+
+
+def _leave_out(slot: Slot, why: str) -> None:
+    """Make of the slot what says nothing about its program."""
+    slot.execution = dataclasses.replace(slot.result, outcome=Outcome.SANDBOX_ERROR, results=(), detail=why)
 
 
 def _is_lowest(slot: Slot) -> bool:
@@ -142,10 +161,15 @@ def _retire(worker: Restartable, why: str) -> None:
     worker.restart()
 
 
-def _answers(worker: W, like: Job, run: Callable[[W, Job], Execution]) -> bool:
-    """Run a canary; True when every value is right."""
-    job, expected = canary(like)
-    execution = run(worker, job)
+def _answers(worker: W, like: Job, run: Callable[[W, Job], Execution]) -> bool | None:
+    """Run a canary; True when every value is right, None when the sandbox could not run it."""
+    for _ in range(_NUM_TRIES):
+        job, expected = canary(like)
+        execution = run(worker, job)
+        if execution.outcome not in MAY_BE_BUSY:
+            break
+    if execution.outcome.is_infrastructure:
+        return None
     replies = [(type(result.value), result.value) for result in execution.results if result.raised is None]
     return execution.outcome is Outcome.OK and replies == [(type(value), value) for value in expected]
 

@@ -8,10 +8,13 @@ that a machine that does not hold it survives.
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 import re
+import signal
 import socket
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +29,8 @@ _LIMITS = Limits(
     cpu_seconds=1, wall_seconds=20.0, memory_mb=256, file_kb=1024, output_kb=256, max_files=32, max_processes=8
 )
 _NAP = Limits(cpu_seconds=1, wall_seconds=0.4, memory_mb=256)
+_NUM_PATIENT = 3
+"""How often a probe is tried when the machine was too busy to tell anything, each time with more wall time."""
 _NUM_TRIED = 24
 """Threads or processes that a bomb tries to start: more than are allowed, few enough to survive."""
 
@@ -43,7 +48,7 @@ def call(number, *args):
 """
 _HONEST = "def probe(): return sum(range(5))"
 _LOOP = "def probe():\n    while True: pass"
-_SLEEP = "import time\ndef probe():\n    time.sleep(3)\n    return 'slept'"
+_SLEEP = "import time\ndef probe():\n    time.sleep(600)\n    return 'slept'"
 _HOG = "def probe(): return len(bytearray(1 << 29))"
 _FORK = "def fork():\n    if os.fork() == 0: os._exit(0)\n    return 'forked'\ndef probe(): return tried(fork)"
 _EXEC = "def probe(): return tried(os.execv, '/bin/true', ['true'])"
@@ -62,14 +67,14 @@ def probe(most):
 """
 # os.write and not file.write: an unflushed file swallows the error, and "refused" would look like "worked".
 _FILE = """
-def write():
-    fd, total = os.open("big", os.O_CREAT | os.O_WRONLY, 0o600), 0
+def write(path):
+    fd, total = os.open(path, os.O_CREAT | os.O_WRONLY, 0o600), 0
     try:
         while total < 1 << 24: total += os.write(fd, bytes(1 << 16))
     except OSError as error:
         return [total, error.errno]
     return [total, 0]
-def probe(): return tried(write)
+def probe(path): return tried(write, path)
 """
 _SCRATCH = """
 def probe():
@@ -85,12 +90,20 @@ def probe(most):
         return [last, error.errno]
     return [last, 0]
 """
-_READ = "def probe(path): return tried(lambda: len(os.read(os.open(path, os.O_RDONLY), 99)))"
+_READ = """
+def read(path): return len(os.read(os.open(path, os.O_RDONLY), 99))
+def probe(paths): return [tried(read, path) for path in paths]
+"""
 _WRITE = """
 def probe(paths):
     return sorted({tried(os.open, f"{path}/coupled-probe", os.O_CREAT | os.O_WRONLY, 0o600) for path in paths}, key=str)
 """
 _MOUNTS = "def probe(): return open('/proc/self/mountinfo').read()"
+_PROC = """
+def probe():
+    numbers = [name for name in os.listdir("/proc") if name.isdigit()]
+    return [numbers, os.path.exists("/proc/sys"), os.path.exists("/proc/meminfo")]
+"""
 _ROOT = "def probe(): return sorted(os.listdir('/'))"
 _SIGNAL = "def probe(pid): return [tried(os.kill, pid, 0), os.getppid()]"
 _MEMORY_FILE = "def probe(): return tried(os.memfd_create, 'm')"
@@ -108,11 +121,31 @@ def probe(port, name):
     return [tried(reach, *place) for place in where]
 """
 _RIGHTS = """
-def probe():
+def probe(is_root):
     header, data = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     libc.capget(header, data)
     ids = os.getresuid() + os.getresgid()
-    return [any(data), libc.prctl(39, 0, 0, 0, 0), libc.prctl(3), 0 in ids]
+    return [any(data), libc.prctl(39, 0, 0, 0, 0), libc.prctl(3), 0 in ids, is_root and os.getgroups() != []]
+"""
+# Set a lock of the process or of the open file, at once or waiting; flock.
+_LOCK = """
+import fcntl, struct
+def probe():
+    shared = struct.pack("hhqqi4x", fcntl.F_RDLCK, 0, 0, 0, 0)
+    attempts = [tried(fcntl.fcntl, 0, command, shared) for command in (6, 7, 37, 38)] + [tried(fcntl.flock, 0, 5)]
+    return sorted({str(attempt) for attempt in attempts})
+"""
+_URGENT = """
+import socket
+def probe():
+    one, other = socket.socketpair()
+    return tried(one.send, b"x", socket.MSG_OOB)
+"""
+# Append and non-blocking, on what this program and the next one have as standard input.
+_FLAG = "import fcntl\ndef probe(): return fcntl.fcntl(0, 4, fcntl.fcntl(0, 3) | os.O_APPEND | os.O_NONBLOCK)"
+_FLAGGED = """
+import fcntl
+def probe(): return [fcntl.fcntl(fd, 3) & (os.O_APPEND | os.O_NONBLOCK) for fd in range(4)]
 """
 _LITTER = "def probe(): return tried(os.open, 'left', os.O_CREAT | os.O_WRONLY, 0o600) and 'left'"
 _LEFT = "def probe(): return os.listdir('.')"
@@ -149,28 +182,29 @@ class _Probe(NamedTuple):
 def self_check(executor: Executor) -> list[Check]:
     """Run an honest program, some two dozen hostile ones and the honest one again; return what held.
 
-    Give it an executor of one worker. The probes listen on 127.0.0.1 and put one file into the temporary directory,
-    to see that neither is in reach. In tier `process` that several do not hold is a finding, not an error. Takes one
-    to two seconds.
+    Give it an executor of one worker. The probes listen on 127.0.0.1 and put a directory with a file where temporary
+    files go, to see that neither is in reach. In tier `process` that several do not hold is a finding, not an error.
+    Takes one to two seconds.
     """
     isolation = executor.isolation()
     name = f"\0coupled-probe-{os.getpid()}-{id(executor)}"
     with (
         socket.create_server(("127.0.0.1", 0)) as listener,
         socket.socket(socket.AF_UNIX) as local,
-        tempfile.NamedTemporaryFile(prefix="coupled-probe-") as secret,
+        tempfile.TemporaryDirectory(prefix="coupled-probe-", dir=_open_directory()) as place,
     ):
         local.bind(name)
         local.listen()
-        secret.write(b"secret")
-        secret.flush()
-        os.chmod(secret.name, 0o644)
+        # Modes that let everybody in, so that it is the sandbox that refuses, and not they.
+        os.chmod(place, 0o777)
+        Path(place, "secret").write_bytes(b"secret")
+        Path(place, "secret").chmod(0o644)
         probes = [
             _Probe("honest program", _HONEST, _gives(10)),
             *_everywhere(isolation),
             *(_in_namespaces(isolation, listener.getsockname()[1], name) if isolation.tier == "namespaces" else ()),
-            *(_in_landlock() if isolation.tier == "landlock" else ()),
-            *_out_of_reach(isolation, secret.name),
+            *(_in_landlock(place) if isolation.tier == "landlock" else ()),
+            *_out_of_reach(isolation, place),
             _Probe("honest program afterwards", _HONEST, _gives(10)),
         ]
         return [_checked(executor, probe) for probe in probes]
@@ -180,7 +214,12 @@ def _checked(executor: Executor, probe: _Probe) -> Check:
     call = Call(function="probe", args=probe.args)
     source = _TRY + probe.source
     job = Job(uid=probe.name, source=source, calls=(call,), limits=probe.limits or _LIMITS, profile=probe.profile)
-    (run,) = executor.run([job])
+    for _ in range(_NUM_PATIENT):
+        (run,) = executor.run([job])
+        if run.outcome is not Outcome.OVERLOADED:
+            break
+        longer = dataclasses.replace(job.limits, wall_seconds=job.limits.wall_seconds * 5)
+        job = dataclasses.replace(job, limits=longer)
     held = probe.holds(run)
     return Check(probe.name, held, _detail(run)[: 80 if held else 400])
 
@@ -194,7 +233,7 @@ def _everywhere(isolation: Isolation) -> Iterator[_Probe]:
     yield _Probe("many descriptors", _DESCRIPTORS, _gives([_LIMITS.max_files - 1, errno.EMFILE]), (256,))
     yield _Probe("exit with status 0", _EXIT, lambda run: run.outcome is Outcome.INCOMPLETE)
     yield _Probe("flood of output", _FLOOD, lambda run: run.outcome is Outcome.OUTPUT_LIMIT)
-    yield _Probe("privileges", _RIGHTS, _gives([False, 1, 0, False]))
+    yield _Probe("privileges", _RIGHTS, _gives([False, 1, 0, False, False]), (os.geteuid() == 0,))
     most = 0 if isolation.tier == "landlock" else _LIMITS.max_processes
     yield _Probe("thread bomb", _THREADS, lambda run: _is_count(_value(run), most), (_NUM_TRIED,))
     yield _Probe("new process", _FORK, _refuses(errno.EPERM))
@@ -202,6 +241,10 @@ def _everywhere(isolation: Isolation) -> Iterator[_Probe]:
     yield _Probe("network", _SOCKET, _refuses(errno.EPERM))
     yield _Probe("memory file", _MEMORY_FILE, _refuses(errno.EPERM))
     yield _Probe("shared memory", _SHARED_MEMORY, _refuses(errno.EPERM))
+    yield _Probe("locks", _LOCK, _gives([f"errno {errno.EPERM}"]))
+    yield _Probe("byte out of band", _URGENT, _refuses(errno.EPERM))
+    yield _Probe("flags for the next program", _FLAG, _gives(0))
+    yield _Probe("flags of the last program", _FLAGGED, _gives([0, 0, 0, 0]))
     yield _Probe("new user namespace", _NEW_USER, _is_violation)
     yield _Probe("mount", _MOUNT, _is_violation)
     yield _Probe("io_uring", _RING, _is_violation)
@@ -214,7 +257,7 @@ def _everywhere(isolation: Isolation) -> Iterator[_Probe]:
 
 def _in_namespaces(isolation: Isolation, port: int, name: str) -> Iterator[_Probe]:
     """What a root, a /tmp and namespaces of its own stop."""
-    yield _Probe("huge file", _FILE, _gives([_LIMITS.file_kb << 10, errno.EFBIG]))
+    yield _Probe("huge file", _FILE, _gives([_LIMITS.file_kb << 10, errno.EFBIG]), ("big",))
     # Bits 2, 4 and 8 of the flags: nosuid, nodev, noexec.
     yield _Probe("scratch directory", _SCRATCH, _gives([64 << 20, 4096, 14]))
     yield _Probe("file for the next program", _LITTER, _gives("left"))
@@ -223,25 +266,40 @@ def _in_namespaces(isolation: Isolation, port: int, name: str) -> Iterator[_Prob
     expected = {path.split("/")[1] for path in isolation.shown} | {"tmp", "proc", "dev"}
     yield _Probe("root directory", _ROOT, _gives(sorted(expected)))
     if not any("no /proc" in note for note in isolation.notes):
+        yield _Probe("processes in sight", _PROC, _gives([["1"], False, False]))
         yield _Probe("mount table", _MOUNTS, lambda run: not _foreign_mounts(_value(run), isolation.shown))
     # Sockets are allowed here, so that it is the namespace that refuses, and not the filter.
     refused = [f"errno {errno.ECONNREFUSED}"] * 2
     yield _Probe("the host's listeners", _CONNECT, _gives(refused), (port, name), profile="compat")
 
 
-def _in_landlock() -> Iterator[_Probe]:
+def _in_landlock(place: str) -> Iterator[_Probe]:
     """What the ruleset and the filter of a program on the host's file system stop."""
-    yield _Probe("new file", _FILE, _refuses(errno.EACCES))
+    yield _Probe("new file", _FILE, _refuses(errno.EACCES), (f"{place}/new",))
     yield _Probe("signal to the host", _SIGNAL, lambda run: _refused(_item(run, 0)) == errno.EPERM, (os.getpid(),))
     yield _Probe("files in sight", "def probe(): return tried(os.listdir, '/')", _refuses(errno.EACCES))
 
 
-def _out_of_reach(isolation: Isolation, secret: str) -> Iterator[_Probe]:
+def _out_of_reach(isolation: Isolation, place: str) -> Iterator[_Probe]:
     is_private = isolation.tier == "namespaces"
-    yield _Probe("file of the host", _READ, _refuses(errno.ENOENT if is_private else errno.EACCES), (secret,))
-    places = ["/", "/dev", "/usr", "/etc", os.path.dirname(os.__file__)] + ([] if is_private else ["/tmp", "/var/tmp"])
-    wanted = {errno.EROFS, errno.EACCES} | ({errno.ENOENT} if is_private else set())
+    # More than one file: where the directory of temporary files is root's alone, its mode refuses the first.
+    secrets = [f"{place}/secret", "/etc/passwd", *([] if is_private else ["/proc/self/status"])]
+    hidden = {errno.ENOENT} if is_private else {errno.EACCES}
+    yield _Probe("file of the host", _READ, lambda run: _all_refused(run, hidden), (secrets,))
+    places = ["/", "/dev", "/usr", "/etc", os.path.dirname(os.__file__)] + ([] if is_private else [place])
+    # A private root is read-only for everybody; EACCES would be the modes of the host's directories.
+    wanted = {errno.EROFS, errno.ENOENT} if is_private else {errno.EROFS, errno.EACCES}
     yield _Probe("files beside the scratch directory", _WRITE, lambda run: _all_refused(run, wanted), (places,))
+
+
+def _open_directory() -> str:
+    """Return a directory for temporary files that everybody may enter, if there is one."""
+    for path in (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"):
+        if os.access(path, os.W_OK | os.X_OK):
+            real = Path(path).resolve()
+            if all(parent.stat().st_mode & stat.S_IXOTH for parent in (real, *real.parents)):
+                return path
+    return tempfile.gettempdir()
 
 
 def _foreign_mounts(table: object, shown: tuple[str, ...]) -> list[str]:
@@ -306,7 +364,8 @@ def _all_refused(run: Execution, numbers: set[int]) -> bool:
 
 
 def _is_violation(run: Execution) -> bool:
-    return run.outcome is Outcome.VIOLATION
+    """True when the filter of system calls ended it: its zygote's end is a violation as well."""
+    return run.outcome is Outcome.VIOLATION and run.detail.endswith(f"signal {signal.SIGSYS:d}")
 
 
 def _ran_out_of_memory(run: Execution) -> bool:

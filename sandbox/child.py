@@ -15,6 +15,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import functools
+import importlib
 import json
 import operator
 import os
@@ -28,6 +29,10 @@ LOCKED = b"\x55"
 """Sent after the lock-down and before the first untrusted byte is read."""
 MAX_TEXT = 500
 """Characters of an exception's text that are sent."""
+
+
+class _HostGone(BaseException):
+    """The host closed the socket. A type of its own: an EOFError can be the program's, and tests catch Exception."""
 
 
 def fix_randomness() -> None:
@@ -49,12 +54,10 @@ def serve(fd: int, codec: Any) -> int:
             return _run_main(job["source"])
         case "calls":
             _answer_calls(fd, job, codec)
-        case "serve":
-            _serve_tests(fd, job, codec)
-        case "tests":
-            _run_tests(fd, job, codec)
-        case "script":
-            _run_script(fd, job, codec)
+    speak = {"serve": _serve_tests, "tests": _run_tests, "script": _run_script}.get(job["mode"])
+    if speak is not None:
+        with contextlib.suppress(_HostGone):
+            speak(fd, job, codec)
     return 0
 
 
@@ -77,11 +80,15 @@ def _answer_calls(fd: int, job: dict[str, Any], codec: Any) -> None:
     names = _load(fd, job)
     if names is None:
         return
-    for index, (function, args, kwargs, may_digest) in enumerate(job["calls"]):
+    for index, (function, args, kwargs, may_digest, keep_floats) in enumerate(job["calls"]):
         try:
             target = _resolve(names, function)
             value = target(*codec.decode_tree(args), **codec.decode_tree(kwargs))
-            kind, document = codec.encode_or_digest(value) if may_digest else ("v", codec.encode(value))
+            kind, document = "v", ""
+            if may_digest:
+                kind, document = codec.encode_or_digest(value, keep_floats=keep_floats)
+            else:
+                document = codec.encode(value)
             reply = f'{{"n":{index},"{kind}":{document}}}'
         except BaseException as error:
             reply = json.dumps({"n": index, "x": _described(error)})
@@ -107,24 +114,32 @@ def _run_main(source: str) -> int:
 
 def _resolve(names: dict[str, Any], function: str) -> Any:
     owner, dot, method = function.partition("().")
-    if owner not in names:
-        raise NameError(f"name {owner!r} is not defined")
-    return getattr(names[owner](), method) if dot else names[owner]
+    target = _named(names, owner)
+    return getattr(target(), method) if dot else target
+
+
+def _named(names: dict[str, Any], name: str) -> Any:
+    if name not in names:
+        raise NameError(f"name {name!r} is not defined")
+    return names[name]
 
 
 class _Server:
     """The program's side of tests in another sandbox: does what they ask, keeps the objects they hold."""
 
-    def __init__(self, names: dict[str, Any], asked: list[str], codec: Any) -> None:
+    def __init__(self, names: dict[str, Any], classes: list[str], codec: Any) -> None:
         self.names = names
-        self.asked = asked
+        self.classes = classes
         self.codec = codec
         self.objects: dict[int, Any] = {}
         self.numbers: dict[int, int] = {}
 
     def refer(self, value: Any) -> list[Any] | None:
-        """Return the handle of a value that can be used and not copied: only of classes that the tests name."""
-        classes = tuple(c for c in map(self.names.get, self.asked) if isinstance(c, type))
+        """Return the handle of a value that can be used and not copied: an object of a class that the tests name."""
+        text = _as_text(value)
+        if text is not None:
+            return text
+        classes = tuple(c for c in map(self.names.get, self.classes) if isinstance(c, type))
         if isinstance(value, classes):
             kind = "object"
         elif isinstance(value, _FUNCTIONS):
@@ -138,8 +153,8 @@ class _Server:
             self.objects[len(self.objects)] = value
         return [kind, self.numbers[id(value)]]
 
-    def resolve(self, kind: str, number: int) -> Any:
-        return self.objects[number]
+    def resolve(self, kind: str, which: int | str) -> Any:
+        return self.objects[which] if isinstance(which, int) else _from_text(kind, which)
 
     def answer(self, ask: dict[str, Any]) -> dict[str, Any]:
         args = [self.codec.decode_tree(arg, self.resolve) for arg in ask["args"]]
@@ -148,7 +163,7 @@ class _Server:
         given = {key: self.codec.encode(arg) for key, arg in [*enumerate(args), *kwargs.items()] if _is_mutable(arg)}
         reply: dict[str, Any]
         try:
-            target = self.names[ask["on"]] if isinstance(ask["on"], str) else self.objects[ask["on"]]
+            target = _named(self.names, ask["on"]) if isinstance(ask["on"], str) else self.objects[ask["on"]]
             reply = {"v": self.tree(_do(target, ask["op"], ask["name"], args, kwargs))}
         except BaseException as error:
             base = next(c for c in type(error).__mro__ if c.__module__ == "builtins")
@@ -163,6 +178,38 @@ class _Server:
 
 
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, functools.partial)
+
+
+# Kind, its module, what makes text of it and what makes it of the text. A datetime is a date too, so it comes first.
+_TEXTS: dict[str, tuple[str, Any, Any]] = {
+    "Decimal": ("decimal", lambda base, value: base.__str__(value), lambda base, text: base(text)),
+    "Fraction": ("fractions", lambda base, value: base.__str__(value), lambda base, text: base(text)),
+    "datetime": ("datetime", lambda base, value: base.isoformat(value), lambda base, text: base.fromisoformat(text)),
+    "date": ("datetime", lambda base, value: base.isoformat(value), lambda base, text: base.fromisoformat(text)),
+    "time": ("datetime", lambda base, value: base.isoformat(value), lambda base, text: base.fromisoformat(text)),
+    "timedelta": (
+        "datetime",
+        lambda base, value: f"{value.days} {value.seconds} {value.microseconds}",
+        lambda base, text: base(*map(int, text.split())),
+    ),
+}
+
+
+def _as_text(value: Any) -> list[Any] | None:
+    """Return kind and text of a number or time of the standard library; None for any other value."""
+    for kind, (module, text, _) in _TEXTS.items():
+        base = getattr(sys.modules.get(module), kind, None)
+        if isinstance(base, type) and issubclass(type(value), base):
+            try:
+                return [kind, str(text(base, value))]
+            except Exception:  # a subclass of the program's making: what it is then, the codec says
+                return None
+    return None
+
+
+def _from_text(kind: str, text: str) -> Any:
+    module, _, make = _TEXTS[kind]
+    return make(getattr(importlib.import_module(module), kind), text)
 
 
 def _is_mutable(value: Any) -> bool:
@@ -186,13 +233,9 @@ def _serve_tests(fd: int, job: dict[str, Any], codec: Any) -> None:
     names = _load(fd, job)
     if names is None:
         return
-    server = _Server(names, job["names"], codec)
+    server = _Server(names, job["classes"], codec)
     while True:
-        try:
-            ask = json.loads(_read_frame(fd))
-        except EOFError:
-            return
-        _send(fd, server.answer(ask))
+        _send(fd, server.answer(json.loads(_read_frame(fd))))
 
 
 class _Program:
@@ -218,21 +261,26 @@ class _Program:
             ours = args[key] if isinstance(key, int) else kwargs[key]
             _take_over(ours, self.codec.decode_tree(tree, self.resolve))
         if "x" in reply:
-            name, base, text = reply["x"]
+            _, base, text = reply["x"]
             kind = getattr(builtins, base, None)
             # One that would end the tests, or that needs more than a text, comes as its nearest relative.
             if not (isinstance(kind, type) and issubclass(kind, Exception)) or issubclass(kind, UnicodeError):
                 kind = ValueError if isinstance(kind, type) and issubclass(kind, ValueError) else RuntimeError
-            raise kind(text if kind.__name__ == name else f"{text}")
+            # Raised by a function within `map` or `all`, it would end them as if all had been right.
+            if issubclass(kind, StopIteration | StopAsyncIteration) and name != "__next__":
+                kind = RuntimeError
+            raise kind(text)
         return self.codec.decode_tree(reply["v"], self.resolve)
 
     def tree(self, value: Any) -> Any:
         return self.codec.parse(self.codec.encode(value, _handle))
 
-    def resolve(self, kind: str, number: int) -> Any:
-        if number not in self.stands_for:
-            self.stands_for[number] = {"object": _Object, "call": _Function, "iter": _Iterator}[kind](self, number)
-        return self.stands_for[number]
+    def resolve(self, kind: str, which: int | str) -> Any:
+        if isinstance(which, str):
+            return _from_text(kind, which)
+        if which not in self.stands_for:
+            self.stands_for[which] = {"object": _Object, "call": _Function, "iter": _Iterator}[kind](self, which)
+        return self.stands_for[which]
 
 
 def _handle(value: Any) -> list[Any] | None:
@@ -240,7 +288,7 @@ def _handle(value: Any) -> list[Any] | None:
         return [value._kind, object.__getattribute__(value, "_on")]
     if isinstance(value, _FUNCTIONS):
         raise TypeError("a function of the tests cannot be passed to the program")
-    return None
+    return _as_text(value)
 
 
 def _take_over(ours: Any, theirs: Any) -> None:
@@ -344,8 +392,8 @@ class _Part:
         return None
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> bool:
-        if kind is EOFError:
-            return False  # the host has gone
+        if kind is _HostGone:
+            return False
         _send(self.fd, {"part": self.number, "ok": kind is None})
         return True
 
@@ -355,7 +403,10 @@ def _run_tests(fd: int, job: dict[str, Any], codec: Any) -> None:
     module = types.ModuleType("tests")
     sys.modules["tests"] = module
     names = module.__dict__
-    names |= {name: _Named(program, name) for name in job["names"]}
+    stubs = {name: _Named(program, name) for name in job["names"]}
+    names |= stubs
+    sys.modules["solution"] = types.ModuleType("solution")  # as which tests may import them
+    sys.modules["solution"].__dict__.update(stubs)
     names["__part__"] = functools.partial(_Part, fd)
     with contextlib.suppress(Exception, SystemExit):
         exec(compile(job["source"], "<tests>", "exec", dont_inherit=True), names)
@@ -389,7 +440,7 @@ def _run_methods(fd: int, names: dict[str, Any], parts: list[str]) -> None:
         result = unittest.TestResult()
         try:
             unittest.TestSuite([names[class_name](method)]).run(result)
-        except EOFError:
+        except _HostGone:
             raise
         except BaseException:
             result.failures.append((None, ""))  # type: ignore[arg-type]
@@ -424,7 +475,7 @@ def _read_exactly(fd: int, size: int) -> bytes:
     while size:
         part = os.read(fd, min(size, 1 << 20))
         if not part:
-            raise EOFError("the host closed the result socket")
+            raise _HostGone
         parts.append(part)
         size -= len(part)
     return b"".join(parts)

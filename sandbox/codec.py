@@ -9,7 +9,10 @@ null, true, 1, 1.5, "x", [..]   themselves; ints beyond 2**53 as {"i": hex}, nan
 {"t": [..]}  tuple      {"s": [..]}  set      {"S": [..]}  frozenset     {"d": [[key, value], ..]}  dict
 {"b": hex}   bytes      {"c": [re, im]} complex     {"r": [start, stop, step]}  range
 {"o": [type name, truth or null]}  anything else
-{"h": [kind, number]}  an object that stays where it is; only between two sandboxes that agreed on it
+{"h": [kind, number or text]}  between two sandboxes that agreed on it: an object that stays where it is, or a number
+                               or time of the standard library as text; the host builds none of them
+
+A number of another kind (numpy's scalars, Fraction, Decimal) is flattened to the int or float it is.
 
 A value too large to send is compared by its digest instead: the sha256 of a canonical form that is the same for
 two values exactly when python calls them equal. A right digest needs the right value.
@@ -22,6 +25,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -29,16 +34,26 @@ MAX_DEPTH = 64
 """Containers within containers."""
 MAX_NODES = 400_000
 """Values in one document, containers included."""
+MAX_PARTS = 3 * MAX_NODES
+"""Brackets and commas of one document, as many as so many values can need: they are counted before it is parsed,
+because parsing a text makes up to thirty times its size of it."""
 MAX_COLLISIONS = 64
 """Members of one set or dict that share a hash: more is an attack that makes lookups quadratic."""
 MAX_DOCUMENT = 1 << 16
 """Characters of a document; a larger value is sent as its digest where that is allowed."""
 
 _PLAIN_INT = 2**53
+_MAX_RANGE_BITS = 63
+"""Of the numbers of a range: with larger ones, its length costs time that grows with their square."""
+_MAX_TEXTS = 1 << 20
+"""Texts of one document that are looked into, to tell their commas from those between values."""
+_TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 HANDLE_KINDS = ("object", "call", "iter")
 """What a value that stays in its sandbox can be used as."""
+TEXT_KINDS = ("Decimal", "Fraction", "datetime", "date", "time", "timedelta")
+"""What travels as text between two sandboxes."""
 Refer = Callable[[Any], "list[Any] | None"]
-Resolve = Callable[[str, int], object]
+Resolve = Callable[[str, Any], object]
 
 
 class CodecError(ValueError):
@@ -104,20 +119,34 @@ def encode(value: object, refer: Refer | None = None) -> str:
     """Return the document of a value: ASCII JSON on one line.
 
     A value too deep or too large as a whole becomes opaque; a part of another type becomes opaque in its
-    place, unless `refer` gives `[kind, number]` for it: then it stays where it is and that is sent.
+    place, unless `refer` gives `[kind, number or text]` for it: then that is sent.
     """
     try:
         tree = _Encoder(refer=refer).tree(value, 0)
     except (CodecError, RuntimeError) as error:  # RuntimeError: a container changed while it was walked
-        tree = {"o": [f"{type(value).__name__}: {error}"[:200], None]}
+        return _opaque_document(value, error)
     return json.dumps(tree, allow_nan=False, separators=(",", ":"))
 
 
-def encode_or_digest(value: object) -> tuple[str, str]:
+def _opaque_document(value: object, why: BaseException) -> str:
+    return json.dumps({"o": [f"{type(value).__name__}: {why}"[:200], None]})
+
+
+def is_floats(value: object) -> bool:
+    """True for a float, and for a list or tuple of floats alone: what may be compared with a tolerance."""
+    if isinstance(value, list | tuple) and value:
+        return all(isinstance(item, float) for item in value)
+    return isinstance(value, float)
+
+
+def encode_or_digest(value: object, *, keep_floats: bool = False) -> tuple[str, str]:
     """Return ("v", document) or, for a value larger than MAX_DOCUMENT, ("d", digest as JSON).
 
-    A large value that is equal to nothing has no digest: its document says so.
+    A large value that is equal to nothing has no digest and is opaque. With `keep_floats` floats are sent
+    whatever their number: a digest knows no tolerance.
     """
+    if keep_floats and is_floats(value) and not (isinstance(value, list | tuple) and len(value) >= MAX_NODES):
+        return "v", encode(value)
     is_text = isinstance(value, str | bytes)
     if not (is_text and len(value) > MAX_DOCUMENT):  # type: ignore[arg-type]
         try:
@@ -130,8 +159,8 @@ def encode_or_digest(value: object) -> tuple[str, str]:
             pass
     try:
         return "d", json.dumps(digest(value))
-    except (CodecError, RuntimeError):
-        return "v", encode(value)
+    except (CodecError, RuntimeError) as error:
+        return "v", _opaque_document(value, error)
 
 
 def digest(value: object) -> str:
@@ -152,18 +181,34 @@ def decode(document: str | bytes) -> object:
 
 
 def parse(document: str | bytes) -> Any:
-    """Return the JSON tree of a document; CodecError when it is no JSON, too deep, or has NaN in it."""
+    """Return the JSON tree of a document; CodecError when it is no JSON, too deep or large, or has NaN in it."""
+    if num_parts(document) > MAX_PARTS:
+        raise CodecError(f"more than {MAX_NODES} values")
     try:
         return json.loads(document, parse_constant=_refuse_constant)
     except (ValueError, RecursionError, MemoryError) as error:
         raise CodecError(f"no JSON document: {type(error).__name__}: {error}"[:200]) from None
 
 
+def num_parts(document: str | bytes) -> int:
+    """Return how many brackets and commas a document has, which is at least the number of its values.
+
+    Those within texts count only where there are more than a million texts.
+    """
+    body = document.encode("utf-8", "surrogatepass") if isinstance(document, str) else document
+    count = _count_parts(body)
+    return count if count <= MAX_NODES // 8 else _count_parts(_TEXT.sub(b"", body, count=_MAX_TEXTS))
+
+
+def _count_parts(body: bytes) -> int:
+    return 1 + body.count(b"[") + body.count(b"{") + body.count(b",")
+
+
 def decode_tree(tree: Any, resolve: Resolve | None = None) -> object:
     """Return the value of a tree that `parse` gave; CodecError as for `decode`.
 
-    `resolve(kind, number)` gives what stands for an object that stayed in its sandbox; without it there is
-    none such.
+    `resolve(kind, number or text)` gives what stands for an object that stayed in its sandbox, or the value that
+    the text is; without it there are none such.
     """
     return _Decoder(resolve).value(tree, 0)
 
@@ -203,7 +248,7 @@ class _Encoder:
             return {"b": value.hex()}
         if kind is complex:
             return {"c": [self.tree(value.real, depth + 1), self.tree(value.imag, depth + 1)]}
-        if kind is range:
+        if kind is range and _is_small(value):
             return {"r": [self.tree(part, depth + 1) for part in (value.start, value.stop, value.step)]}
         return self.flattened(value, kind, depth)
 
@@ -214,6 +259,9 @@ class _Encoder:
         for base, plain in _FLATTEN:
             if issubclass(kind, base):
                 return self.tree(plain(value), depth)
+        number = _foreign_number(value)
+        if number is not None:
+            return self.tree(number, depth)
         try:
             truth = bool(value)
         except Exception:  # whatever the program's `__bool__` raises
@@ -234,6 +282,47 @@ _FLATTEN: tuple[tuple[type, Callable[[Any], object]], ...] = (
     (frozenset, lambda value: frozenset(frozenset.__iter__(value))),
     (dict, lambda value: dict(dict.items(value))),
 )
+
+
+def _foreign_number(value: Any) -> Any:
+    """Return the builtin that a number of numpy, fractions or decimal is, to the precision of a float; else None.
+
+    Only of modules that are loaded: a value of a type cannot be there before its module.
+    """
+    for module, name, plain in _FOREIGN:
+        base = getattr(sys.modules.get(module), name, None)
+        if isinstance(base, type) and issubclass(type(value), base):
+            try:
+                number = plain(base, value)
+            except Exception:  # whatever the program made of that module
+                return None
+            return number if type(number) in (bool, int, float, complex, str, bytes) else None
+    return None
+
+
+def _number(base: type, value: Any) -> int | float:
+    try:
+        whole = int(value)
+    except (ValueError, OverflowError):  # nan and the infinities
+        return float(value)
+    return whole if whole == value else float(value)
+
+
+_FOREIGN: tuple[tuple[str, str, Callable[[Any, Any], object]], ...] = (
+    ("numpy", "generic", lambda base, value: base.item(value)),
+    ("fractions", "Fraction", _number),
+    ("decimal", "Decimal", _number),
+)
+
+
+def _is_small(value: range) -> bool:
+    return all(part.bit_length() <= _MAX_RANGE_BITS for part in (value.start, value.stop, value.step))
+
+
+def range_length(value: range) -> int:
+    """Return how many numbers a range has, which `len` cannot when they are more than 2**63."""
+    step = value.step
+    return max(0, (value.stop - value.start + step - (1 if step > 0 else -1)) // step)
 
 
 def _canonical(value: Any, depth: int, feed: Callable[[bytes], object]) -> None:
@@ -263,13 +352,17 @@ def _canonical(value: Any, depth: int, feed: Callable[[bytes], object]) -> None:
         for text, key in sorted(keys, key=lambda pair: pair[0]):
             feed(text)
             _canonical(value[key], depth + 1, feed)
-    elif kind is range:
-        feed(b"r%d:" % len(value))  # ranges are equal when they give the same numbers
-        feed(b"%d,%d;" % (value.start if value else 0, value.step if len(value) > 1 else 0))
+    elif kind is range and _is_small(value):
+        length = range_length(value)
+        feed(b"r%d:" % length)  # ranges are equal when they give the same numbers
+        feed(b"%d,%d;" % (value.start if length else 0, value.step if length > 1 else 0))
     else:
         for base, plain in _FLATTEN:
             if issubclass(kind, base):
                 return _canonical(plain(value), depth, feed)
+        number = _foreign_number(value)
+        if number is not None:
+            return _canonical(number, depth, feed)
         raise CodecError(f"a value of type {kind.__name__} is equal to nothing"[:200])
     return None
 
@@ -338,7 +431,7 @@ class _Decoder:
             check_collisions([key for key, _ in pairs])
             return dict(pairs)
         if tag == "r" or tag == "c":
-            return self.numbers(tag, body)
+            return self.numbers(tag, body, depth)
         if tag == "o":
             if (
                 type(body) is not list
@@ -349,8 +442,8 @@ class _Decoder:
                 raise CodecError("an opaque value is a type's name and its truth")
             return Opaque(body[0][:200], None if body[1] is None else bool(body[1]))
         if tag == "h" and self.resolve is not None:
-            if type(body) is not list or len(body) != 2 or body[0] not in HANDLE_KINDS or type(body[1]) is not int:
-                raise CodecError("a handle is a kind and a number")
+            if type(body) is not list or len(body) != 2 or not _is_handle(*body):
+                raise CodecError("a handle is a kind and a number, or a kind and a text")
             return self.resolve(body[0], body[1])
         if type(body) is not str:
             raise CodecError(f"the body of tag {tag[:20]!r} is text; received {type(body).__name__}")
@@ -368,19 +461,34 @@ class _Decoder:
             raise CodecError(f"the body of tag {tag!r} is no hexadecimal number: {error}"[:200]) from None
         raise CodecError(f"unknown tag {tag[:20]!r}")
 
-    def numbers(self, tag: str, body: Any) -> Any:
-        parts = self.items(body, 0)
+    def numbers(self, tag: str, body: Any, depth: int) -> Any:
+        parts = self.items(body, depth)
         if tag == "c":
             if len(parts) != 2 or any(type(part) is not float for part in parts):
                 raise CodecError("a complex number is two floats")
             return complex(*parts)
         if len(parts) != 3 or any(type(part) is not int for part in parts) or parts[2] == 0:
             raise CodecError("a range is three ints, the last not 0")
+        if any(part.bit_length() > _MAX_RANGE_BITS for part in parts):
+            raise CodecError(f"a number of a range has more than {_MAX_RANGE_BITS} bits")
         return range(*parts)
 
 
+def _is_handle(kind: Any, which: Any) -> bool:
+    if type(which) is str:
+        return kind in TEXT_KINDS
+    return type(which) is int and kind in HANDLE_KINDS
+
+
 def build_set(items: Iterable[Any]) -> set[Any]:
-    """Return the set of hashable values; CodecError when one is unhashable or too many share a hash."""
+    """Return the set of hashable values.
+
+    CodecError when one is unhashable, too many share a hash, or they are a range of more than MAX_NODES.
+    """
+    if isinstance(items, str | bytes):
+        return set(items)  # few different ones, whatever the length
+    if type(items) is range and range_length(items) > MAX_NODES:
+        raise CodecError(f"a range of more than {MAX_NODES} numbers is not walked")
     items = list(items)
     check_collisions(items)
     return set(items)

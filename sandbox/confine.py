@@ -9,7 +9,8 @@ network and ipc namespaces) is noted in the `Confinement`.
               interpreter, read-only. A program: mount, ipc, network and pid namespace of its own, an empty /tmp with
               limits of size and number of files, a read-only /proc with its own processes alone.
 `landlock`    on the host's file system, of which a Landlock ruleset leaves the same trees to read and nothing to
-              write; the program is one process with one thread that may signal only itself.
+              write; the program is one process with one thread that may signal only itself. It can find out whether
+              a path or a process of the host exists, and the host's name.
 `process`     limits and an unprivileged user alone: it does **not** hold a hostile program.
 
 All tiers: limits, no capability, no_new_privs, not traceable, an unprivileged user when the host is root. The first
@@ -55,6 +56,7 @@ _AT_FDCWD, _AT_RECURSIVE = -100, 0x8000
 _MOUNT_SETATTR = 442
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NO_NEW_PRIVS, _PR_SET_CHILD_SUBREAPER = 1, 4, 38, 36
 _SIGKILL = 9
+_HOST_NAME = b"sandbox"
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _SCRATCH_OPTIONS = "mode=0777,size=64m,nr_inodes=4096"
 _SHARED_MEMORY_OPTIONS = "mode=0777,size=16m,nr_inodes=64"
@@ -88,7 +90,8 @@ class Confinement:
     own_pid_ns: int = -1
     proc: int = -1
     """Descriptor of the host's /proc, for the zygote alone."""
-    null: int = -1
+    dies_first: bool = False
+    """True: the kernel ends a program before anything else when the machine is out of memory."""
     ruleset: int = -1
     filters: dict[str, Any] = field(default_factory=dict)
     """The filter of each profile that programs may have."""
@@ -107,9 +110,13 @@ def enter(tier: str, base: str, uid: int, packages: list[str], landlock: Any) ->
     """
     is_root = os.geteuid() == 0
     here = Confinement(tier=tier, uid=uid if is_root else os.getuid(), drops_user=is_root)
-    here.null = service(os.open("/dev/null", os.O_RDWR))
     here.proc = service(os.open("/proc", os.O_RDONLY | os.O_DIRECTORY))
     here.shown = tuple(path for path in (*_interpreter_trees(), *_READ_ONLY_FILES, *_DEVICES) if os.path.exists(path))
+    try:
+        _put_first_to_die(here, _read(here.proc, "self/oom_score_adj"))  # no change: may we?
+        here.dies_first = True
+    except OSError as error:
+        here.notes.append(f"a machine out of memory may end another process before a program: {error}")
     if tier == "namespaces":
         _enter_namespaces(here, base, packages)
     else:
@@ -149,9 +156,13 @@ def lock_down(here: Confinement, limits: dict[str, Any], profile: str, fds: list
     """
     if here.tier != "process" and profile not in here.filters:
         raise PermissionError(f"profile {profile!r} is not available in tier {here.tier!r}")
+    if here.dies_first:
+        _put_first_to_die(here, "1000")
     os.setsid()
     result, output = fds[:2]
-    stdin, stderr = (fds[2], here.null) if len(fds) == 3 else (here.null, output)
+    # Opened anew: flags and locks of an open file would be the next program's too.
+    null = os.open("/dev/null", os.O_RDWR)
+    stdin, stderr = (fds[2], null) if len(fds) == 3 else (null, output)
     # Two steps, because a received number may be one of the targets.
     placed = [service(fd) for fd in (stdin, output, stderr, result)]
     for target, fd in enumerate(placed):
@@ -251,6 +262,9 @@ def _enter_namespaces(here: Confinement, base: str, packages: list[str]) -> None
     unshare("mount", "ipc", "network", "pid")
     here.namespaces |= {"mount", "ipc", "network", "pid"}
     _try_namespaces(here, "uts", "cgroup")
+    if "uts" in here.namespaces:
+        for name in (_libc.sethostname, _libc.setdomainname):
+            _check(name(_HOST_NAME, len(_HOST_NAME)), "hide the host's name")
     _continue_as_first_process()
     here.own_pid_ns = service(os.open("self/ns/pid", os.O_RDONLY, dir_fd=here.proc))
     _mount("none", "/", None, _MS_REC | _MS_PRIVATE)
@@ -438,6 +452,14 @@ def _own_memory(here: Confinement) -> tuple[int, int]:
     """Return this process's address space and its data part, in bytes."""
     pages = _read(here.proc, "self/statm").split()
     return int(pages[0]) * resource.getpagesize(), int(pages[5]) * resource.getpagesize()
+
+
+def _put_first_to_die(here: Confinement, score: str) -> None:
+    fd = os.open("self/oom_score_adj", os.O_WRONLY, dir_fd=here.proc)
+    try:
+        os.write(fd, score.encode())
+    finally:
+        os.close(fd)
 
 
 def _read(directory: int, name: str) -> str:

@@ -26,15 +26,16 @@ programs together.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import queue
 import sys
+import time
 import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
@@ -47,7 +48,12 @@ from coupled.sandbox.relay import run_tests
 from coupled.sandbox.types import CallResult, Execution, Isolation, Job, Outcome, SandboxUnavailable, Usage
 from coupled.sandbox.worker import Worker, WorkerDied
 
+REMOTE = "remote"
+"""The tier of a server, see `remote`."""
 _NUM_RETRIES = 2
+_NUM_STARTS = 3
+_PAUSE_SECONDS = 0.5
+"""Before a worker that could not be started is started again: descriptors or memory may have been short."""
 _open: weakref.WeakSet[LocalExecutor] = weakref.WeakSet()
 _held: set[tuple[object, ...]] = set()
 """Which tiers passed the self-check in this process, each with what could change that."""
@@ -102,11 +108,17 @@ class LocalExecutor:
         _open.add(self)
 
     def run(self, jobs: Sequence[Job]) -> list[Execution]:
-        """Return one execution per job, in order. RuntimeError when closed, or in a fork of the owner."""
+        """Return one execution per job, in order.
+
+        RuntimeError when closed, or in a fork of the owner. SandboxUnavailable for a job that this tier cannot
+        run, before anything runs, or when a worker that ended cannot be started again.
+        """
         if self._is_closed:
             raise RuntimeError("an executor runs nothing after close(): open another")
         if os.getpid() != self._owner:
             raise RuntimeError(f"an executor belongs to the process that opened it ({self._owner}): open one here")
+        for job in jobs:
+            require_runnable(job, self._workers[0].tier)
         slots = [Slot(job) for job in jobs]
         todo = deque(slots)
         if len(jobs) <= 1 or len(self._workers) == 1:
@@ -121,7 +133,7 @@ class LocalExecutor:
     def isolation(self) -> Isolation:
         """Return what took effect for the workers; all of them start alike."""
         found = self._workers[0].isolation
-        return dataclasses.replace(found, notes=found.notes + self.notes)
+        return replace(found, notes=found.notes + self.notes)
 
     def close(self) -> None:
         """End every worker; waits for a few milliseconds each. Harmless when repeated."""
@@ -152,6 +164,20 @@ class LocalExecutor:
                 self._idle.put(worker)
 
 
+def require_runnable(job: Job, tier: str) -> None:
+    """Raise SandboxUnavailable when the tier cannot run such a job, whatever its program is."""
+    if tier == REMOTE and job.tests is not None:
+        raise SandboxUnavailable(
+            f"a server runs calls and programs that read stdin; job {job.uid!r} has tests that must speak with the "
+            "program while both run\nremedy: choose another sandbox.tier, or tests that are calls of literal arguments"
+        )
+    if tier not in (REMOTE, "namespaces") and job.profile != "strict":
+        raise SandboxUnavailable(
+            f"profile {job.profile!r} is available in tier 'namespaces' only; job {job.uid!r} needs it and the tier is "
+            f"{tier!r}\nremedy: `coupled doctor` says what keeps this machine from tier 'namespaces'; or leave it out"
+        )
+
+
 def run_job(worker: Worker, job: Job) -> Execution:
     """Run one job on one worker: once for its calls, or once per input until one does not end well."""
     if job.tests is not None or not job.stdin_cases:
@@ -169,8 +195,15 @@ def run_job(worker: Worker, job: Job) -> Execution:
     body = encode_job(job)
     results: list[CallResult] = []
     cpu_seconds = wall_seconds = memory_mb = 0.0
+    budget = job.limits.output_kb << 10  # bytes, for all inputs together
     for text in job.stdin_cases:
-        reading, usage, stdout = _attempt(worker, job, body, text.encode("utf-8", errors="surrogateescape"), read_stdio)
+        # A run's own limit counts whole kilobytes, and a byte of ours: what it allows too much is found below.
+        rest = replace(job, limits=replace(job.limits, output_kb=budget // 1024 + 1))
+        stdin = text.encode("utf-8", errors="surrogateescape")
+        reading, usage, stdout = _attempt(worker, rest, body, stdin, read_stdio)
+        budget -= sum(len(str(result.value).encode()) for result in reading.results)
+        if budget < 0:
+            reading = Reading(outcome=Outcome.OUTPUT_LIMIT, detail=f"more than {job.limits.output_kb} KB in all")
         cpu_seconds += usage.cpu_seconds
         wall_seconds += usage.wall_seconds
         memory_mb = max(memory_mb, usage.memory_mb)
@@ -202,13 +235,24 @@ def _attempt(
                 reading = read(finished, job)
                 stdout = finished.shown_stdout
                 usage = finished.usage
-        except WorkerDied as error:
+        except (WorkerDied, OSError) as error:  # such as a lack of descriptors on this host
             reading, usage = Reading(outcome=Outcome.SANDBOX_ERROR, detail=str(error)), Usage()
         if not reading.outcome.is_infrastructure:
             break
         if reading.outcome is Outcome.SANDBOX_ERROR:
-            worker.restart()
+            _restart(worker)
     return reading, usage, stdout
+
+
+def _restart(worker: Worker) -> None:
+    """Bring a new zygote up; a shortage that passes must not cost the results at hand. Raises what the last try did."""
+    for attempt in range(1, _NUM_STARTS + 1):
+        try:
+            return worker.restart()
+        except (SandboxUnavailable, OSError):
+            if attempt == _NUM_STARTS:
+                raise
+            time.sleep(_PAUSE_SECONDS * attempt)
 
 
 def open_executor(tier: str = "auto", *, num_workers: int = 1, preload: Sequence[str] = ()) -> LocalExecutor:

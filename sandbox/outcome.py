@@ -11,6 +11,10 @@ from coupled.sandbox import codec
 from coupled.sandbox.types import CallResult, Job, Limits, Outcome, Raised
 from coupled.sandbox.worker import LOCKED, Finished
 
+MAX_RUN_PARTS = 4_000_000
+"""Brackets and commas in all replies of one run: a few hundred MiB of values at the worst."""
+_MAX_COMPARED = codec.MAX_DOCUMENT + 1024
+"""Bytes of a reply that comes as its digest when it is larger: a document, or the texts of an exception as JSON."""
 _CPU_TOLERANCE = 0.5
 """The kernel enforces the limit by counting ticks: on a busy machine a program was killed at 87 % of it."""
 
@@ -28,6 +32,19 @@ class Breach(ValueError):
     """What a program wrote is not what was asked for."""
 
 
+class Budget:
+    """What all replies of one run may hold together: a value takes up to thirty times its text."""
+
+    def __init__(self) -> None:
+        self._left = MAX_RUN_PARTS
+
+    def take(self, frame: bytes) -> None:
+        """Count a frame before it is parsed. Raises Breach when the run has had its share."""
+        self._left -= codec.num_parts(frame)
+        if self._left < 0:
+            raise Breach("the replies together have too many values")
+
+
 def encode_job(job: Job) -> bytes:
     """Return the bytes that the program's process reads: source, setup and the inputs of every call."""
     calls = [
@@ -36,6 +53,7 @@ def encode_job(job: Job) -> bytes:
             codec.parse(codec.encode(call.args)),
             codec.parse(codec.encode(dict(call.kwargs))),
             call.may_digest,
+            call.keep_floats,
         ]
         for call in job.calls
     ]
@@ -48,7 +66,7 @@ def read_calls(run: Finished, job: Job) -> Reading:
     if not run.stream or run.stream[0] != LOCKED:
         return not_started(run)
     try:
-        frames = _frames(run.stream[1:])
+        frames = _frames(run.stream)
         load = next(frames, None)
         if load is None:
             return Reading(outcome=silence(run, job.limits), detail="ended while it was loaded")
@@ -57,12 +75,15 @@ def read_calls(run: Finished, job: Job) -> Reading:
             if next(frames, None) is not None:
                 raise Breach("a frame after the program failed to load")
             return Reading(outcome=Outcome.LOAD_ERROR, detail=f"{failure.type}: {failure.text}")
-        results = tuple(_reply(frame, index, job) for index, frame in enumerate(frames))
+        budget = Budget()
+        results = tuple(_reply(frame, index, job, budget) for index, frame in enumerate(frames))
     except (Breach, codec.CodecError) as error:
         return Reading(outcome=Outcome.PROTOCOL, detail=str(error))
     if len(results) == len(job.calls):
         return Reading(outcome=Outcome.OK, results=results)
-    return Reading(outcome=silence(run, job.limits), results=results, detail=f"answered {len(results)} calls")
+    return Reading(
+        outcome=silence(run, job.limits), results=results, detail=f"answered {len(results)} calls, {_end(run)}"
+    )
 
 
 def read_stdio(run: Finished, job: Job) -> Reading:
@@ -89,7 +110,8 @@ def silence(run: Finished, limits: Limits) -> Outcome:
     if run.wrote_too_much:
         return Outcome.OUTPUT_LIMIT
     if run.ran_out_of_time:
-        # A single locked-down process cannot make itself wait for a processor: only a busy machine can.
+        # Its threads can make its first one wait, for as long as they run. zygote.py takes that off, so that what is
+        # left here is another's doing: only a busy machine can cause it.
         is_overloaded = run.queued_seconds > limits.wall_seconds / 2
         return Outcome.OVERLOADED if is_overloaded else Outcome.TIMEOUT
     if run.exit is None:
@@ -104,9 +126,15 @@ def silence(run: Finished, limits: Limits) -> Outcome:
     return Outcome.INCOMPLETE if run.was_ended else Outcome.KILLED
 
 
+def _end(run: Finished) -> str:
+    if run.exit is None:
+        return "its zygote went with it"
+    return f"signal {-run.exit}" if run.exit < 0 else f"exit {run.exit}"
+
+
 def _frames(stream: bytes) -> Iterator[bytes]:
-    """Yield the whole frames; one cut short at the end is a reply that never came."""
-    start = 0
+    """Yield the whole frames after the first byte; one cut short at the end is a reply that never came."""
+    start = 1
     while start + 4 <= len(stream):
         end = start + 4 + int.from_bytes(stream[start : start + 4])
         if end > len(stream):
@@ -123,10 +151,14 @@ def load_failure(frame: bytes) -> Raised | None:
     return None if tree["load"] is None else _raised(tree["load"])
 
 
-def _reply(frame: bytes, index: int, job: Job) -> CallResult:
-    tree = codec.parse(frame)
+def _reply(frame: bytes, index: int, job: Job, budget: Budget) -> CallResult:
     if index >= len(job.calls):
         raise Breach(f"more than {len(job.calls)} replies")
+    call = job.calls[index]
+    if call.may_digest and not call.keep_floats and len(frame) > _MAX_COMPARED:
+        raise Breach("a digest was due for a value this large")
+    budget.take(frame)
+    tree = codec.parse(frame)
     if type(tree) is not dict or list(tree) not in (["n", "v"], ["n", "x"], ["n", "d"]):
         raise Breach("a reply has a number and a value, a digest or an exception")
     if type(tree["n"]) is not int or tree["n"] != index:
@@ -134,7 +166,7 @@ def _reply(frame: bytes, index: int, job: Job) -> CallResult:
     if "x" in tree:
         return CallResult(raised=_raised(tree["x"]))
     if "d" in tree:
-        if not job.calls[index].may_digest or type(tree["d"]) is not str or len(tree["d"]) != 64:
+        if not call.may_digest or type(tree["d"]) is not str or len(tree["d"]) != 64:
             raise Breach("a digest was not asked for, or is none")
         return CallResult(value=codec.Digest(tree["d"]))
     return CallResult(value=codec.decode_tree(tree["v"]))

@@ -11,7 +11,7 @@ import json
 from typing import Any
 
 from coupled.sandbox import codec
-from coupled.sandbox.outcome import Breach, Reading, load_failure, not_started, silence
+from coupled.sandbox.outcome import Breach, Budget, Reading, load_failure, not_started, silence
 from coupled.sandbox.types import CallResult, Job, Outcome, TestProgram, Usage
 from coupled.sandbox.worker import Conversation, Finished, Worker
 
@@ -34,14 +34,16 @@ def run_tests(worker: Worker, job: Job) -> tuple[Reading, Usage, str]:
     """
     assert job.tests is not None
     mode = "script" if job.tests.is_in_process else "serve"
-    body = {"mode": mode, "source": job.source, "setup": job.setup, "names": list(job.tests.names)}
+    body = {"mode": mode, "source": job.source, "setup": job.setup, "classes": list(job.tests.classes)}
+    # Before the program: starting a worker takes longer than many a program may run.
+    companion = None if job.tests.is_in_process else worker.companion()
     talks = [worker.converse(json.dumps(body).encode(), job.limits, job.profile)]
     results: list[CallResult] = []
     try:
         try:
             _expect_loaded(talks[0])
-            if not job.tests.is_in_process:
-                talks.append(worker.companion().converse(_tests_body(job.tests, "tests"), job.limits))
+            if companion is not None:
+                talks.append(companion.converse(_tests_body(job.tests, "tests"), job.limits))
                 if not talks[1].is_locked_down():
                     raise _Over(Outcome.SANDBOX_ERROR, "the tests were not locked down")
                 _relay(talks[0], talks[1], job.tests, results)
@@ -54,7 +56,11 @@ def run_tests(worker: Worker, job: Job) -> tuple[Reading, Usage, str]:
     except _Over as end:
         over = end
     finally:
-        ends = [talk.finish() for talk in talks]
+        ends: list[Finished] = []
+        try:
+            ends.append(talks[0].finish())
+        finally:
+            ends += [talk.finish() for talk in talks[1:]]
     outcome = over.outcome
     if outcome is None:
         outcome = silence(ends[-1] if over.is_tests_end else ends[0], job.limits)
@@ -101,7 +107,7 @@ def _relay(program: Conversation, tests: Conversation, spec: TestProgram, result
         reply = program.receive()
         if reply is None:
             raise _Over(None, f"did not answer during part {len(results)}")
-        tests.send(json.dumps(_checked_reply(reply)).encode())
+        tests.send(json.dumps(_checked_reply(reply, spec)).encode())
 
 
 def _fill(results: list[CallResult], upto: int) -> None:
@@ -110,8 +116,14 @@ def _fill(results: list[CallResult], upto: int) -> None:
         results.append(CallResult(value=False))
 
 
-def _checked_reply(frame: bytes) -> dict[str, Any]:
+def _checked_reply(frame: bytes, spec: TestProgram) -> dict[str, Any]:
     """Return the program's reply, proven to have a reply's shape and values that decode."""
+
+    def resolve(kind: str, which: object) -> object:
+        if kind == "object" and not spec.classes:
+            raise Breach("an object of the program, and the tests name no class of it")
+        return (kind, which)
+
     tree = codec.parse(frame)
     if type(tree) is not dict or list(tree) not in (["v", "changed"], ["x", "changed"]):
         raise Breach("a reply has a value or an exception, and the arguments that changed")
@@ -120,28 +132,26 @@ def _checked_reply(frame: bytes) -> dict[str, Any]:
             raise Breach("an exception is a type, its builtin base and a text")
         tree["x"] = [part[:500] for part in tree["x"]]
     else:
-        codec.decode_tree(tree["v"], _any_handle)
+        codec.decode_tree(tree["v"], resolve)
     changed = tree["changed"]
     if type(changed) is not list or any(type(pair) is not list or len(pair) != 2 for pair in changed):
         raise Breach("the changed arguments are pairs of a key and a value")
     for key, value in changed:
         if type(key) not in (int, str):
             raise Breach("an argument is known by number or name")
-        codec.decode_tree(value, _any_handle)
+        codec.decode_tree(value, resolve)
     return tree
-
-
-def _any_handle(kind: str, number: int) -> object:
-    return (kind, number)
 
 
 def _attend(program: Conversation, spec: TestProgram, results: list[CallResult]) -> None:
     """Collect what tests in the program's own process say: values seen on the way, then how each part ended."""
     seen: list[object] = []
+    budget = Budget()
     while len(results) < len(spec.parts):
         frame = program.receive()
         if frame is None:
             raise _Over(None, f"ended after {len(results)} of {len(spec.parts)} parts")
+        budget.take(frame)
         tree = codec.parse(frame)
         if type(tree) is dict and list(tree) == ["site", "v"] and type(tree["site"]) is int:
             seen.append([tree["site"], codec.decode_tree(tree["v"])])

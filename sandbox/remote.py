@@ -36,11 +36,10 @@ from types import TracebackType
 from typing import Any, Self, cast
 
 from coupled.sandbox.canary import Slot, run_watched
-from coupled.sandbox.executor import run_job
+from coupled.sandbox.executor import REMOTE, require_runnable, run_job
 from coupled.sandbox.types import Call, Execution, Isolation, Job, Limits, Outcome, SandboxUnavailable
 from coupled.sandbox.worker import LOCKED, Finished, Worker, WorkerDied
 
-REMOTE = "remote"
 _HERE = Path(__file__).parent
 _BACKOFF_SECONDS = 0.5
 """Before a request is sent again; doubled each time."""
@@ -57,6 +56,10 @@ _TRIAL_STDIN = "print(int(input()) * 7)"
 
 class _NoAnswer(Exception):
     """The server did not run the program, or did not say what came of it."""
+
+
+class _TooMuch(Exception):
+    """The answer is larger than any that is read, which only the program's output can bring about."""
 
 
 class RemoteExecutor:
@@ -78,11 +81,17 @@ class RemoteExecutor:
             self._idle.put(worker)
 
     def run(self, jobs: Sequence[Job]) -> list[Execution]:
-        """Return one execution per job, in order. RuntimeError when closed, or in a fork of the owner."""
+        """Return one execution per job, in order.
+
+        RuntimeError when closed, or in a fork of the owner. SandboxUnavailable, before anything runs, for a job
+        with tests, which a server cannot run.
+        """
         if self._is_closed:
             raise RuntimeError("an executor runs nothing after close(): open another")
         if os.getpid() != self._owner:
             raise RuntimeError(f"an executor belongs to the process that opened it ({self._owner}): open one here")
+        for job in jobs:
+            require_runnable(job, REMOTE)
         slots = [Slot(job) for job in jobs]
         todo = deque(slots)
         size = min(len(jobs), len(self._workers))
@@ -171,6 +180,11 @@ class _Connection:
         try:
             answer = self._post(json.dumps(request).encode(), limits.wall_seconds + _GRACE_SECONDS)
             finished = _finished(answer, marker, limits, has_stdin=stdin is not None)
+        except _TooMuch:
+            # The program's doing, so its outcome: as infrastructure it would be a way out of a bad reward.
+            self._http.close()
+            killed = -signal.SIGKILL
+            finished = Finished(stream=bytes([LOCKED]), exit=killed, was_ended=True, wrote_too_much=True)
         except _NoAnswer as error:
             self._num_failures += 1
             raise WorkerDied(str(error)) from error
@@ -220,8 +234,8 @@ class _Connection:
         self._http.request("POST", self._path, body, {"Content-Type": "application/json"})
         answer = self._http.getresponse()
         data = answer.read(_MAX_ANSWER + 1)
-        if len(data) > _MAX_ANSWER:
-            raise http.client.HTTPException(f"an answer of more than {_MAX_ANSWER >> 20} MB")
+        if len(data) > _MAX_ANSWER and answer.status == 200:
+            raise _TooMuch
         return answer.status, data
 
     @property
@@ -230,11 +244,6 @@ class _Connection:
 
 
 def _run_job(connection: _Connection, job: Job) -> Execution:
-    if job.tests is not None:
-        raise SandboxUnavailable(
-            f"a server runs calls and programs that read stdin; job {job.uid!r} has tests that must speak with the "
-            "program while both run\nremedy: choose another sandbox.tier, or tests that are calls of literal arguments"
-        )
     return run_job(cast(Worker, connection), job)
 
 

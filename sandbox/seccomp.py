@@ -7,8 +7,9 @@ process, as the last step of its lock-down, and takes away what only the zygote 
 stricter of the two, and loading the second costs one system call: nothing is compiled per program.
 
 Profiles: `strict` computes, may start threads and nothing else; `compat` may also start processes and open
-sockets, for tests that need them, inside namespaces of its own. Neither may make memory files or System V
-memory, which no limit bounds.
+sockets and lock files, for tests that need them, inside namespaces of its own. Neither may make memory files or
+System V memory, which no limit bounds; the same is true of locks, which a program on a shared file could also leave
+in another one's way.
 
 A call that is not allowed fails with EPERM. What no honest program asks for (tracing, loading code into the
 kernel, mounting, keys, io_uring, another machine's calling convention) ends the program with SIGSYS.
@@ -91,6 +92,11 @@ _MISSING = "clone3 openat2"
 
 _FCNTL = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032, 1034)
 """Duplicate, flags, locks, and questions: not F_SETOWN, which sends signals, nor F_SETPIPE_SZ, which takes memory."""
+_LOCKS = (6, 7, 37, 38)
+"""Set a lock, of a process or of an open file: each takes memory that no limit bounds, and others see it."""
+_MSG_OOB = 1
+_ASK_ABOUT_PID = ("getpgid", "getsid", "sched_getaffinity", "sched_getparam", "sched_getscheduler")
+"""Take a pid and answer for the host's processes; 0 is the caller."""
 _IOCTL = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 """Is it a terminal, how large, how much to read, non-blocking, close on exec."""
 _PRCTL = (2, 3, 15, 16, 21, 23, 27, 30, 39, 0x53564D41)
@@ -192,6 +198,9 @@ def _program_rules(profile: str, is_alone: bool) -> Iterator[_Rule]:
         for call in _COMPAT_ONLY.split():
             yield _Rule(fail, call)
         yield _Rule(fail, "sendto", ((4, _NE, 0, 0),))  # to an address: only a connected pair may talk
+        yield _Rule(fail, "sendto", ((3, _MASKED_EQ, _MSG_OOB, _MSG_OOB),))
+        for command in _LOCKS:
+            yield _Rule(fail, "fcntl", ((1, _EQ, command, 0),))
         if not is_alone:
             yield _Rule(fail, "clone", ((0, _MASKED_EQ, _CLONE_THREAD, 0),))
     if is_alone:
@@ -200,6 +209,9 @@ def _program_rules(profile: str, is_alone: bool) -> Iterator[_Rule]:
             yield _Rule(fail, call)
         for call in ("kill", "tkill", "tgkill"):
             yield _Rule(fail, call, ((0, _NE, _PID, 0),))
+        for call in _ASK_ABOUT_PID:
+            yield _Rule(fail, call, ((0, _NE, 0, 0),))
+        yield _Rule(fail, "getpriority", ((1, _NE, 0, 0),))
 
 
 def _compile(default: int, rules: Iterator[_Rule]) -> Filter:

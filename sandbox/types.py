@@ -55,7 +55,7 @@ class Limits:
     memory_mb: int = 512
     """Address space on top of the interpreter's own."""
     output_kb: int = 4096
-    """All replies, or all of standard output, together."""
+    """All replies, or all of standard output for all inputs, together."""
     max_files: int = 64
     """Descriptors open at once."""
     file_kb: int = 16_384
@@ -86,7 +86,10 @@ class Call:
     args: tuple[object, ...] = ()
     kwargs: Mapping[str, object] = field(default_factory=dict)
     may_digest: bool = False
-    """True: a reply larger than 64 KB may come as a `Digest`, because it is only compared for equality."""
+    """True: a reply larger than 64 KB comes as a `Digest`, because it is only compared for equality; one that has no
+    digest, because it is equal to nothing, as an opaque value."""
+    keep_floats: bool = False
+    """True: floats, and lists and tuples of floats alone, come as they are all the same."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +104,9 @@ class TestProgram:
     """What is judged one by one: numbers, which the source enters as `with __part__(number):`, or, for test
     classes, `Class.method`."""
     names: tuple[str, ...] = ()
-    """What the tests take from the program: the functions, and the classes whose objects they may hold."""
+    """What the tests take from the program."""
+    classes: tuple[str, ...] = ()
+    """Those of the names whose objects the tests may hold. What the methods of these say is the program's word."""
     is_in_process: bool = False
     """False: the tests run in a second sandbox, and the program in its own answers their calls. True: both
     share one process, so the program can forge what its tests say."""

@@ -31,8 +31,12 @@ _ZYGOTE = Path(__file__).with_name("zygote.py")
 _START_SECONDS = 30.0
 _LINGER_SECONDS = 0.02
 """How long a program that has closed its result socket may take to end on its own."""
-_REPORT_SECONDS = 5.0
-"""How long a zygote may take to report a program that is ending; then it is stopped itself."""
+_REPORT_SECONDS = 30.0
+"""How long a zygote may take to report a program it was told to kill; then it is stopped itself."""
+_NUM_DRAINED = 16
+"""Parts of a full pipe dropped at once: a program that fills it as fast must not keep us from the clock."""
+_PAUSE_SECONDS = 0.001
+"""After a read that found nothing although there was something: whoever takes it back must not keep us busy."""
 _TRIAL = "import sched"
 """A module of the standard library that the zygote does not load beforehand."""
 _UIDS = range(62_000, 64_000)
@@ -66,7 +70,7 @@ class Finished:
     stdout: bytes = b""
     """All of standard output where there was a stdin, else the beginning of standard output and error."""
     exit: int | None
-    """Status, or minus the signal that ended it; None when the zygote died instead of reporting."""
+    """Status, or minus the signal that ended it; None when the zygote died, or was stopped, instead of reporting."""
     cpu_seconds: float = 0.0
     wall_seconds: float = 0.0
     memory_mb: float = 0.0
@@ -101,6 +105,7 @@ class Worker:
         self._claim: socket.socket | None
         self._uid, self._claim = _claim_uid() if os.geteuid() == 0 else (os.getuid(), None)
         self._serial = 0
+        self._is_running = False
         self._process: subprocess.Popen[bytes] | None = None
         self._control: socket.socket | None = None
         self._base = ""
@@ -113,27 +118,26 @@ class Worker:
             raise
 
     def companion(self) -> Worker:
-        """Return the worker beside this one, for the tests of the program that runs here; started when needed.
+        """Return the worker beside this one, for the tests of the program that runs here; both are ready then.
 
-        Raises SandboxUnavailable when it cannot be started.
+        Raises SandboxUnavailable when one cannot be started.
         """
+        self._make_ready("strict")
         if self._companion is None:
             self._companion = Worker(self.tier, self._preload)
+        self._companion._make_ready("strict")
         return self._companion
 
     def converse(self, body: bytes, limits: Limits, profile: str = "strict") -> Conversation:
         """Start one program whose job is `body` and speak with it frame by frame. Raises as `run` does."""
         self._make_ready(profile)
-        ours, theirs = socket.socketpair()
-        output, write_end = os.pipe()
-        try:
-            self._hand_over(limits, profile, [theirs.detach(), write_end])
-        except BaseException:
-            ours.close()
-            os.close(output)
-            raise
+        ours, output = self._hand_over(limits, profile)
         conversation = Conversation(self, ours, output, limits)
-        conversation.send(body)
+        try:
+            conversation.send(body)
+        except BaseException:
+            conversation.abandon()
+            raise
         return conversation
 
     def run(self, body: bytes, limits: Limits, stdin: bytes | None = None, profile: str = "strict") -> Finished:
@@ -143,44 +147,62 @@ class Worker:
         cannot be started again, or has no such profile.
         """
         self._make_ready(profile)
-        ours, theirs = socket.socketpair()
-        stdout, write_end = os.pipe()
-        handed = [theirs.detach(), write_end]
+        return self._run(body, limits, stdin, profile)
+
+    def _run(self, body: bytes, limits: Limits, stdin: bytes | None, profile: str) -> Finished:
+        ours, stdout = self._hand_over(limits, profile, stdin)
         try:
-            if stdin is not None:
-                handed.append(_sealed_file(stdin))
-            self._hand_over(limits, profile, handed)
             return self._attend(ours, stdout, struct.pack(">I", len(body)) + body, limits, stdin is not None)
         finally:
             ours.close()
             os.close(stdout)
+            self._leave()
 
     def _make_ready(self, profile: str) -> None:
         if profile != "strict" and self.tier != "namespaces":
             raise SandboxUnavailable(
                 f"profile {profile!r} is available in tier 'namespaces' only; this is {self.tier!r}"
             )
-        if self._process is None or self._process.poll() is not None:
+        if self._process is None or self._process.poll() is not None or self._is_running:
             self.restart()
 
-    def _hand_over(self, limits: Limits, profile: str, fds: list[int]) -> None:
-        self._serial += 1
-        request = {"op": "run", "serial": self._serial, "limits": dataclasses.asdict(limits), "profile": profile}
-        try:
-            self._ask(request, fds)
-        except OSError as error:
-            raise WorkerDied(f"the zygote does not listen: {error}") from error
-        finally:
-            # Our copies must go first: the sockets close when the program's process has closed its own.
-            for fd in fds:
-                os.close(fd)
+    def _leave(self) -> None:
+        """End what still runs here, because an exception came between it and its report: the next gets its own."""
+        if self._is_running:
+            self._stop()
+
+    def _hand_over(self, limits: Limits, profile: str, stdin: bytes | None = None) -> tuple[socket.socket, int]:
+        """Start one program and return our end of its result socket and of what it prints, neither blocking."""
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as theirs:
+            result, handed = socket.socketpair()
+            ours.callback(result.close)
+            # Our copies of the program's ends must go: the sockets close when its process has closed its own.
+            theirs.callback(handed.close)
+            output, write_end = os.pipe()
+            ours.callback(os.close, output)
+            theirs.callback(os.close, write_end)
+            fds = [handed.fileno(), write_end]
+            if stdin is not None:
+                fds.append(_sealed_file(stdin))
+                theirs.callback(os.close, fds[-1])
+            result.setblocking(False)
+            os.set_blocking(output, False)
+            # A byte sent out of band would make poll say that there is something to read, and the read say no.
+            result.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
+            self._serial += 1
+            request = {"op": "run", "serial": self._serial, "limits": dataclasses.asdict(limits), "profile": profile}
+            self._is_running = True
+            try:
+                self._ask(request, fds)
+            except OSError as error:
+                raise WorkerDied(f"the zygote does not listen: {error}") from error
+            ours.pop_all()
+        return result, output
 
     def _attend(self, ours: socket.socket, stdout: int, body: bytes, limits: Limits, is_stdio: bool) -> Finished:
         """Feed the job, collect what comes back, and see to it that the program ends."""
         start = time.monotonic()
         deadline = start + limits.wall_seconds
-        ours.setblocking(False)
-        os.set_blocking(stdout, False)
         collected = {ours.fileno(): bytearray(), stdout: bytearray()}
         open_fds = {ours.fileno(), stdout}
         # A program that answers calls is done when it has closed its result socket, whatever else it holds open.
@@ -200,6 +222,9 @@ class Worker:
                         poll.modify(fd, select.POLLIN)
                 if events & (select.POLLIN | select.POLLHUP | select.POLLERR):
                     part = _read_some(fd, budget + 1)
+                    if part is None:
+                        time.sleep(_PAUSE_SECONDS)
+                        continue
                     if fd in needed:
                         collected[fd] += part
                         budget -= len(part)
@@ -212,8 +237,7 @@ class Worker:
             late = time.monotonic() >= deadline
         report, was_ended = self._report(at_once=too_much or late, deadline=deadline, waits=is_stdio)
         if not is_stdio:
-            with contextlib.suppress(BlockingIOError):
-                _keep(collected[stdout], os.read(stdout, STDOUT_KEPT))
+            _keep(collected[stdout], _read_some(stdout, STDOUT_KEPT) or b"")
         return Finished(
             stream=bytes(collected[ours.fileno()]),
             stdout=bytes(collected[stdout]),
@@ -228,25 +252,44 @@ class Worker:
         )
 
     def _report(self, *, at_once: bool, deadline: float, waits: bool) -> tuple[dict[str, Any] | None, bool]:
-        """Return the zygote's report and whether the program had to be killed for it."""
+        """Return the zygote's report and whether the program had to be killed for it.
+
+        No report: the zygote has died. One that is silent is stopped; a program that can do this to its zygote
+        (tier `process`) is told the same, and where none can (the others) the machine is at fault: WorkerDied.
+        """
         patience = 0.0 if at_once else max(0.0, deadline - time.monotonic()) if waits else _LINGER_SECONDS
-        report = self._receive(patience)
+        report = self._receive_report(patience)
         if report is not None:
             return report, False
         with contextlib.suppress(OSError):
             self._ask({"op": "kill", "serial": self._serial}, [])
-        report = self._receive(_REPORT_SECONDS)
+        asked = time.monotonic()
+        report = self._receive_report(_REPORT_SECONDS)
         if report is None:
-            self._stop()  # dead, or stopped by the program it should have ended
+            is_silent = time.monotonic() - asked >= _REPORT_SECONDS
+            self._stop()
+            if is_silent and self.tier != "process":
+                raise WorkerDied(f"the zygote did not say within {_REPORT_SECONDS} s that its program was killed")
         return report, True
 
+    def _receive_report(self, seconds: float) -> dict[str, Any] | None:
+        """Return the report of the program that runs; one of a program before it is dropped."""
+        deadline = time.monotonic() + seconds
+        while (report := self._receive(max(0.0, deadline - time.monotonic()))) is not None:
+            if report["serial"] == self._serial:
+                self._is_running = False
+                return report
+        return None
+
     def _ask(self, request: dict[str, Any], fds: list[int]) -> None:
-        assert self._control is not None
+        if self._control is None:
+            raise BrokenPipeError("it was stopped")
         socket.send_fds(self._control, [json.dumps(request).encode()], fds)
 
     def _receive(self, seconds: float) -> dict[str, Any] | None:
         """Return the next message, or None when none comes in time or the zygote is gone."""
-        assert self._control is not None
+        if self._control is None:
+            return None
         poll = select.poll()
         poll.register(self._control, select.POLLIN)
         if not poll.poll(seconds * 1000):
@@ -262,8 +305,7 @@ class Worker:
         """End the zygote, if it lives, and start another; SandboxUnavailable when that fails."""
         self._stop()
         if self._companion is not None:
-            self._companion.close()
-            self._companion = None
+            self._companion._stop()  # and started again when it is needed
         self.isolation = self._start()
 
     def close(self) -> None:
@@ -324,7 +366,14 @@ class Worker:
     def _try_out(self, hello: dict[str, Any]) -> None:
         """Prove that a program is locked down and can import what the zygote has not loaded."""
         job = {"mode": "calls", "source": _TRIAL, "setup": "", "calls": []}
-        run = self.run(json.dumps(job).encode(), Limits(wall_seconds=_START_SECONDS))
+        try:
+            # Not `run`, which would bring a zygote that dies at once back for ever.
+            run = self._run(json.dumps(job).encode(), Limits(wall_seconds=_START_SECONDS), None, "strict")
+        except WorkerDied as error:
+            self._stop()
+            raise SandboxUnavailable(
+                f"tier {self.tier!r} could not start: {error}\nremedy: {remedy(self.tier, str(error))}"
+            ) from error
         said = run.stream[:1].hex() + run.stream[5:].decode(errors="replace")
         if run.stream[:1] != bytes([LOCKED]) or json.loads(run.stream[5:] or b"0") != {"load": None}:
             self._stop()
@@ -336,6 +385,7 @@ class Worker:
             )
 
     def _stop(self) -> None:
+        self._is_running = False
         if self._control is not None:
             self._control.close()
             self._control = None
@@ -374,8 +424,6 @@ class Conversation:
         self._head = b""
         self._wrote_too_much = False
         self._poll = select.poll()
-        ours.setblocking(False)
-        os.set_blocking(output, False)
         self._poll.register(output, select.POLLIN)
 
     def send(self, body: bytes) -> None:
@@ -413,12 +461,13 @@ class Conversation:
         with contextlib.suppress(OSError):
             self._ours.shutdown(socket.SHUT_WR)
         late = time.monotonic() >= self._deadline
-        report, was_ended = self._worker._report(
-            at_once=late or self._wrote_too_much, deadline=self._deadline, waits=False
-        )
-        self._ours.close()
-        self._drain()
-        os.close(self._output)
+        try:
+            report, was_ended = self._worker._report(
+                at_once=late or self._wrote_too_much, deadline=self._deadline, waits=False
+            )
+            self._drain()
+        finally:
+            self.abandon()
         return Finished(
             stream=self._head,
             stdout=bytes(self._stdout),
@@ -431,6 +480,12 @@ class Conversation:
             wrote_too_much=self._wrote_too_much,
             was_ended=was_ended,
         )
+
+    def abandon(self) -> None:
+        """Let go of the program without asking how it went, and end it if it runs."""
+        self._ours.close()
+        os.close(self._output)
+        self._worker._leave()
 
     def _wait_for(self, size: int) -> bool:
         """Read until `size` bytes are there; False when they will not come."""
@@ -445,6 +500,9 @@ class Conversation:
             if self._ours.fileno() not in ready:
                 continue
             part = _read_some(self._ours.fileno(), self._budget + 1)
+            if part is None:
+                time.sleep(_PAUSE_SECONDS)
+                continue
             if not part:
                 return False
             self._budget -= len(part)
@@ -456,10 +514,9 @@ class Conversation:
 
     def _drain(self) -> None:
         """Keep the beginning of what was printed and drop the rest: a full pipe would stop the program."""
-        while True:
-            try:
-                part = os.read(self._output, 1 << 16)
-            except BlockingIOError:
+        for _ in range(_NUM_DRAINED):
+            part = _read_some(self._output, 1 << 16)
+            if part is None:
                 return
             if not part:
                 # Closed at the other end: polling it again would return at once, for ever.
@@ -537,14 +594,15 @@ def _keep(kept: bytearray, part: bytes) -> None:
 def _sealed_file(content: bytes) -> int:
     """Return a descriptor that reads `content` and cannot be used to write."""
     fd = os.memfd_create("stdin", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    with open(fd, "wb", closefd=False) as file:
-        file.write(content)
-    fcntl.fcntl(
-        fd,
-        fcntl.F_ADD_SEALS,
-        fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE,
-    )
-    os.lseek(fd, 0, os.SEEK_SET)
+    try:
+        with open(fd, "wb", closefd=False) as file:
+            file.write(content)
+        seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
+        os.lseek(fd, 0, os.SEEK_SET)
+    except BaseException:
+        os.close(fd)
+        raise
     return fd
 
 
@@ -559,10 +617,11 @@ def _send_some(sock: socket.socket, data: memoryview) -> int:
         return len(data)  # the program is gone; its silence will be noticed
 
 
-def _read_some(fd: int, most: int) -> bytes:
+def _read_some(fd: int, most: int) -> bytes | None:
+    """Return what there is, b"" at the end, None when there is nothing now: a program can take back what it wrote."""
     try:
         return os.read(fd, min(most, 1 << 20))
     except (BlockingIOError, InterruptedError):
-        raise AssertionError("poll said there was something to read") from None
-    except ConnectionResetError:
+        return None
+    except OSError:
         return b""

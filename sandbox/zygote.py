@@ -24,6 +24,8 @@ from typing import Any
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _MAX_MESSAGE = 16_384
 _NOT_LOCKED_DOWN = 70
+_MAX_SWEEPS = 1000
+"""How often what a program left running is looked for: a chain of processes that fork faster goes on."""
 
 # What programs usually import, so that their import statements cost nothing; the rest is read from the disk.
 _HEADER = """
@@ -108,22 +110,39 @@ def _run(control: socket.socket, here: Any, request: dict[str, Any], fds: list[i
         os.close(fd)
     queued, ran = _wait(control, here, pid, request["serial"], confine)
     _, status, usage = os.wait4(pid, 0)
-    while orphans := confine.living_children(here):
-        for orphan in orphans:
-            _kill(orphan)
-            os.waitpid(orphan, 0)
+    sweep(here, confine)
     confine.clear_scratch(here)
     cpu_seconds = usage.ru_utime + usage.ru_stime
+    may_not_fork = here.tier != "process" and request["profile"] == "strict"
     report = {
         "serial": request["serial"],
         "exit": os.waitstatus_to_exitcode(status),
         "cpu_seconds": cpu_seconds,
         "memory_kb": usage.ru_maxrss,
-        # Its other threads may have kept the first one waiting, for as long as they ran and no longer. Processes
-        # of its own may as well, and those are not counted: then nobody else is to blame.
-        "queued_seconds": max(0.0, queued - max(0.0, cpu_seconds - ran)) if request["profile"] == "strict" else 0.0,
+        # Processes of its own may have kept it waiting, and nobody counts those: then nobody else is to blame.
+        "queued_seconds": kept_waiting(queued, ran, cpu_seconds) if may_not_fork else 0.0,
     }
     control.send(json.dumps(report).encode())
+
+
+def sweep(here: Any, confine: Any) -> None:
+    """End what a program has left running."""
+    for _ in range(_MAX_SWEEPS):
+        orphans = confine.living_children(here)
+        if not orphans:
+            return
+        for orphan in orphans:
+            _kill(orphan)
+            os.waitpid(orphan, 0)
+
+
+def kept_waiting(queued: float, ran: float, cpu_seconds: float) -> float:
+    """Return for how many seconds somebody else kept a program from a processor; it has one process.
+
+    `queued` and `ran`: how long its first thread was runnable and how long it had a processor; `cpu_seconds`: all
+    threads. The others may have kept the first one waiting, for as long as they ran and no longer.
+    """
+    return max(0.0, queued - max(0.0, cpu_seconds - ran))
 
 
 def _wait(control: socket.socket, here: Any, pid: int, serial: int, confine: Any) -> tuple[float, float]:

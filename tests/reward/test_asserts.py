@@ -105,7 +105,10 @@ def test_a_reply_that_is_missing_or_an_exception_fails_only_the_check_that_needs
         ("assert f(1) == 1", None, "f"),
         ("assert sum(10, 15) == 6", "sum", "sum"),
         ("assert Solution().twoSum(nums=[1], target=2) == [0]", "Solution().twoSum", "Solution().twoSum"),
-        ("assert helper(1) == 1", "f", "helper"),
+        ("assert Solution().twoSum(nums=[1], target=2) == [0]", "twoSum", "Solution().twoSum"),
+        ("assert Stack().size() == 0", None, "Stack().size"),
+        ("assert Diff([1], [2]) == [1]", None, "Diff"),
+        ("assert Counter([1, 1]) == 1", None, "Counter"),  # nothing else is called: it is the program's
     ],
 )
 def test_these_calls_go_to_the_program(text: str, entry_point: str | None, function: str) -> None:
@@ -135,6 +138,15 @@ def test_these_calls_go_to_the_program(text: str, entry_point: str | None, funct
         ("assert f(1) == __import__('os').system('id')", "call of"),
         ("assert set().union(f(1)) == {1}", "call of"),
         ("assert f(1) << 70 == 0", "BinOp"),
+        # Names that the program could give another meaning, or that only some right programs have.
+        ("assert f(3) == list(range(3))", "call of 'range'"),
+        ("assert f(2) == pow(2, 3)", "call of 'pow'"),
+        ("assert f(1) == complex(1, 2)", "call of 'complex'"),
+        ("assert f(1) == dict(a=1)", "call of 'dict'"),
+        ("assert f(1) == Counter({'a': 1})", "call of 'Counter'"),
+        ("assert f(2) == ref(2)", "call of 'ref'"),
+        ("assert f().startswith('a')", "call of"),
+        ("assert f().isdigit()", "call of"),
     ],
 )
 def test_a_test_that_cannot_be_split_is_refused_by_name_and_reason(text: str, reason: str) -> None:
@@ -179,6 +191,9 @@ BIG = 1 << 3_000_000
         ("assert str(f(1)) == '1'", BIG),
         ("assert f(1) % 7 == 'x'", "%999999999d"),
         ("assert abs(f(1)) + 1 == 1", BIG),
+        ("assert set(f(1)) == {1}", range(10**13)),
+        ("assert list(f(1)) == [1]", range(-(2**62), 2**62)),
+        ("assert set(f(1)) == {1}", "ab" * 5_000_000),
     ],
     ids=lambda part: part if isinstance(part, str) else type(part).__name__,
 )
@@ -187,3 +202,33 @@ def test_no_returned_value_makes_the_check_expensive(text: str, value: object) -
     start = time.process_time()
     assert not test.holds(replies(value, value))
     assert time.process_time() - start < 1.0
+
+
+@pytest.mark.parametrize(
+    ("text", "setup"),
+    [
+        ("assert f(2) == ref(2)", "def ref(x): return 7 * x"),
+        ("assert f(2) == g(2)", "from math import gcd as g"),
+        ("assert f(2) == sqrt(2)", "from math import *"),
+        ("assert f(2) == range(2)", ""),
+        ("assert f('ab') == Counter('ab')", ""),
+        ("assert f(1) == Helper().value()", "class Helper: pass"),
+    ],
+)
+@pytest.mark.parametrize("entry_point", [None, "f"])
+def test_what_the_setup_or_python_gives_is_not_the_program_s(text: str, setup: str, entry_point: str | None) -> None:
+    with pytest.raises(UnsupportedTest, match="call of"):
+        parse_test(text, entry_point, setup)
+
+
+def test_the_program_is_asked_for_nothing_but_the_entry_point() -> None:
+    text = "assert f(1) == g(1)"
+    assert [call.function for call in parse_test(text, None).calls] == ["f", "g"]
+    with pytest.raises(UnsupportedTest, match="call of 'g'"):
+        parse_test(text, "f")
+
+
+def test_a_setup_that_does_not_parse_or_hides_its_names_is_refused() -> None:
+    for setup, reason in (("def ref(", "does not parse"), ("from numpy import *", "imports \\* from 'numpy'")):
+        with pytest.raises(UnsupportedTest, match=reason):
+            parse_test("assert f(1) == 1", "f", setup)

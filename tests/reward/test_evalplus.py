@@ -44,7 +44,14 @@ TABLE: list[tuple[str, float, list[Any], Any, list[Any], list[Any]]] = [
     ("equal", 1e-4, [], "a", ["a"], ["b", 1]),
     ("equal", 1e-4, [], 10**400, [10**400], [1.0, 10**400 + 1]),
     ("equal", 1e-6, [], 1e10, [1e10 + 500], [1e10 + 5000]),  # rtol 1e-7
-    ("set", 0, [], (1, 2), [[2, 1], {1, 2}, (1, 1, 2)], [[1], 3, None, LIAR, [[1], [2]]]),
+    (
+        "set",
+        0,
+        [],
+        (1, 2),
+        [[2, 1], {1, 2}, (1, 1, 2), range(1, 3)],
+        [[1], 3, None, LIAR, [[1], [2]], range(10**13), range(-(2**62), 2**62), "12" * 5_000_000, b"12"],
+    ),
     ("not_none", 0, [], Opaque("Match", True), [Opaque("Match", True), 1, "x", True], [None, False]),
     ("not_none", 0, [], None, [None, False], [Opaque("Match", True), True, 0]),
     ("anything", 0, [], True, [False, None, LIAR], []),
@@ -184,3 +191,25 @@ def test_large_replies_are_judged_by_digest(executor: LocalExecutor) -> None:
     judge = Judge(executor)
     programs = ["def f(n): return ''.join(['ab'] * n)", "def f(n): return 'ab' * (n - 1) + 'a'"]
     assert [j.per_test for j in judge.judge_programs([of] * 2, programs)] == [(True, True), (False, False)]
+
+
+FLOATS = "def f(n): return [index / 3 for index in range(n)]"
+
+
+def test_many_floats_keep_their_tolerance(executor: LocalExecutor) -> None:
+    """A digest knows no tolerance, so the expected floats must not come as one."""
+    of = task(reference=FLOATS, hidden_tests=(arguments_test([20_000]), arguments_test([2])))
+    programs = [
+        "def f(n): return [index / 3 + 1e-9 for index in range(n)]",
+        "def f(n): return [index / 3 + 1e-3 * (index == n - 1) for index in range(n)]",
+    ]
+    judgements = Judge(executor).judge_programs([of] * 2, programs)
+    assert [j.per_test for j in judgements] == [(True, True), (False, False)]
+
+
+def test_numbers_of_numpy_are_right_where_equal_ones_of_python_are(numpy_executor: LocalExecutor) -> None:
+    of = task(reference="def f(x): return [x, x > 1, x * 0.5]", hidden_tests=(arguments_test([1]), arguments_test([2])))
+    right = "import numpy as np\ndef f(x): return [np.int64(x), np.bool_(x > 1), np.float32(x * 0.5)]"
+    wrong = "import numpy as np\ndef f(x): return [np.int64(x), np.bool_(x > 1), np.float32(x * 0.25)]"
+    judgements = Judge(numpy_executor).judge_programs([of] * 2, [right, wrong])
+    assert [j.per_test for j in judgements] == [(True, True), (False, False)]

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from coupled.reward import Judge, Status, Task, arguments_test
@@ -57,6 +59,20 @@ TASKS = {
     ),
     "T1 asserts": Task(
         uid="t", prompt="", hidden_tests=tuple(f"for x in [{x}]:\n  assert f(x) == {y}" for x, y in NUMBERS.items())
+    ),
+    "T1 functions": Task(
+        uid="t",
+        prompt="",
+        entry_point="f",
+        hidden_tests=(
+            "assert f(2) == sum(range(1009)) // 504",
+            "assert all(map(lambda x: f(x) == NUMBERS[x], NUMBERS))",
+            "assert list(map(f, [2, 3])) == [1009, 1014]",
+            "for got, wanted in zip(map(f, [5, 6]), [1030, 1041], strict=True):\n  assert got == wanted",
+            "assert Counter([f(2)]) == Counter([pow(1009, 1)])",
+            "assert str(f(4)).startswith('1021')",
+        ),
+        setup=f"NUMBERS = {NUMBERS}",
     ),
     "T1 check": Task(uid="t", prompt="", hidden_tests=(CHECK,), entry_point="f", style="check"),
     "T1 unittest": Task(uid="t", prompt="", hidden_tests=(UNIT,), entry_point="f", style="unittest"),
@@ -145,6 +161,8 @@ FORGERS: dict[str, str] = {
     "GeneratorExit": "def f(x): raise GeneratorExit",
     "StopIteration": "def f(x): raise StopIteration(1009)",
     "EOFError": "def f(x): raise EOFError",
+    "StopAsyncIteration": "def f(x): raise StopAsyncIteration(1009)",
+    "StopIteration of its own": "class E(StopIteration): pass\ndef f(x): raise E",
     "SkipTest": "import unittest\ndef f(x): raise unittest.SkipTest('x')",
     "atexit": "import atexit, os\natexit.register(os._exit, 0)\ndef f(x): return 0",
     "excepthook": "import sys, os\nsys.excepthook = lambda *a: os._exit(0)\ndef f(x): raise ValueError",
@@ -228,9 +246,15 @@ def f(x):
 """,
     "settrace": "import sys\ndef tracer(frame, event, arg):\n  frame.f_trace_lines = False\n  return tracer\nsys.settrace(tracer)\ndef f(x): return 0",
     "reads its memory": "def f(x):\n  data = open('/proc/self/mem', 'rb')\n  return 0",
-    "modules": "import sys\nfor m in list(sys.modules.values()):\n  for n in list(vars(m)):\n    if n.startswith('_check') or n == '_send':\n      setattr(m, n, lambda *a: {'part': 0, 'ok': True})\ndef f(x): return 0",
+    "builtins of its own": "range = list = dict = pow = set = Counter = lambda *a: 0\ndef f(x): return 0",
+    "every attribute": "class A:\n  def __getattr__(self, name): return lambda *a, **k: True\n  def __call__(self, *a): return A()\nf = Stack = A()",
+    "any attribute of a class": "class f:\n  def __init__(self, x): pass\n  def __getattr__(self, name): return lambda *a: True",
 }
 # "a verdict", "replies ..." and the like answer with constants; none of those is a number the tests want.
+
+
+DEAF = "import sys\nfor m in list(sys.modules.values()):\n  for n in list(vars(m)):\n    if n.startswith('_check') or n == '_send':\n      setattr(m, n, lambda *a: {'part': 0, 'ok': True})\ndef f(x): return 0"
+"""A program that patches what answers for it, and never answers."""
 
 
 def test_there_are_more_than_fifty_forgers() -> None:
@@ -246,6 +270,13 @@ def test_no_forger_passes_a_single_test_at_t0_and_t1(tests: str, executor: Local
     assert {j.tier for j in judgements} == {tests[:2]}
     # A judgement that is left out is a way out of a low reward: no program may bring it about.
     assert [name for name, j in zip(FORGERS, judgements, strict=True) if j.status is Status.INFRA] == []
+
+
+@pytest.mark.parametrize("tests", ["T0 asserts", "T1 asserts", "T1 unittest"])
+def test_a_program_that_never_answers_is_out_of_time(tests: str, executor: LocalExecutor) -> None:
+    (judgement,) = Judge(executor, replace(SMALL, wall_seconds=3.0)).judge_programs([TASKS[tests]], [DEAF])
+    assert judgement.passed == 0
+    assert judgement.status is (Status.CRASH if tests == "T0 asserts" else Status.TIMEOUT)
 
 
 @pytest.mark.parametrize("tests", TASKS)

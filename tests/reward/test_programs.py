@@ -6,6 +6,7 @@ import pytest
 
 from coupled.reward import Judge, Judgement, Status, Task, UnsupportedTest, plan
 from coupled.reward.programs import split_check
+from coupled.reward.stdio import same_output
 from coupled.sandbox import Limits, LocalExecutor
 
 SMALL = Limits(cpu_seconds=1, wall_seconds=30.0, memory_mb=128)
@@ -42,6 +43,39 @@ class Stack:
 
 # (test, a right program, a wrong one); none of the tests is calls with constants
 HONEST = [
+    ("assert f(3) == list(range(3))", "def f(n): return list(range(n))", "range = lambda n: []\ndef f(n): return []"),
+    ("assert f(2) == pow(2, 3)", "def f(x): return 8", "pow = f = lambda *x: 0"),
+    ("assert f(1).startswith('ab')", "def f(x): return 'abc'", "class f:\n  startswith = lambda *x: True"),
+    ("assert f('ab') == Counter('aab')", "def f(s): return {'a': 2, 'b': 1}", "Counter = f = lambda s: {}"),
+    ("assert all(map(f, [1, 2]))", "def f(x): return x", "def f(x): raise StopIteration"),
+    (
+        "for x, y in zip(map(f, [1, 2]), [1, 2]):\n  assert x == y\nassert f(1)",
+        "def f(x): return x",
+        "def f(x):\n  if x > 1: raise StopIteration\n  return x",
+    ),
+    (
+        "from decimal import Decimal as D\nassert isinstance(f(D('0.1')), D) and f(D('0.1')) == D('0.3')",
+        "def f(x): return 3 * x",
+        "def f(x): return 0.3",
+    ),
+    (
+        "assert f(1) == [Fraction(1, 3)] and f(1)[0].denominator == 3",
+        "from fractions import Fraction\ndef f(x): return [Fraction(x, 3)]",
+        "def f(x): return [x / 3]",
+    ),
+    (
+        "import datetime\nassert f(datetime.date(2024, 2, 28)) == datetime.date(2024, 3, 1) - datetime.timedelta(1)",
+        "import datetime\ndef f(d): return d + datetime.timedelta(days=1)",
+        "def f(d): return d",
+    ),
+    (
+        "import datetime\nassert f(1) == datetime.datetime(2024, 1, 1, 1) and f(2).hour == 2",
+        "import datetime\ndef f(h): return datetime.datetime(2024, 1, 1, h)",
+        "import datetime\ndef f(h): return datetime.date(2024, 1, 1)",
+    ),
+    ("from solution import f as g\nassert g(g(1)) == 3", "def f(x): return x + 1", "def f(x): return x"),
+    ("import solution\nassert solution.f(solution.f(1)) == 3", "def f(x): return x + 1", "def f(x): return x"),
+    ("from solution import *\nassert f(f(1)) == 3", "def f(x): return x + 1", "def f(x): return x"),
     ("assert [x * 2 for x in f(3)] == [0, 2, 4]", "def f(n): return range(n)", "def f(n): return [n]"),
     ("xs = [3, 1]\nf(xs)\nassert xs == [1, 3]", "def f(xs): xs.sort()", "def f(xs): return sorted(xs)"),
     ("d = {'a': [1]}\nf(d)\nassert d == {'a': [1, 2]}", "def f(d): d['a'].append(2)", "def f(d): d['a'] = 2"),
@@ -88,6 +122,16 @@ def test_a_right_program_passes_and_a_wrong_one_does_not(
     judgement = judged(executor, task, right)
     assert (judgement.summary, judgement.per_test, judgement.tier, judgement.is_weak) == ("pass", (True,), "T1", False)
     assert judged(executor, task, wrong).per_test == (False,)
+
+
+def test_numbers_of_numpy_reach_the_tests_as_those_of_python(numpy_executor: LocalExecutor) -> None:
+    program = "import numpy as np\ndef f(n): return [np.int64(n), np.bool_(n), np.float32(n / 2)]"
+    for test, tier in (
+        ("assert f(1) == [1, True, 0.5]", "T0"),
+        ("assert [str(x) for x in f(1)] == ['1', 'True', '0.5']", "T1"),
+    ):
+        judgement = Judge(numpy_executor).judge_programs([asserts(test)], [program])[0]
+        assert (judgement.tier, judgement.summary) == (tier, "pass")
 
 
 def test_every_test_of_a_list_is_judged_apart(executor: LocalExecutor) -> None:
@@ -184,12 +228,119 @@ def test_each_method_of_a_test_class_is_judged_apart(executor: LocalExecutor) ->
         ("assert [x for x in [1]] == [1]", "calls nothing of the program"),
         ("x = [f(i) for i in range(3)]", "asserts nothing"),
         ("assert f(1) ==", "does not parse"),
+        ("for x in [1]:\n  assert isinstance(Stack(), Stack)", "'Stack' of the program as a type"),
+        ("assert type(Stack()) == Stack", "'Stack' of the program as a type"),
+        ("try:\n  f()\nexcept (MyError, ValueError):\n  pass\nelse:\n  assert 0", "'MyError' of the program as a type"),
+        ("class Mine(Stack): pass\nassert Mine().x", "'Stack' of the program as a type"),
+        (
+            "import io, contextlib\nwith contextlib.redirect_stdout(io.StringIO()) as o: f()\nassert o",
+            "redirect_stdout",
+        ),
+        ("import sys, io\nsys.stdin = io.StringIO('1')\nassert f() == 1", "sys.stdin"),
+        ("import sys\nsys.argv = ['x']\nassert f() == 1", "sys.argv"),
+        ("from unittest import mock\nassert f(mock.Mock())", "unittest.mock"),
+        ("from unittest.mock import patch\nassert f(patch)", "unittest.mock"),
+        ("import unittest.mock\nassert f(unittest.mock.Mock())", "unittest.mock"),
+        ("import tempfile\nassert f(tempfile.mkdtemp())", "tempfile"),
+        ("f('x')\nassert open('x').read() == '1'", "uses open"),
+        (
+            "from your_solution_module import f\nassert f(f(1)) == 1",
+            "'your_solution_module', which the sandbox does not have",
+        ),
+        ("from . import f\nassert f(f(1)) == 1", "relative module"),
+        ("assert f([1]).val == 1", "asks a reply of 'f' for 'val'"),
+        ("f = len\nassert f(f([[]])) == 1", "calls nothing of the program"),
     ],
 )
 def test_tests_that_would_trust_the_program_are_refused(test: str, reason: str) -> None:
     with pytest.raises(UnsupportedTest, match="drop the task, or rewrite the test") as caught:
         plan(asserts(test))
     assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("setup", "test", "entry_point", "reason"),
+    [
+        ("def f(x): return x", "assert f(f(1)) == 1", "f", "it defines 'f' itself"),
+        ("", "assert f(f(1)) == ref(1)", "f", "it uses 'ref', which it does not define"),
+        ("def ref(", "assert f(1) == 1", "f", "does not parse"),
+    ],
+)
+def test_with_an_entry_point_the_program_is_asked_for_nothing_else(
+    setup: str, test: str, entry_point: str, reason: str
+) -> None:
+    with pytest.raises(UnsupportedTest, match=reason):
+        plan(asserts(test, setup=setup, entry_point=entry_point))
+
+
+def test_names_of_the_setup_are_the_tests_own(executor: LocalExecutor) -> None:
+    task = asserts(
+        "assert f(2) == double(2)", "assert f(3) == sqrt(9)", setup="def double(x): return 2 * x", entry_point="f"
+    )
+    assert plan(task).tier == "T1"
+    assert judged(executor, task, "def f(x): return x + x if x < 3 else x").per_test == (True, True)
+    assert judged(executor, task, "def f(x): return 0\nsqrt = double = f").per_test == (False, False)
+    assert judged(executor, task, "def f(x): return double(x)").passed == 0, "nor can the program call them"
+    unit = "import unittest\nclass TestF(unittest.TestCase):\n    def test(self): self.assertEqual(f(2), double(2))"
+    task = Task(
+        uid="t", prompt="", setup="def double(x): return 2 * x", hidden_tests=(unit,), entry_point="f", style="unittest"
+    )
+    assert judged(executor, task, "def f(x): return x + x").passed == 1
+    assert judged(executor, task, "def f(x): return 0\ndouble = f").passed == 0
+
+
+def test_a_check_may_call_itself_and_its_candidate_may_be_called_so(executor: LocalExecutor) -> None:
+    text = "def check(candidate):\n    for i in range(3):\n        assert candidate(i) == i\n"
+    for entry_point in ("f", "candidate"):
+        task = Task(
+            uid="t", prompt="", hidden_tests=(f"{text}check({entry_point})\n",), entry_point=entry_point, style="check"
+        )
+        assert (plan(task).tier, plan(task).total) == ("T1", 1)
+        program = f"calls = []\ndef {entry_point}(x):\n    calls.append(x)\n    return x if len(calls) < 4 else 7"
+        assert judged(executor, task, program).per_test == (True,), "its parts run once"
+        assert judged(executor, task, f"def {entry_point}(x): return 1").per_test == (False,)
+
+
+def test_a_function_that_is_missing_raises_what_it_would_in_the_program_s_process(executor: LocalExecutor) -> None:
+    test = "try:\n  f({}, 'a')\nexcept KeyError:\n  pass\nelse:\n  assert 0"
+    assert judged(executor, asserts(test), "x = 1").passed == 0
+    assert judged(executor, asserts(test), "def f(d, key): return d[key]").passed == 1
+
+
+def test_a_program_that_says_the_host_has_gone_loses_that_part_alone(executor: LocalExecutor) -> None:
+    task = asserts("assert f(f(1)) == 1", "assert f(f(2)) == 2", "assert f(f(3)) == 3")
+    judgement = judged(executor, task, "def f(x):\n    if x == 2: raise EOFError\n    return x")
+    assert (judgement.summary, judgement.per_test) == ("fail", (True, False, True))
+    unit = """
+import unittest
+class TestF(unittest.TestCase):
+    def test_1(self): self.assertEqual(f(1), 1)
+    def test_2(self): self.assertEqual(f(2), 2)
+    def test_3(self): self.assertEqual(f(3), 3)
+"""
+    task = Task(uid="t", prompt="", hidden_tests=(unit,), entry_point="f", style="unittest")
+    judgement = judged(executor, task, "def f(x):\n    if x == 2: raise EOFError\n    return x")
+    assert judgement.per_test == (True, False, True)
+
+
+def test_only_objects_of_classes_that_the_tests_name_can_be_held(executor: LocalExecutor) -> None:
+    program = (
+        "class Any:\n    def __getattr__(self, name): return lambda *args: True\ndef f(x): return Any()\nAny2 = Any"
+    )
+    for test in ("x = f(1)\nassert x.startswith('a')", "x = f(1)\nassert x.isdigit()", "assert f(1).issubset({1})"):
+        assert plan(asserts(test)).tier == "T1"
+        assert judged(executor, asserts(test), program).passed == 0
+    held = asserts("s = make([1, 2])\nassert s.pop() == 2 and Stack().items == []")
+    assert judged(executor, held, STACK + "def make(items): return Stack(items)").passed == 1
+    reply = """
+import os, json, struct
+def f(x):
+    body = json.dumps({"v": {"h": ["object", 0]}, "changed": []}).encode()
+    os.write(3, struct.pack(">I", len(body)) + body)
+    os._exit(0)
+"""
+    forged = judged(executor, asserts("x = f(1)\nassert x.startswith('a')"), reply)
+    assert (forged.summary, forged.passed) == ("protocol", 0)
 
 
 def test_a_program_that_does_not_load_fails_every_part(executor: LocalExecutor) -> None:
@@ -288,6 +439,34 @@ def test_a_checker_of_the_dataset_decides_in_a_sandbox_of_its_own(executor: Loca
     assert (judgement.per_test, judgement.tier) == ((True, True, True), "T1")
     assert judged(executor, task, "print('x' if input() == '15' else '2 3')").per_test == (True, False, False)
     assert judged(executor, task, "print(1, input())").passed == 0
+
+
+def test_a_checker_that_would_run_what_the_program_printed_is_refused() -> None:
+    from coupled.reward import stdio_test
+
+    checker = "def check(stdin, expected, printed):\n    return eval(printed) == 1"
+    task = Task(uid="t", prompt="", style="stdio", hidden_tests=(stdio_test("", ""),), checker=checker)
+    with pytest.raises(UnsupportedTest, match="it uses eval"):
+        plan(task)
+
+
+@pytest.mark.parametrize(
+    ("word", "wanted", "is_same"),
+    [
+        ("inf", "inf", True),
+        ("Infinity", "inf", True),
+        ("-inf", "inf", False),
+        ("0", "inf", False),
+        ("1e400", "inf", True),
+        ("inf", "1", False),
+        ("nan", "nan", True),
+        ("nan", "1", False),
+        ("1", "nan", False),
+        ("1.0000001", "1", True),
+    ],
+)
+def test_nothing_is_near_an_infinite_number_but_itself(word: str, wanted: str, is_same: bool) -> None:
+    assert same_output(word, wanted, 1e-6) is is_same
 
 
 def test_numbers_in_standard_output_may_differ_by_the_tolerance(executor: LocalExecutor) -> None:

@@ -41,7 +41,7 @@ def sample(name: str, count: int) -> list[Task]:
     return random.Random(0).sample(tasks, count)
 
 
-@pytest.mark.parametrize(("name", "count"), [("HumanEval+", 40), ("MBPP+", 60)])
+@pytest.mark.parametrize(("name", "count"), [("HumanEval+", 20), ("MBPP+", 30)])
 def test_canonical_solutions_pass_on_every_input(name: str, count: int, executor: LocalExecutor) -> None:
     tasks = [task for task in sample(name, count) if len(task.hidden_tests) < 1200]
     judgements = verdicts.judge_canonical(Judge(executor, verdicts.LIMITS), tasks)
@@ -49,7 +49,7 @@ def test_canonical_solutions_pass_on_every_input(name: str, count: int, executor
     assert bad == []
 
 
-@pytest.mark.parametrize("uid", ["HumanEval/15", "HumanEval/100", "HumanEval/130", "HumanEval/32"])
+@pytest.mark.parametrize("uid", ["HumanEval/15", "HumanEval/32"])
 def test_replies_of_many_megabytes_and_special_oracles_pass_too(uid: str, executor: LocalExecutor) -> None:
     (task,) = [t for t in verdicts.load_tasks(DATA / verdicts.FILES["HumanEval+"]) if t.uid == uid]
     (judgement,) = verdicts.judge_canonical(Judge(executor, verdicts.LIMITS), [task])

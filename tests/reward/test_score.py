@@ -36,8 +36,12 @@ class Counting:
 def test_the_published_reward_is_twice_the_pass_rate_plus_half_the_format(executor: LocalExecutor) -> None:
     verdicts = Scorer(PUBLISHED, executor).score([TASK] * 4, [RIGHT, HALF, BROKEN, BARE])
     assert verdicts == [
-        Verdict(score=2.5, parts={"code": 1.0, "format": 1.0}, status=Status.OK, passed=2, total=2, outcome="ok"),
-        Verdict(score=1.5, parts={"code": 0.5, "format": 1.0}, status=Status.OK, passed=1, total=2, outcome="ok"),
+        Verdict(
+            score=2.5, parts={"code": 1.0, "format": 1.0}, status=Status.OK, passed=2, total=2, outcome="ok", tier="T0"
+        ),
+        Verdict(
+            score=1.5, parts={"code": 0.5, "format": 1.0}, status=Status.OK, passed=1, total=2, outcome="ok", tier="T0"
+        ),
         Verdict(
             score=0.25,
             parts={"code": 0.0, "format": 0.5},
@@ -101,5 +105,5 @@ def test_lengths_must_agree_and_nothing_gives_nothing() -> None:
 def test_a_stdio_task_takes_no_setup_and_an_unknown_style_is_refused() -> None:
     with pytest.raises(ValueError, match="drop its setup"):
         Task(uid="t", prompt="", hidden_tests=(), style="stdio", setup="x = 1")
-    with pytest.raises(ValueError, match="task 't' has 'unittest'"):
-        Task(uid="t", prompt="", hidden_tests=(), style="unittest")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="task 't' has 'riddle'"):
+        Task(uid="t", prompt="", hidden_tests=(), style="riddle")  # type: ignore[arg-type]

@@ -44,6 +44,20 @@ def test_a_program_that_fails_one_test_says_which_and_ends_with_1(tmp_path: Path
     assert (found["passed"], found["outcome"]) == (False, "ok")
     assert found["usage"]["wall_seconds"] > 0
     assert found["tier"] in ("namespaces", "landlock")
+    assert (found["verdict_tier"], found["is_weak"]) == ("T0", False)
+
+
+def test_tests_in_the_program_s_process_must_be_asked_for_and_are_called_weak(tmp_path: Path) -> None:
+    unit = "import unittest\nclass T(unittest.TestCase):\n    def test(self): self.assertEqual(f(2), 4)"
+    tests = {"style": "script", "tests": [unit], "entry_point": "f"}
+    refused = coupled(tmp_path, SQUARE, tests)
+    assert refused.returncode == 2, refused.stdout
+    assert "--allow-weak" in refused.stderr
+    done = coupled(tmp_path, SQUARE, tests, "--allow-weak")
+    if "profile 'compat' is available in tier 'namespaces' only" in done.stderr:
+        pytest.skip(done.stderr)
+    assert done.returncode == 0, done.stderr
+    assert "verdict T2: weak" in " ".join(done.stdout.split())
 
 
 def test_stdio_tests_compare_what_is_printed(tmp_path: Path) -> None:

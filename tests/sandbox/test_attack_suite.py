@@ -12,17 +12,19 @@ import os
 import random
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
 
 import pytest
-from attacks import CATEGORIES
+from attacks import CATEGORIES, arrays
 from attacks.record import Program
 from canaries import Canaries
 
-from coupled.reward import Judge, Judgement, Status, Task, stdio_test
+from coupled.reward import Judge, Judgement, Status, Task, arguments_test, stdio_test
 from coupled.sandbox import TIERS, Call, Execution, Executor, Job, Limits, SandboxUnavailable, open_executor, worker
 
 PROGRAMS = [
@@ -61,18 +63,57 @@ STDIO_TASK = Task(
     hidden_tests=tuple(stdio_test(f"{x}\n", f"{x * x + 7}\n{x}\n") for x in INPUTS),
     style="stdio",
 )
+
+
+def _beside(*expected: int) -> Task:
+    """Tests that end early, having compared nothing, when an exception of the program's ends their loop."""
+    answers = dict(zip(INPUTS, expected, strict=True))
+    return Task(
+        uid="beside",
+        prompt="",
+        hidden_tests=(
+            f"for got, wanted in zip(map(f, {[*answers]}), {[*answers.values()]}):\n    assert got == wanted",
+            f"for x, wanted in {answers}.items():\n    assert not any(got != wanted for got in map(f, [x]))",
+            f"for x, wanted in {answers}.items():\n    assert all(map(lambda got: got == wanted, (f(y) for y in [x])))",
+        ),
+        entry_point="f",
+    )
+
+
+_SETS_TASK = Task(
+    uid="sets",
+    prompt="",
+    hidden_tests=(
+        f"assert set(f(1)) == {{{SECRET}}}",
+        f"assert sorted(f(2)) == [{SECRET}]",
+        f"assert sum(f(3)) == {SECRET}",
+    ),
+    entry_point="f",
+)
+_ORACLE_TASK = Task(
+    uid="oracle",
+    prompt="",
+    hidden_tests=tuple(arguments_test([x]) for x in INPUTS),
+    entry_point="f",
+    style="evalplus",
+    reference=f"def f(x): return [{SECRET}]",
+    oracle="set",
+)
+TASKS = {"stdio": STDIO_TASK, "beside": _beside(*[SECRET] * 3), "sets": _SETS_TASK, "oracle": _ORACLE_TASK}
+_RIGHT_TASKS = {"stdio": STDIO_TASK, "beside": _beside(*(x * x + 7 for x in INPUTS)), "calls": SQUARE_TASK}
 _LEFT = "import os\ndef f(x): return sorted(os.listdir('.')) if os.access('.', os.R_OK) else []"
 
 
 class Recorder:
-    """An executor that keeps what it passes on."""
+    """An executor that keeps what it passes on, and may change the profile of what it is given."""
 
-    def __init__(self, executor: Executor) -> None:
+    def __init__(self, executor: Executor, profile: str = "strict") -> None:
         self._executor = executor
+        self._profile = profile
         self.last: Execution | None = None
 
     def run(self, jobs: Sequence[Job]) -> list[Execution]:
-        executions = self._executor.run(jobs)
+        executions = self._executor.run([replace(job, profile=self._profile) for job in jobs])
         self.last = executions[-1] if executions else self.last
         return executions
 
@@ -83,11 +124,11 @@ class Recorder:
 class Arena:
     """One worker of a tier with canaries around it."""
 
-    def __init__(self, tier: str) -> None:
+    def __init__(self, tier: str, preload: Sequence[str] = ()) -> None:
         self.tier = tier
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # tier process warns, as it should
-            self.executor = open_executor(tier, num_workers=1)
+            self.executor = open_executor(tier, num_workers=1, preload=preload)
         self.canaries = self._watch()
 
     def _watch(self) -> Canaries:
@@ -105,15 +146,17 @@ class Arena:
         if "HOST" in source:
             source = f"HOST = {self.canaries.about!r}\n{source}"
         limits = Limits(**(SMALL | dict(program.limits)))
-        task = STDIO_TASK if program.mode == "stdio" else SQUARE_TASK if program.is_right else SECRET_TASK
-        recorder = Recorder(self.executor)
+        task = _RIGHT_TASKS[program.mode] if program.is_right else TASKS.get(program.mode, SECRET_TASK)
+        recorder = Recorder(self.executor, "compat" if program.is_compat else "strict")
+        start = time.monotonic()
         (judgement,) = Judge(recorder, limits).judge_programs([task], [source])
+        assert time.monotonic() - start < 30 + 3 * limits.wall_seconds, "it kept the host"
         execution = recorder.last
         if execution is None:  # the judge saw that it cannot be run; the sandbox must stand it all the same
             calls = tuple(Call(function="f", args=(x,)) for x in INPUTS)
             cases = {"stdin_cases": ("1\n",)} if program.mode == "stdio" else {"calls": calls}
             (execution,) = self.executor.run([Job(uid="t", source=source, limits=limits, **cases)])  # type: ignore[arg-type]
-        assert self.canaries.secret not in repr(execution), execution
+        assert self.tier == "process" or self.canaries.secret not in _text(execution), execution
         assert not execution.outcome.is_infrastructure, f"it made itself a fault of the machine: {execution}"
         return judgement, _ending(execution)
 
@@ -130,8 +173,15 @@ def _ending(execution: Execution) -> str:
     if not execution.results:
         return str(execution.outcome)
     first = execution.results[0]
-    said = f"raised {first.raised.type}" if first.raised else first.value
-    return f"{execution.outcome}: {said}"
+    return f"{execution.outcome}: {f'raised {first.raised.type}' if first.raised else _text(first.value)}"
+
+
+def _text(value: object) -> str:
+    """The value as text; of a number with more digits than python writes, its type."""
+    try:
+        return str(value)
+    except ValueError:
+        return type(value).__name__
 
 
 @pytest.fixture(scope="module", params=[tier for tier in TIERS if tier != "auto"])
@@ -153,6 +203,8 @@ def arena(request: pytest.FixtureRequest) -> Iterator[Arena]:
 def test_a_hostile_program_earns_nothing_harms_nothing_and_an_honest_one_passes(
     category: str, program: Program, arena: Arena
 ) -> None:
+    if program.is_compat and arena.tier != "namespaces":
+        pytest.skip("profile compat is of tier namespaces alone")
     is_open = arena.tier == "process" and category in CONTAINMENT
     if is_open and program.is_for_root and os.getuid() != 0:
         pytest.skip("tier process would let it harm this very user")
@@ -177,6 +229,25 @@ def test_a_hostile_program_earns_nothing_harms_nothing_and_an_honest_one_passes(
     assert honest.passed == len(INPUTS), honest
     if not is_open:
         assert arena.reply(_LEFT) == [], "something is left in the working directory"
+
+
+@pytest.fixture(scope="module")
+def numpy_arena() -> Iterator[Arena]:
+    try:
+        arena = Arena("namespaces", ("numpy",))
+    except SandboxUnavailable as error:
+        pytest.skip(f"this machine has no tier namespaces with numpy: {error}")
+    with arena.executor:
+        yield arena
+        arena.canaries.close()
+
+
+@pytest.mark.parametrize("program", [pytest.param(program, id=program.name) for program in arrays.PROGRAMS])
+def test_values_of_numpy_are_judged_by_what_they_are(program: Program, numpy_arena: Arena) -> None:
+    judgement, ending = numpy_arena.judge(program)
+    assert any(fnmatchcase(ending, pattern) for pattern in program.expect), ending
+    assert judgement.passed == (len(INPUTS) if program.is_right else 0), judgement
+    assert numpy_arena.canaries.damage() == []
 
 
 # The way most graders work: the tests run in the program's own process, and exit status 0 means passed.

@@ -350,6 +350,12 @@ def _pids_of(executor: LocalExecutor) -> list[int]:
     return found
 
 
+def test_the_host_s_name_is_hidden_and_a_program_is_the_first_to_die_without_memory(run: Run) -> None:
+    source = "import os\ndef f(x): return [os.uname().nodename, open('/proc/self/oom_score_adj').read().strip()]"
+    assert run(source, (1,)).results[0].value == ["sandbox", "1000"]
+    assert Path("/proc/self/oom_score_adj").read_text().strip() != "1000"
+
+
 def test_no_temporary_directory_is_left_by_attacks(run: Run) -> None:
     before = set(Path(tempfile.gettempdir()).glob("coupled-sandbox-*"))
     run(ATTACKS["leaves a deep tree"][0])

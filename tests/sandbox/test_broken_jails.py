@@ -44,7 +44,24 @@ BROKEN: dict[str, tuple[list[tuple[str, str]], set[str]]] = {
         [(BEFORE_PACKAGES, "    _show('/', f'{base}/dev/x')\n" + BEFORE_PACKAGES)],
         {"mount table"},
     ),
-    "system libraries that can be written": ([("_MS_RDONLY | _MS_NOSUID | (0", "_MS_NOSUID | (0")], {"mount table"}),
+    "system libraries that can be written": (
+        [("_MS_RDONLY | _MS_NOSUID | (0", "_MS_NOSUID | (0")],
+        {"mount table", "files beside the scratch directory"},
+    ),
+    "a whole /proc": (
+        [('"/proc", "proc", _PROC_FLAGS, "subset=pid")\n    if', '"/proc", "proc", _PROC_FLAGS)\n    if')],
+        {"processes in sight"},
+    ),
+    "no /proc of its own": ([("    if here.has_proc:\n", "    if 0:\n")], {"processes in sight"}),
+    "standard input of all programs": (
+        [('null = os.open("/dev/null", os.O_RDWR)', "null = 0")],
+        {"flags of the last program"},
+    ),
+    "locks": ([("for command in _LOCKS:", "for command in ():")], {"locks"}),
+    "bytes out of band": (
+        [("((3, _MASKED_EQ, _MSG_OOB, _MSG_OOB),)", "((3, _MASKED_EQ, 1 << 30, 1 << 30),)")],
+        {"byte out of band"},
+    ),
     "no scratch directory": ([('_mount("tmpfs", "/tmp", "tmpfs", ', "abs(0) and (")], {"scratch directory"}),
     "a scratch directory of any size": ([("size=64m,", "size=1g,")], {"scratch directory"}),
     "no limit of threads": ([(NPROC, "10_000")], {"thread bomb"}),
@@ -122,18 +139,40 @@ def test_the_self_check_notices_that_wall_time_is_not_limited(
         return attend(self, *slow)  # type: ignore[arg-type]
 
     monkeypatch.setattr(worker_module.Worker, "_attend", patient)
+    monkeypatch.setattr(check_module, "_SLEEP", check_module._SLEEP.replace("600", "3"))  # or it would be long
     assert {check.name for check in self_check(executor) if not check.held} == {"sleep"}
+
+
+def test_the_self_check_notices_groups_of_the_host(broken: Break, executor: LocalExecutor) -> None:
+    if os.getuid() != 0:
+        pytest.skip("needs root: another user cannot give up its groups")
+    assert "privileges" in broken("namespaces", [("os.setgroups([])", "os.setgroups([0])")])
+
+
+def test_the_self_check_reads_files_that_no_private_directory_hides(
+    broken: Break, open_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tmp_path.chmod(0o700)
+    monkeypatch.setattr(worker_module, "PYTHON", open_python)
+    monkeypatch.setattr(check_module, "_open_directory", lambda: str(tmp_path))
+    readable = ("= [path for path in here.shown if path not in _DEVICES]", '= ["/"]')
+    assert "file of the host" in broken("landlock", [readable])
 
 
 @pytest.mark.parametrize(
     ("changes", "noticed"),
     [
-        ([("landlock.restrict(ruleset)", "pass")], {"file of the host", "files in sight"}),
+        ([("landlock.restrict(ruleset)", "pass")], {"file of the host", "files in sight", "new file"}),
+        (
+            [("files=_known(_FILE_RIGHTS, known)", "files=_known(_FILE_RIGHTS, known) & ~0x102"),
+             ("_allow(fd, path, _READ_FILE | _WRITE_FILE)", "_allow(fd, path, _READ_FILE)")],
+            {"new file", "files beside the scratch directory"},
+        ),
         ([("here.filters[profile].load()", "pass")], {"new process", "network", "new user namespace"}),
         ([("    base.load()", "    pass")], {"trace", "io_uring", "kernel keys"}),
         ([("= [path for path in here.shown if path not in _DEVICES]", '= ["/"]')], {"file of the host"}),
     ],
-)
+)  # fmt: skip
 def test_the_self_check_notices_what_is_missing_from_landlock(
     changes: list[tuple[str, str]],
     noticed: set[str],

@@ -17,7 +17,9 @@ from coupled.sandbox import (
     Job,
     Limits,
     LocalExecutor,
+    Opaque,
     Outcome,
+    Raised,
 )
 from coupled.sandbox.cache import KEPT, job_key
 
@@ -125,6 +127,38 @@ def test_what_was_used_longest_ago_goes_first_and_results_too_large_are_not_kept
     for source in ("large", "large", "b"):
         cached.run([job(source)])
     assert inner.batches == [["large"], ["large"], ["b"]], "it made room for itself, then had to go too"
+
+
+@pytest.mark.parametrize(
+    "large",
+    [1 << 80_000, [range(1 << 80_000)], "\u2603" * 5000, Opaque("x" * 9000), {(): b"x" * 9000}],
+    ids=["int", "range", "text", "opaque", "bytes"],
+)
+def test_one_value_that_is_large_by_itself_counts_by_its_size(large: object) -> None:
+    inner = Scripted(value=large)
+    cached = CachedExecutor(inner, max_values=70)
+    for source in ("a", "a"):
+        cached.run([job(source)])
+    assert inner.batches == [["a"], ["a"]], "about 10 kB are more than 70 values"
+
+
+@pytest.mark.parametrize("where", ["stdout", "detail", "raised"])
+def test_texts_besides_the_values_count_too(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def talkative(self: Scripted, jobs: Sequence[Job]) -> list[Execution]:
+        executions = run(self, jobs)
+        text = "x" * 9000
+        if where == "raised":
+            raised = CallResult(raised=Raised(type="E", text=text))
+            return [dataclasses.replace(execution, results=(raised,)) for execution in executions]
+        return [dataclasses.replace(execution, **{where: text}) for execution in executions]  # type: ignore[arg-type]
+
+    run = Scripted.run
+    monkeypatch.setattr(Scripted, "run", talkative)
+    inner = Scripted()
+    cached = CachedExecutor(inner, max_values=70)
+    for source in ("a", "a"):
+        cached.run([job(source)])
+    assert inner.batches == [["a"], ["a"]]
 
 
 def test_a_cache_is_an_executor_and_closes_the_one_behind_it() -> None:

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import signal
+from collections import deque
 from collections.abc import Callable
 
 import pytest
@@ -14,6 +15,7 @@ from fusion import serve
 
 from coupled.sandbox import (
     Call,
+    CallResult,
     Execution,
     Job,
     Limits,
@@ -194,6 +196,68 @@ def test_a_value_of_another_type_is_a_wrong_answer(monkeypatch: pytest.MonkeyPat
         for source, is_right in (("1", True), ("True", False), ("1.0", False), ("1 / 0", False)):
             monkeypatch.setattr(canary, "canary", lambda _, s=source: (job("c", f"def f(x): return {s}"), [1]))
             assert answer(worker, like, run_job) is is_right, source
+
+
+class Plain:
+    """A worker that nothing is behind; `script` says how each canary ends: an outcome, or a value in place of 1."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *script: Outcome | int) -> None:
+        self.incarnation = 0
+        self.script = list(script)
+        monkeypatch.setattr(canary, "canary", lambda like: (Job(uid="canary", source=""), [1]))
+
+    def restart(self) -> None:
+        self.incarnation += 1
+
+    def run(self, job: Job) -> Execution:
+        end: Outcome | int = 7 if job.uid != "canary" else self.script.pop(0) if self.script else 1
+        if isinstance(end, Outcome):
+            return Execution(uid=job.uid, outcome=end, tier="none")
+        return Execution(uid=job.uid, outcome=Outcome.OK, results=(CallResult(value=end),), tier="none")
+
+    def watched(self, *uids: str) -> list[tuple[Outcome, object]]:
+        slots = [canary.Slot(job(uid)) for uid in uids]
+        canary.run_watched(self, deque(slots), Plain.run)
+        return outcomes([slot.result for slot in slots])
+
+
+OK, ERROR = (Outcome.OK, 7), (Outcome.SANDBOX_ERROR, None)
+
+
+@pytest.mark.parametrize("outcome", [Outcome.SANDBOX_ERROR, Outcome.OVERLOADED])
+def test_a_canary_that_the_sandbox_failed_to_run_blames_nobody(
+    monkeypatch: pytest.MonkeyPatch, outcome: Outcome
+) -> None:
+    worker = Plain(monkeypatch, outcome)
+    assert worker.watched("a", "b") == [ERROR] * 2, "unproven, so without a verdict, and not a violation"
+    assert worker.incarnation == 0
+    # The same between two canaries: before the program, and after it.
+    assert Plain(monkeypatch, 2, outcome, 1, 1).watched("a", "b") == [ERROR, OK]
+    assert Plain(monkeypatch, 2, 1, outcome, 1, 1).watched("a", "b") == [ERROR, OK]
+
+
+@pytest.mark.parametrize("outcome", [Outcome.TIMEOUT, Outcome.KILLED])
+def test_a_canary_that_may_have_met_a_busy_machine_is_asked_again(
+    monkeypatch: pytest.MonkeyPatch, outcome: Outcome
+) -> None:
+    worker = Plain(monkeypatch, outcome)
+    assert worker.watched("a", "b") == [OK, OK]
+    assert worker.incarnation == 0
+    worker = Plain(monkeypatch, outcome, outcome)
+    assert worker.watched("a", "b") == [OK, OK]
+    assert worker.incarnation == 1, "twice in a row: replaced"
+
+
+def test_a_server_that_stops_answering_between_a_program_and_its_canary_gives_no_verdict(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("coupled.sandbox.remote._BACKOFF_SECONDS", 0.01)
+    with serve() as server, RemoteExecutor(server.url) as executor:
+        server.faults = [200, 500, 500, 500]
+        (run,) = executor.run([job("a")])
+        assert server.faults == []
+    assert (run.outcome, run.results) == (Outcome.SANDBOX_ERROR, ())
+    assert "nothing vouches" in run.detail
 
 
 def test_a_server_that_lies_gives_no_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:

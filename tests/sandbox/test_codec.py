@@ -6,15 +6,29 @@ import json
 import math
 import random
 import time
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 import pytest
 
-from coupled.sandbox.codec import MAX_DEPTH, MAX_NODES, CodecError, Opaque, build_set, decode, encode
+from coupled.sandbox.codec import (
+    MAX_DEPTH,
+    MAX_NODES,
+    CodecError,
+    Opaque,
+    build_set,
+    decode,
+    decode_tree,
+    digest,
+    encode,
+    num_parts,
+    range_length,
+)
 
 VALUES: list[object] = [
     None, True, False, 0, -1, 2**53, 2**53 + 1, -(2**400), 0.0, -0.0, 0.1, 1e300, math.inf, -math.inf,
-    "", "é\n\0", "\ud800", b"", b"\0\xff", 1j, complex(-0.0, math.inf), range(0), range(5, -3, -2), range(2**70),
+    "", "é\n\0", "\ud800", b"", b"\0\xff", 1j, complex(-0.0, math.inf), range(0), range(5, -3, -2), range(2**62),
     [], [1, [2, [3]]], (), (1, (2,)), ((),), set(), {1, 2.5, "a"}, frozenset(), {frozenset({1})}, {},
     {1: [2], (1, 2): {"a": None}, "k": (1,)}, [{}, set(), frozenset(), (), []], {"t": [1]}, [{"i": "ff"}],
 ]  # fmt: skip
@@ -164,6 +178,8 @@ def test_the_deepest_value_that_is_encoded_can_be_decoded(make: Any) -> None:
         '{"b": "0"}', '{"c": [1.0]}',
         '{"d": [[1]]}', '{"d": [[1, 2, 3]]}', '{"d": [{"t": [1, 2]}]}', '{"d": [[[], 1]]}', '{"d": {}}',
         '{"c": [1, 2]}',
+        '{"r": [0, {"i": "0x8000000000000000"}, 1]}', '{"r": [0, 1, {"i": "-0xffffffffffffffff"}]}',
+        '{"r":[0,0,' * 5000 + "1" + "]}" * 5000, "[1," * 80_000 + "[[[]]]," * 200_000, "[" + "1," * 4_000_000 + "1]",
         '{"r": [0, 1, 0]}', '{"r": [0, 1.5, 1]}', '{"r": [0, 1]}', '{"o": "x"}', '{"o": ["x", 2]}',
         '{"o": [5, null]}', "[" * 100_000, "[" * 70 + "]" * 70, '{"t":[' * 70 + "]}" * 70, "1" * 5000,
         "[" + "1," * MAX_NODES + "1]",
@@ -243,3 +259,93 @@ def test_members_whose_hashes_agree_in_the_low_bits_do_not_cost_quadratic_time(s
 
 def test_equal_members_are_not_mistaken_for_an_attack() -> None:
     assert build_set([5] * 100_000) == {5}
+
+
+def test_a_range_of_huge_numbers_is_opaque_and_costs_nothing() -> None:
+    huge = 1 << 400_000 | 12345
+    start = time.process_time()
+    for value in (range(0, huge, 3), range(-huge, 0), range(0, 5, huge)):
+        assert type(decode(encode(value))) is Opaque
+        with pytest.raises(CodecError, match="63 bits"):
+            decode(json.dumps({"r": [{"i": hex(part)} for part in (value.start, value.stop, value.step)]}))
+    assert decode(encode([range(3), range(2**63)])) != [range(3), range(2**63)]
+    assert time.process_time() - start < 1.0
+
+
+@pytest.mark.parametrize(
+    ("value", "length"), [(range(-(2**62), 2**62), 2**63), (range(5), 5), (range(5, 0, -2), 3), (range(1, 0), 0)]
+)
+def test_a_range_has_a_length_that_len_may_not_give(value: range, length: int) -> None:
+    assert range_length(value) == length
+
+
+@pytest.mark.parametrize("items", [range(10**13), range(10**13, 0, -1)])
+def test_a_range_of_too_many_numbers_becomes_no_set(items: range) -> None:
+    with pytest.raises(CodecError, match="is not walked"):
+        build_set(items)
+
+
+def test_a_text_of_millions_of_letters_becomes_a_set_at_once() -> None:
+    start = time.process_time()
+    assert build_set("ab" * 5_000_000) == {"a", "b"}
+    assert build_set(b"ab" * 5_000_000) == {97, 98}
+    assert time.process_time() - start < 2.0
+
+
+def test_numbers_of_other_libraries_are_the_builtin_numbers_that_they_are() -> None:
+    numpy = pytest.importorskip("numpy")
+    value = [
+        numpy.int64(3),
+        numpy.bool_(True),
+        numpy.float32(0.5),
+        numpy.float64(0.1),
+        numpy.uint8(200),
+        numpy.str_("a"),
+    ]
+    assert _typed(decode(encode(value))) == _typed([3, True, 0.5, 0.1, 200, "a"])
+    assert digest(value) == digest([3, True, 0.5, 0.1, 200, "a"])
+    assert _typed(decode(encode({numpy.int64(1): (numpy.bool_(False),)}))) == _typed({1: (False,)})
+    for other in (numpy.zeros(2), numpy.longdouble(1.5), numpy.datetime64("2020-01-01")):
+        assert type(decode(encode(other))) is Opaque
+    fractions = [Fraction(1, 2), Fraction(6, 2), Fraction(10**400), Decimal("0.25"), Decimal(7), Decimal("inf")]
+    assert _typed(decode(encode(fractions))) == _typed([0.5, 3, 10**400, 0.25, 7, math.inf])
+    assert digest(fractions) == digest([0.5, 3, 10**400, 0.25, 7, math.inf])
+    assert type(decode(encode(Fraction(10**400, 3)))) is Opaque
+
+
+def test_what_travels_as_text_is_built_only_where_that_was_agreed() -> None:
+    document = encode(
+        [Decimal("1.5"), 2], lambda value: ["Decimal", str(value)] if isinstance(value, Decimal) else None
+    )
+    assert document == '[{"h":["Decimal","1.5"]},2]'
+    with pytest.raises(CodecError):
+        decode(document)
+    assert decode_tree(json.loads(document), lambda kind, text: (kind, text)) == [("Decimal", "1.5"), 2]
+    for wrong in (["Decimal", 1], ["object", "1"], ["eval", "1"], ["object", True], [["Decimal"], "1"]):
+        with pytest.raises(CodecError, match="a handle is"):
+            decode_tree({"h": wrong}, lambda kind, which: (kind, which))
+
+
+@pytest.mark.parametrize(
+    ("document", "parts"),
+    [
+        ('[1,2,{"t":[]}]', 6),
+        (b"1", 1),
+        ('"' + "[,{" * 200_000 + '"', 1),
+        ('["' + '\\\\"' + "," * 200_000 + '"]', 200_002),
+        ('["' + '\\"' + "," * 200_000 + '"]', 2),
+        ('"' + "," * 200_000 + "\\", 1),
+        ("," * 200_000, 200_001),
+    ],
+    ids=range(7),
+)
+def test_values_are_counted_without_being_built(document: str | bytes, parts: int) -> None:
+    assert num_parts(document) == parts
+
+
+@pytest.mark.parametrize("unit", ['"', '"",', '"\\', '\\"', "[],", '"a",', '"\\",'])
+def test_counting_the_values_of_a_hostile_document_takes_seconds_at_most(unit: str) -> None:
+    document = unit.encode() * (16_000_000 // len(unit))
+    start = time.process_time()
+    num_parts(document)
+    assert time.process_time() - start < 3.0

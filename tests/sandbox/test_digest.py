@@ -11,7 +11,7 @@ from enum import IntEnum
 
 import pytest
 
-from coupled.sandbox import Call, CodecError, Digest, Job, LocalExecutor, Outcome
+from coupled.sandbox import Call, CodecError, Digest, Job, LocalExecutor, Opaque, Outcome
 from coupled.sandbox.codec import MAX_DOCUMENT, decode, digest, encode, encode_or_digest
 
 Pair = namedtuple("Pair", "left right")
@@ -30,6 +30,7 @@ VALUES: list[object] = [
     *({}, {1: 2}, {True: 2.0}, {2: 1}, {1: 2, 3: 4}, {3: 4, 1: 2}, OrderedDict({3: 4, 1: 2}), Counter("aab")),
     *({"a": 2, "b": 1}, {"a": [1]}, {"a": (1,)}, {(1, 2): 3}),
     *(range(0), range(2, 1), range(3), range(0, 3, 1), range(0, 5, 5), range(0, 1, 9), range(1, 2), range(0, 4, 3)),
+    *(range(-(2**62), 2**62), range(-(2**62), 2**62, 2), range(-(2**62), 2**62 - 1, 2), range(0, 2**62, 2**62)),
 ]
 
 
@@ -92,8 +93,22 @@ def test_only_large_values_become_digests() -> None:
         assert kind == "d"
         assert Digest(str(decode(document))) == large
         assert Digest(str(decode(document))) != [large]
-    kind, document = encode_or_digest([math.nan] * 100_000)
-    assert (kind, len(document) < 2_000_000) == ("v", True)
+
+
+def test_a_large_value_that_is_equal_to_nothing_is_not_sent() -> None:
+    for value in ([math.nan] * 100_000, [[0] * 1000] * 100 + [object()], [range(2**70)] * 100_000):
+        kind, document = encode_or_digest(value)
+        assert (kind, len(document) < 300, type(decode(document))) == ("v", True, Opaque)
+
+
+def test_floats_are_kept_where_a_tolerance_may_be_asked_of_them() -> None:
+    floats = [index + 0.5 for index in range(50_000)]
+    for value in (floats, tuple(floats)):
+        kind, document = encode_or_digest(value, keep_floats=True)
+        assert (kind, decode(document) == value) == ("v", True)
+        assert encode_or_digest(value)[0] == "d"
+    for large in ([0.5, *range(50_000)], [floats], list(range(100_000)), [0.5] * 400_000):
+        assert encode_or_digest(large, keep_floats=True)[0] == "d"
 
 
 BIG = "def f(n): return list(range(n))"

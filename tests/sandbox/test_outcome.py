@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from coupled.sandbox import Call, Job, Limits, Outcome
+from coupled.sandbox import Call, Job, Limits, Outcome, outcome
+from coupled.sandbox.codec import decode
 from coupled.sandbox.outcome import read_calls, read_stdio
 from coupled.sandbox.worker import Finished
 
@@ -73,6 +74,8 @@ def test_answering_every_call_is_ok_whatever_the_exit_status(exit_status: int | 
         (finished(stream(LOADED, {"n": 0, "v": {"evil": 1}})), Outcome.PROTOCOL),
         (finished(stream(LOADED, [0, 8])), Outcome.PROTOCOL),
         (finished(b"\x55\0\0\0\5hello"), Outcome.PROTOCOL),
+        (finished(stream(LOADED, {"n": 0, "v": {"h": ["object", 0]}})), Outcome.PROTOCOL),
+        (finished(stream(LOADED, {"n": 0, "v": {"h": ["Decimal", "1"]}})), Outcome.PROTOCOL),
     ],
 )
 def test_anything_else_is_named_for_what_it_is(run: Finished, outcome: Outcome) -> None:
@@ -83,6 +86,32 @@ def test_replies_before_an_early_end_count_and_those_of_a_tamperer_do_not() -> N
     assert len(read_calls(finished(stream(LOADED, FIRST), exit=-11), JOB).results) == 1
     assert len(read_calls(finished(stream(LOADED, FIRST)[:-1], exit=-11), JOB).results) == 0
     assert read_calls(finished(stream(LOADED, FIRST, FIRST)), JOB).results == ()
+
+
+def test_all_replies_together_have_a_budget_of_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of these could be decoded; all of them together would fill the host's memory."""
+    monkeypatch.setattr(outcome, "MAX_RUN_PARTS", 100_000)
+    calls = (Call(function="f"),) * 12
+    job = Job(uid="j", source="", calls=calls)
+    frames = [b'{"n":%d,"v":[%s0]}' % (index, b"[]," * 5_000) for index in range(12)]
+    data = b"".join(len(frame).to_bytes(4) + frame for frame in [b'{"load":null}', *frames])
+    reading = read_calls(finished(b"\x55" + data), job)
+    assert (reading.outcome, reading.results) == (Outcome.PROTOCOL, ())
+    assert "too many values" in reading.detail
+    assert len(decode(b"[%s0]" % (b"[]," * 5_000))) == 5_001  # type: ignore[arg-type]
+    few = b"".join(len(frame).to_bytes(4) + frame for frame in [b'{"load":null}', *frames[:5]])
+    assert len(read_calls(finished(b"\x55" + few), job).results) == 5
+
+
+def test_a_value_that_was_to_come_as_a_digest_is_refused() -> None:
+    large = stream(LOADED, {"n": 0, "v": "a" * 70_000})
+    for options, expected in (
+        ({}, Outcome.OK),
+        ({"may_digest": True}, Outcome.PROTOCOL),
+        ({"may_digest": True, "keep_floats": True}, Outcome.OK),
+    ):
+        job = Job(uid="j", source="", calls=(Call(function="f", **options),))
+        assert read_calls(finished(large), job).outcome is expected
 
 
 def test_only_two_outcomes_are_infrastructure() -> None:

@@ -10,7 +10,17 @@ import pytest
 from fusion import Server, serve
 
 from coupled.reward import Judge, Task
-from coupled.sandbox import Call, Execution, Job, Limits, Outcome, RemoteExecutor, SandboxUnavailable, remote
+from coupled.sandbox import (
+    Call,
+    Execution,
+    Job,
+    Limits,
+    Outcome,
+    RemoteExecutor,
+    SandboxUnavailable,
+    TestProgram,
+    remote,
+)
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +102,28 @@ def test_output_beyond_the_limit_is_the_programs_fault(executor: RemoteExecutor)
     assert run(executor, "def f(x): return 'x' * 100_000", output_kb=64).outcome is Outcome.OUTPUT_LIMIT
     printing = Job(uid="s", source="print('x' * 100_000)", stdin_cases=("",), limits=Limits(output_kb=64))
     assert executor.run([printing])[0].outcome is Outcome.OUTPUT_LIMIT
+
+
+def test_an_answer_too_large_to_read_is_the_programs_fault_and_no_failure_of_the_server(
+    executor: RemoteExecutor, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote, "_MAX_ANSWER", 1 << 16)
+    server.requests.clear()
+    assert run(executor, "def f(x): return 'x' * 60_000").outcome is Outcome.OUTPUT_LIMIT
+    printing = Job(uid="s", source="print('x' * 100_000)", stdin_cases=("",))
+    assert executor.run([printing])[0].outcome is Outcome.OUTPUT_LIMIT
+    assert len(server.requests) == 4, "each once, and a canary"
+
+
+def test_tests_that_speak_with_the_program_are_refused_before_anything_runs(
+    executor: RemoteExecutor, server: Server
+) -> None:
+    server.requests.clear()
+    tests = TestProgram(source="with __part__(0): assert f(1)", parts=("0",), names=("f",))
+    jobs = [Job(uid="plain", source="", calls=(Call(function="f"),)), Job(uid="t1", source="", tests=tests)]
+    with pytest.raises(SandboxUnavailable, match=r"(?s)job 't1' has tests.*remedy: choose another sandbox.tier"):
+        executor.run(jobs)
+    assert server.requests == []
 
 
 FORGERIES = {

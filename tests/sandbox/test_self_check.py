@@ -11,8 +11,9 @@ from coupled.sandbox.check import _foreign_mounts
 
 EVERYWHERE = [
     "infinite loop", "sleep", "memory hog", "many descriptors", "exit with status 0", "flood of output", "privileges",
-    "thread bomb", "new process", "other program", "network", "memory file", "shared memory", "new user namespace",
-    "mount", "io_uring", "trace", "kernel keys", "foreign system call",
+    "thread bomb", "new process", "other program", "network", "memory file", "shared memory", "locks",
+    "byte out of band", "flags for the next program", "flags of the last program", "new user namespace", "mount",
+    "io_uring", "trace", "kernel keys", "foreign system call",
 ]  # fmt: skip
 
 
@@ -23,9 +24,10 @@ def test_every_probe_is_stopped_by_namespaces(executor: LocalExecutor) -> None:
     assert names[0] == "honest program"
     assert names[-1] == "honest program afterwards"
     assert set(EVERYWHERE) <= set(names)
-    assert {"huge file", "scratch directory", "root directory", "the host's listeners", "file of the host"} <= set(
-        names
-    )
+    assert {
+        "huge file", "scratch directory", "root directory", "processes in sight", "the host's listeners",
+        "file of the host", "files beside the scratch directory",
+    } <= set(names)  # fmt: skip
 
 
 def test_every_probe_is_stopped_by_landlock(open_python: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,6 +68,7 @@ class Fake:
         (Outcome.OK, None, set()),
         (Outcome.SANDBOX_ERROR, None, set()),
         (Outcome.OVERLOADED, None, set()),
+        (Outcome.VIOLATION, None, set()),
         (Outcome.OK, 10, {"honest program", "honest program afterwards"}),
     ],
 )
@@ -74,6 +77,34 @@ def test_a_sandbox_that_holds_nothing_passes_no_probe(
 ) -> None:
     checks = self_check(Fake(tier, outcome, value))  # type: ignore[arg-type]
     assert {check.name for check in checks if check.held} == (held if tier == "namespaces" or value else set())
+
+
+class Busy(Fake):
+    """Says of the first tries of every program that the machine was too busy."""
+
+    def __init__(self, tier: str, num_busy: int) -> None:
+        super().__init__(tier, Outcome.TIMEOUT, None)
+        self.num_busy = num_busy
+        self.walls: list[float] = []
+
+    def run(self, jobs: list[Job]) -> list[Execution]:
+        (execution,) = super().run(jobs)
+        if jobs[0].uid != "sleep":
+            return [execution]
+        self.walls.append(jobs[0].limits.wall_seconds)
+        return (
+            [dataclasses.replace(execution, outcome=Outcome.OVERLOADED)]
+            if len(self.walls) <= self.num_busy
+            else [execution]
+        )
+
+
+@pytest.mark.parametrize(("num_busy", "held"), [(0, True), (2, True), (3, False)])
+def test_a_probe_on_a_busy_machine_is_given_more_time(num_busy: int, held: bool) -> None:
+    busy = Busy("landlock", num_busy)
+    checks = {check.name: check.held for check in self_check(busy)}  # type: ignore[arg-type]
+    assert checks["sleep"] is held
+    assert busy.walls == pytest.approx([0.4, 2.0, 10.0][: num_busy + 1])
 
 
 def test_a_mount_that_should_not_be_there_is_found_in_a_program_s_table() -> None:

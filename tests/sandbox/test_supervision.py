@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -17,9 +18,20 @@ from pathlib import Path
 
 import pytest
 
-from coupled.sandbox import Call, Execution, Job, Limits, LocalExecutor, Outcome, SandboxUnavailable, open_executor
+from coupled.sandbox import (
+    Call,
+    Execution,
+    Job,
+    Limits,
+    LocalExecutor,
+    Outcome,
+    SandboxUnavailable,
+    TestProgram,
+    open_executor,
+)
 from coupled.sandbox import executor as executor_module
 from coupled.sandbox import worker as worker_module
+from coupled.sandbox import zygote as zygote_module
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -124,6 +136,229 @@ def test_an_overloaded_run_is_tried_again_and_then_given_up(monkeypatch: pytest.
     with open_executor() as executor:
         assert executor.run([job("a")])[0].outcome is Outcome.OVERLOADED
     assert len(attempts) == 3
+
+
+EXITS = Job(uid="exits", source="import sys; print('right'); sys.exit(1)", stdin_cases=("",))
+TESTS = TestProgram(source="with __part__(0):\n    assert f(1) == 2", parts=("0",), names=("f",))
+TESTED = Job(uid="tested", source="def f(x): return x + 1", tests=TESTS)
+
+
+@pytest.mark.parametrize("interrupted", [job("calls"), dataclasses.replace(TESTED, source="while True: pass")])
+def test_after_an_interrupted_run_the_next_program_gets_its_own_report(
+    interrupted: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(self: object, *args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    with open_executor() as executor:
+        executor.run([TESTED])
+        before = _zygote(executor)
+        num_open = len(os.listdir("/proc/self/fd"))
+        with monkeypatch.context() as patch:
+            patch.setattr(worker_module.Worker, "_attend", interrupt)
+            patch.setattr(worker_module.Conversation, "send", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                executor.run([interrupted])
+        assert not _is_alive(before)  # nor what it ran
+        assert [executor.run([EXITS])[0].outcome for _ in range(2)] == [Outcome.CRASH] * 2
+        assert executor.run([TESTED])[0].results[0].value is True
+        assert len(os.listdir("/proc/self/fd")) == num_open
+
+
+def test_the_report_of_a_program_before_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    receive = worker_module.Worker._receive
+    stale = [{"serial": 1, "exit": 0, "cpu_seconds": 0.0, "memory_kb": 0, "queued_seconds": 0.0}]
+    with open_executor() as executor:
+        monkeypatch.setattr(
+            worker_module.Worker, "_receive", lambda self, seconds: stale.pop() if stale else receive(self, seconds)
+        )
+        (execution,) = executor.run([EXITS])
+    assert stale == []
+    assert (execution.outcome, execution.detail) == (Outcome.CRASH, "exit 1")
+
+
+def test_when_the_program_s_end_fails_its_tests_are_ended_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    finish = worker_module.Conversation.finish
+    with open_executor() as executor:
+        assert executor.run([TESTED])[0].outcome is Outcome.OK
+        companion = executor._workers[0].companion()
+
+        def fails(self: worker_module.Conversation) -> worker_module.Finished:
+            if self._worker is companion:
+                return finish(self)
+            self.abandon()
+            raise MemoryError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(worker_module.Conversation, "finish", fails)
+            with pytest.raises(MemoryError):
+                executor.run([TESTED])
+        assert not companion._is_running
+        assert executor.run([TESTED])[0].outcome is Outcome.OK
+
+
+def test_the_tests_worker_is_ready_before_the_program_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    start, converse = worker_module.Worker._start, worker_module.Worker.converse
+
+    def starting(self: worker_module.Worker) -> object:
+        order.append("start")
+        return start(self)
+
+    def conversing(self: worker_module.Worker, *args: object) -> object:
+        order.append("converse")
+        return converse(self, *args)  # type: ignore[arg-type]
+
+    with open_executor() as executor:
+        monkeypatch.setattr(worker_module.Worker, "_start", starting)
+        monkeypatch.setattr(worker_module.Worker, "converse", conversing)
+        assert executor.run([TESTED])[0].results[0].value is True
+        assert order == ["start", "converse", "converse"]
+        executor._workers[0].companion()._stop()
+        assert executor.run([TESTED])[0].results[0].value is True
+        assert order == ["start", "converse", "converse"] * 2
+
+
+def test_nothing_to_read_where_there_was_to_be_something_is_no_end_and_no_error(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A program that may open its own output for reading can take back what it wrote, between poll and read."""
+    read = worker_module._read_some
+    calls: list[int] = []
+
+    def every_other(fd: int, most: int) -> bytes | None:
+        calls.append(fd)
+        return None if len(calls) % 2 else read(fd, most)
+
+    with open_executor() as executor, monkeypatch.context() as patch:
+        patch.setattr(worker_module, "_read_some", every_other)
+        assert executor.run([job("a")])[0].results[0].value == 2
+        assert executor.run([TESTED])[0].results[0].value is True
+    receiving, sending = os.pipe()
+    os.set_blocking(receiving, False)
+    assert read(receiving, 9) is None
+    os.close(sending)
+    assert read(receiving, 9) == b""
+    os.close(receiving)
+    assert read(receiving, 9) == b""
+
+
+def test_bytes_out_of_band_are_bytes_like_any_other(executor: LocalExecutor) -> None:
+    """Refused in `strict`; a program that may use sockets can send one."""
+    source = "import socket, time\nsocket.socket(fileno=3).send(b'x', socket.MSG_OOB)\ntime.sleep(0.1)"
+    limits = Limits(cpu_seconds=1, wall_seconds=20.0)
+    for tried in (
+        Job(uid="c", source=source, calls=(Call(function="f"),), limits=limits, profile="compat"),
+        Job(uid="t", source=source, tests=TESTS, limits=limits, profile="compat"),
+    ):
+        first, second = executor.run([tried, job("b")])
+        assert first.outcome in (Outcome.PROTOCOL, Outcome.INCOMPLETE), first
+        assert first.usage.wall_seconds < 10.0
+        assert second.results[0].value == 2
+
+
+def test_a_pipe_that_is_filled_as_fast_as_it_is_emptied_does_not_hold_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_executor() as executor:
+        talk = executor._workers[0].converse(b"{}", Limits(cpu_seconds=1, wall_seconds=20.0))
+        with monkeypatch.context() as patch:
+            patch.setattr(worker_module, "_read_some", lambda fd, most: b"x" * most)
+            talk._drain()
+        assert len(talk._stdout) == worker_module.STDOUT_KEPT
+        talk.finish()
+
+
+def test_no_descriptor_leaks_when_an_input_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> int:
+        raise OSError("no seals here")
+
+    with open_executor() as executor:
+        num_open = len(os.listdir("/proc/self/fd"))
+        with monkeypatch.context() as patch:
+            patch.setattr(worker_module.fcntl, "fcntl", refuse)
+            with pytest.raises(OSError, match="no seals here"):
+                executor.run([EXITS])
+        assert len(os.listdir("/proc/self/fd")) == num_open
+        assert executor.run([EXITS])[0].outcome is Outcome.CRASH
+
+
+def test_a_zygote_that_dies_after_its_hello_is_unavailable_and_not_started_for_ever(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("zygote", "child", "codec", "confine", "seccomp", "landlock"):
+        shutil.copy(REPOSITORY / "sandbox" / f"{name}.py", tmp_path)
+    source = (tmp_path / "zygote.py").read_text()
+    hello = "    control.send(json.dumps(hello).encode())\n"
+    assert hello in source
+    (tmp_path / "zygote.py").write_text(source.replace(hello, f"{hello}    os._exit(3)\n"))
+    monkeypatch.setattr(worker_module, "_ZYGOTE", tmp_path / "zygote.py")
+    monkeypatch.setattr(executor_module, "_held", set())
+    before = set(Path(tempfile.gettempdir()).glob("coupled-sandbox-*"))
+    with pytest.raises(SandboxUnavailable, match=r"(?s)'namespaces'.*'landlock'.*remedy: "):
+        open_executor()
+    assert set(Path(tempfile.gettempdir()).glob("coupled-sandbox-*")) == before
+
+
+def test_a_zygote_that_falls_silent_is_no_program_s_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing a contained program does can stop it: the machine did."""
+    monkeypatch.setattr(worker_module, "_REPORT_SECONDS", 0.2)
+    monkeypatch.setattr(executor_module, "_NUM_RETRIES", 0)
+    with open_executor() as executor:
+        first = _zygote(executor)
+
+        def stop() -> None:
+            for pid in [first, *_descendants(first)]:
+                os.kill(pid, signal.SIGSTOP)
+
+        timer = threading.Timer(1.0, stop)
+        timer.start()
+        (execution,) = executor.run([job("a", "time.sleep(60)", wall_seconds=3.0)])
+        timer.join()
+        assert execution.outcome is Outcome.SANDBOX_ERROR, execution
+        assert "did not say" in execution.detail
+        assert executor.run([job("b")])[0].outcome is Outcome.OK
+
+
+def test_only_time_that_nobody_in_the_program_took_counts_as_waiting() -> None:
+    assert zygote_module.kept_waiting(queued=0.9, ran=0.1, cpu_seconds=0.1) == pytest.approx(0.9)
+    assert zygote_module.kept_waiting(queued=0.75, ran=0.25, cpu_seconds=1.0) == 0.0  # four threads, one processor
+    assert zygote_module.kept_waiting(queued=1.5, ran=0.25, cpu_seconds=1.0) == pytest.approx(0.75)
+    assert zygote_module.kept_waiting(queued=0.0, ran=0.5, cpu_seconds=4.0) == 0.0
+
+
+def test_busy_threads_of_a_program_are_not_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hashing runs without the interpreter's lock: five threads want one processor, and wait for each other."""
+    body = """
+    import hashlib, threading
+    def spin():
+        while True: hashlib.sha256(bytes(1 << 20))
+    for _ in range(4): threading.Thread(target=spin, daemon=True).start()
+    spin()"""
+    monkeypatch.setattr(executor_module, "_NUM_RETRIES", 0)
+    outcomes = []
+    with open_executor() as executor:
+        process = executor._workers[0]._process
+        assert process is not None
+        for pid in [process.pid, *_descendants(process.pid)]:
+            os.sched_setaffinity(pid, {min(os.sched_getaffinity(0))})
+        for _ in range(6):  # the machine may really be busy, but hardly every time
+            outcomes += [run.outcome for run in executor.run([job("a", body, cpu_seconds=9, wall_seconds=1.0)])]
+            if outcomes[-1] is Outcome.TIMEOUT:
+                break
+    assert outcomes[-1] is Outcome.TIMEOUT, outcomes
+
+
+def test_processes_that_fork_faster_than_they_are_ended_do_not_hold_the_zygote(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[int] = []
+
+    class Endless:
+        def living_children(self, here: object) -> list[int]:
+            started.append(os.posix_spawn("/bin/sleep", ["sleep", "60"], {}, setpgroup=0))
+            return started[-1:]
+
+    monkeypatch.setattr(zygote_module, "_MAX_SWEEPS", 5)
+    zygote_module.sweep(None, Endless())
+    assert len(started) == 5
+    assert not any(map(_is_alive, started))
 
 
 def test_time_spent_waiting_for_a_processor_is_measured() -> None:
@@ -296,8 +531,15 @@ DAEMON = '''
     return 1
 '''
 def left(uid):
-    processes = [p for p in pathlib.Path("/proc").iterdir() if p.name.isdigit() and p.stat().st_uid == uid]
-    return [str(p) for p in processes if (p / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX"]
+    found = []
+    for p in pathlib.Path("/proc").iterdir():
+        try:
+            if p.name.isdigit() and p.stat().st_uid == uid:
+                if (p / "stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
+                    found.append(str(p))
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has ended meanwhile
+    return found
 with warnings.catch_warnings(record=True) as said:
     warnings.simplefilter("always")
     opened = open_executor("process")

@@ -218,10 +218,13 @@ def test_the_event_loop_the_clock_and_a_database_work_under_the_filter(executor:
     alarm = "import signal, time\ndef f():\n    got = []\n    signal.signal(signal.SIGALRM, lambda *a: got.append(1))\n"
     alarm += "    signal.setitimer(signal.ITIMER_REAL, 0.01)\n    time.sleep(0.05)\n    return got"
     assert _ask(executor, alarm) == [1]
-    database = "import sqlite3\ndef f():\n    with sqlite3.connect('a.db') as db:\n"
+    database = "import sqlite3\ndef f(path):\n    with sqlite3.connect(path) as db:\n"
     database += "        db.execute('create table t (x)')\n        db.execute('insert into t values (3)')\n"
     database += "        return db.execute('select x from t').fetchone()"
-    assert _ask(executor, database) == (3,)
+    assert _ask(executor, f"{database}\ng = f\ndef f(): return g(':memory:')") == (3,)
+    # One in a file takes locks, which memory is not counted for.
+    assert _ask(executor, f"{database}\ng = f\ndef f(): return g('a.db')", "compat") == (3,)
+    assert _ask(executor, f"{database}\ng = f\ndef f(): return g('a.db')") == "OperationalError"
     files = "import pathlib, shutil, tempfile\ndef f():\n    with tempfile.TemporaryDirectory() as d:\n"
     files += "        p = pathlib.Path(d, 'a')\n        p.write_text('x')\n"
     files += "        return pathlib.Path(shutil.copy2(p, d + '/b')).read_text()"
@@ -241,10 +244,17 @@ def test_the_host_s_clones_and_files_are_the_only_thing_landlock_needs_to_refuse
             "kill its group": "os.killpg(0, 0)",
             "kill everything": "os.kill(-1, 0)",
             "kill its parent": "os.kill(os.getppid(), 0)",
+            "group of its parent": "os.getpgid(os.getppid())",
+            "session of its parent": "os.getsid(os.getppid())",
+            "processors of its parent": "os.sched_getaffinity(os.getppid())",
+            "scheduling of its parent": "os.sched_getscheduler(os.getppid())",
+            "priority of its parent": "os.getpriority(os.PRIO_PROCESS, os.getppid())",
         }
         for name, action in attempts.items():
             assert _ask(executor, f"import os\ndef f(): return {action}") == "PermissionError", name
         assert _ask(executor, "import os\ndef f(): return os.kill(os.getpid(), 0)") is None
+        itself = "os.getpgid(0) == os.getsid(0) == os.getpid() and os.cpu_count() and os.sched_getscheduler(0)"
+        assert _ask(executor, f"import os\ndef f(): return {itself}") == os.SCHED_OTHER
         assert _ask(executor, "import os\ndef f(): return os.listdir('.')") == []
         thread = "import threading\ndef f(): threading.Thread(target=print).start()"
         assert _ask(executor, thread) == "RuntimeError"

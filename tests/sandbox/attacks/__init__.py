@@ -1,4 +1,7 @@
-"""The attack suite: hostile, odd and honest programs by category, as data. `test_attack_suite.py` runs them."""
+"""The attack suite: hostile, odd and honest programs by category, as data. `test_attack_suite.py` runs them.
+
+`arrays` is apart: its programs need a worker with numpy.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from attacks import (
     filesystem,
     forgery,
     honest,
+    judges,
     kernel,
     leftovers,
     liars,
@@ -27,6 +31,7 @@ CATEGORIES: dict[str, tuple[Program, ...]] = {
     "exits": exits.PROGRAMS,
     "forgery": forgery.PROGRAMS,
     "liars": liars.PROGRAMS,
+    "judges": judges.PROGRAMS,
     "snooping": snooping.PROGRAMS,
     "leftovers": leftovers.PROGRAMS,
     "kernel": kernel.PROGRAMS,

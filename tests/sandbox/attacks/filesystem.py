@@ -62,7 +62,7 @@ PROGRAMS = (
     _probe("open the judge's descriptors", "os.listdir(f\"/proc/{HOST['judge']}/fd\")"),
     _probe("read a same user's environment", "os.read(os.open(f\"/proc/{HOST['twin']}/environ\", 0), 1 << 16)"),
     _probe("read the parent's memory", 'os.open(f"/proc/{os.getppid()}/mem", os.O_RDONLY)'),
-    _probe("read the first process's root", 'os.listdir("/proc/1/root/root")'),
+    _probe("reach a file by the first process's root", 'os.read(os.open("/proc/1/root" + HOST["file"], 0), 100)'),
     _probe("change a setting of the kernel", 'os.open("/proc/sys/kernel/core_pattern", os.O_WRONLY)'),
     _probe("trigger a system request", 'os.open("/proc/sysrq-trigger", os.O_WRONLY)'),
     _probe("list the devices of the kernel", 'os.listdir("/sys/class")', works=WORKED),

@@ -101,6 +101,13 @@ PROGRAMS = (
     ),
     _frames("loaded twice", _ALL * 2 + "os._exit(0)", "protocol*"),
     _frames("more replies than calls", "def f(x):\n    frame({'n': 9, 'v': 0})\n    return 0", "protocol*"),
+    _frames(
+        "replies for the program after it",
+        "def f(x):\n    if x == 3:\n        frame({'n': 2, 'v': 0})\n"
+        "        frame({'load': None})\n        for n in range(5): frame({'n': n, 'v': 0})\n        os._exit(0)\n"
+        "    return 0",
+        "protocol*",
+    ),
     _frames("a reply inside the call", "def f(x):\n    frame({'n': x - 1, 'v': 0})\n    return 0", "protocol*"),
     _frames("the byte of the lock-down again", "os.write(3, b'\\x55' * 64)\nos._exit(0)", *UNPAID),
     _frames(
@@ -117,6 +124,42 @@ PROGRAMS = (
         "import socket\ns = socket.socket(fileno=3)\ntry: s.send(b'!', socket.MSG_OOB)\n"
         "except OSError: pass\ndef f(x): return 0",
         *UNPAID,
+    ),
+    _frames(
+        "many bytes out of band, in a call",
+        "import socket\ns = socket.socket(fileno=3)\ndef f(x):\n    for _ in range(2000):\n"
+        "        try: s.send(b'!!', socket.MSG_OOB)\n        except OSError: break\n    return 0",
+        *UNPAID,
+    ),
+    Program(
+        name="bytes out of band where lines are compared",
+        source="import socket\nsocket.socket(fileno=3).send(b'!', socket.MSG_OOB)",
+        expect=("protocol*", "crash*", "violation*"),
+        mode="stdio",
+    ),
+    Program(
+        name="bytes out of band where tests are a program",
+        source="import socket\ns = socket.socket(fileno=3)\n"
+        "def f(x):\n    try: s.send(b'!', socket.MSG_OOB)\n    except OSError: pass\n    return 0",
+        # The byte is read as the first of a frame's length, which then is beyond what it may write.
+        expect=("output_limit*", "ok: False", "protocol*", *ENDED),
+        mode="beside",
+    ),
+    # Between the host's question whether there is something to read and its reading.
+    Program(
+        name="reads its output back before the host does",
+        source="import os, time\nfd = os.open('/proc/self/fd/1', os.O_RDONLY | os.O_NONBLOCK)\n"
+        "while time.process_time() < 0.3:\n    os.write(1, b'x')\n"
+        "    try: os.read(fd, 1)\n    except BlockingIOError: pass",
+        expect=("ok*", "crash*", "violation*", "output_limit*"),
+        mode="stdio",
+    ),
+    _calls(
+        "reads its output back between calls",
+        "import os, time\ndef f(x):\n    try: fd = os.open('/proc/self/fd/1', os.O_RDONLY | os.O_NONBLOCK)\n"
+        "    except OSError: return 0\n    for _ in range(10_000):\n        os.write(1, b'x')\n"
+        "        try: os.read(fd, 1)\n        except BlockingIOError: pass\n    return 0",
+        "ok: 0",
     ),
     _frames(
         "reports on every socket",

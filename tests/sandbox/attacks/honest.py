@@ -55,8 +55,8 @@ PROGRAMS = (
     ),
     _honest(
         "random but seeded",
-        "import random\nrandom.seed(5)\na = random.random()\nrandom.seed(5)\n"
-        "def f(x): return x * x + (7 if random.random() == a else 0)",
+        "import random\nrandom.seed(5)\na = random.random()\n"
+        "def f(x):\n    random.seed(5)\n    return x * x + (7 if random.random() == a else 0)",
     ),
     _honest(
         "an event loop",
@@ -65,6 +65,13 @@ PROGRAMS = (
     _honest("a large answer on the way", "def f(x): return len(str(7 ** 3000)) * 0 + x * x + 7"),
     _honest("comprehensions", "def f(x): return sum(1 for a in range(x) for b in range(x)) + len({*range(7)})"),
     _honest("matches", "def f(x):\n    match [x, 7]:\n        case [int(a), b]: return a * a + b"),
+    Program(
+        name="a function whose tests are a program",
+        source="def f(x): return x * x + 7",
+        mode="beside",
+        expect=("ok: True",),
+        is_right=True,
+    ),
     _honest("reads a line", "n = int(input())\nprint(n * n + 7)\nprint(n)", mode="stdio"),
     _honest(
         "reads everything",

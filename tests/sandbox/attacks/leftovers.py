@@ -7,13 +7,27 @@ from attacks.record import REFUSED, UNPAID, Program, probe, steps
 ANY = ("ok: WORKED *", *REFUSED)
 
 
-def _left(name: str, leave: str, look: str, *, expect: tuple[str, ...] = ANY, **more: object) -> Program:
-    """`look` is an expression that is true when the trace of the first program is found."""
-    then = f"import os, sys\ndef f(x):\n    try: found = {look}\n    except OSError: found = False\n"
+def _left(
+    name: str, leave: str, look: str, *, before: str = "", expect: tuple[str, ...] = ANY, **more: object
+) -> Program:
+    """`look` is an expression that is true when the trace of the first program is found; `before`: what it needs."""
+    then = f"{before}\nimport os, sys\ndef f(x):\n    try: found = {look}\n    except OSError: found = False\n"
     then += "    return 'a trace' if found else 'clean'"
     return Program(name=name, source=leave, then=then, expect=expect, **more)  # type: ignore[arg-type]
 
 
+_WITH_LOCKS = "import fcntl, struct"
+_LOCK = "struct.pack('hhqqi4x', 1, 0, 0, 0, 0)"
+# For the program that looks. The kernel is asked what lock is in the way of one of ours; flock can only be tried.
+_LOOK_FOR_LOCKS = f"""
+import errno, fcntl, os, struct
+def is_locked(question):
+    told = fcntl.fcntl(os.open('/dev/null', os.O_RDWR), question, {_LOCK})
+    return told[:2] != struct.pack('h', fcntl.F_UNLCK)
+def is_flocked():
+    try: return fcntl.flock(os.open(os.__file__, 0), fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error: return error.errno == errno.EAGAIN
+"""
 _CREATE = "os.close(os.open({!r}, os.O_CREAT | os.O_WRONLY, 0o777))"
 _C = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)"
 _THEN_C = "__import__('ctypes').CDLL(None)"
@@ -144,8 +158,31 @@ PROGRAMS = (
     ),
     _left(
         "a lock on a file that all share",
-        probe("fcntl.flock(os.open(os.__file__, 0), fcntl.LOCK_EX)", "import fcntl"),
-        "__import__('fcntl').flock(os.open(os.__file__, 0), 6)",
+        probe("fcntl.flock(os.open(os.__file__, 0), fcntl.LOCK_EX | fcntl.LOCK_NB)", _WITH_LOCKS),
+        "is_flocked()",
+        before=_LOOK_FOR_LOCKS,
+    ),
+    _left(
+        "a lock of a file that is open for all",
+        probe(f"fcntl.fcntl(0, fcntl.F_OFD_SETLK, {_LOCK})", _WITH_LOCKS),
+        "is_locked(fcntl.F_OFD_GETLK)",
+        before=_LOOK_FOR_LOCKS,
+    ),
+    _left(
+        "a lock of its own on a file that all share",
+        probe(f"fcntl.fcntl(os.open('/dev/null', os.O_RDWR), fcntl.F_SETLK, {_LOCK})", _WITH_LOCKS),
+        "is_locked(fcntl.F_GETLK)",
+        before=_LOOK_FOR_LOCKS,
+    ),
+    _left(
+        "other ways of its input",
+        probe("fcntl.fcntl(0, fcntl.F_SETFL, os.O_APPEND | os.O_NONBLOCK)", "import fcntl"),
+        "__import__('fcntl').fcntl(0, 3) & (os.O_APPEND | os.O_NONBLOCK)",
+    ),
+    _left(
+        "another place in its input",
+        probe("os.lseek(0, 5, 0)"),
+        "os.lseek(0, 0, 1)",
     ),
     _left(
         "another name of the host",

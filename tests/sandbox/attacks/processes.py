@@ -56,11 +56,11 @@ PROGRAMS = (
         works=WORKED,
         is_for_root=True,
     ),
-    _probe("fork", "os.fork() or os._exit(0)"),
-    _probe("spawn", 'os.posix_spawn("/bin/true", ["true"], {})'),
-    _probe("run a command", 'subprocess.run(["/bin/true"]).returncode'),
-    _probe("run a shell", 'os.system("echo owned > /tmp/hostile-shell") and os.kill(1 << 22, 0)'),
-    _probe("a pool of processes", "multiprocessing.Pool(1)", before="import multiprocessing"),
+    _probe("fork", "os.fork() or os._exit(0)", works=WORKED),
+    _probe("spawn", 'os.posix_spawn("/bin/true", ["true"], {})', works=WORKED),
+    _probe("run a command", 'subprocess.run(["/bin/true"]).returncode', works=WORKED),
+    _probe("run a shell", 'os.system("echo owned > /tmp/hostile-shell") and os.kill(1 << 22, 0)', works=WORKED),
+    _probe("a pool of processes", "multiprocessing.Pool(1)", before="import multiprocessing", works=WORKED),
     Program(
         name="become a shell",
         source=probe('os.execv("/bin/sh", ["sh", "-c", "exit 0"])'),
@@ -87,6 +87,7 @@ PROGRAMS = (
         "        except OSError: continue\n        if pid == 0:\n            time.sleep(60)\n            os._exit(0)\n"
         "        n += 1\n    return n",
         expect=("ok: 0", "violation*"),
+        works=("ok: [1-9]", "ok: 1[0-5]"),
     ),
     Program(
         name="thread bomb",

@@ -12,6 +12,10 @@ ENDED = ("incomplete*", "crash*", "violation*", "killed*")
 """It ended before it had answered."""
 UNPAID = ("ok*", "load_error*", "protocol*", "output_limit*", "timeout*", *ENDED)
 """Any end that is the program's own doing: all that matters is that it earns nothing and hurts nobody."""
+Mode = Literal["calls", "stdio", "beside", "sets", "oracle"]
+"""calls: `f` is called and the judge compares the replies. stdio: it reads and prints. beside: the tests are a program
+in a second sandbox, which loops over `f`. sets: the judge walks the replies (`set`, `sorted`, `sum`). oracle: the
+judge compares replies as sets with what a reference gives."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +32,7 @@ class Program:
     expect: tuple[str, ...]
     tiers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """What is expected instead in a tier."""
-    mode: Literal["calls", "stdio"] = "calls"
+    mode: Mode = "calls"
     works: tuple[str, ...] = ()
     """Where programs are not contained (tier `process`) it ends like this: proof that the attempt is a real one."""
     forges: bool = False
@@ -37,6 +41,8 @@ class Program:
     """It computes what it should, and passes."""
     is_for_root: bool = False
     """Where nothing contains it, it could hurt the very user that runs the tests: then only root tries it."""
+    is_compat: bool = False
+    """It may start processes: such a program runs where they are contained, in tier `namespaces`."""
     then: str = ""
     """A program run next on the same worker; `f(1)` must give `clean`."""
     limits: Mapping[str, float] = field(default_factory=dict)

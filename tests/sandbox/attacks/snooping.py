@@ -7,7 +7,11 @@ from attacks.record import UNPAID, Program
 # Every expected value lies in this range, so a program that meets one knows it.
 _FIND = """
 import sys
+from types import CellType as Cell
 LOW, HIGH = 900_000_000, 1_000_000_000
+def contents(cell):
+    try: return cell.cell_contents
+    except ValueError: return None  # empty
 def find(things, seen, depth=0):
     for thing in things:
         if type(thing) is int and LOW < thing < HIGH and thing not in (LOW, HIGH): return thing
@@ -16,10 +20,10 @@ def find(things, seen, depth=0):
         inner = ()
         if isinstance(thing, dict): inner = [*thing.keys(), *thing.values()]
         elif isinstance(thing, (list, tuple, set, frozenset)): inner = list(thing)
-        elif isinstance(thing, type(find)): inner = [thing.__closure__, thing.__code__]
-        elif hasattr(thing, 'cell_contents'): inner = [thing.cell_contents]
-        elif hasattr(thing, 'co_consts'): inner = thing.co_consts
-        elif hasattr(thing, '__dict__'): inner = [vars(thing)]
+        elif isinstance(thing, type(find)): inner = [thing.__closure__, thing.__code__, thing.__defaults__]
+        elif isinstance(thing, type(find.__code__)): inner = thing.co_consts
+        elif isinstance(thing, Cell): inner = [contents(thing)]
+        elif hasattr(thing, '__dict__'): inner = [dict(vars(thing))]
         found = find(inner, seen, depth + 1)
         if found: return found
     return 0
@@ -28,9 +32,10 @@ _MEMORY = r"""
 import os, re
 def f(x):
     found = []
-    try: maps = open('/proc/self/maps').read()
+    try:
+        maps = open('/proc/self/maps').read()
+        mem = os.open('/proc/self/mem', 0)
     except OSError: return 'refused'
-    mem = os.open('/proc/self/mem', 0)
     for line in maps.splitlines():
         span, flags = line.split()[:2]
         a, b = (int(p, 16) for p in span.split('-'))
@@ -62,7 +67,6 @@ PROGRAMS = (
     _snoop(
         "walks the globals of its caller",
         "def f(x):\n    return find([sys._getframe(1).f_globals, sys._getframe(1).f_code], set())",
-        forges=True,
     ),
     _snoop(
         "asks the collector for everything",
@@ -88,10 +92,9 @@ PROGRAMS = (
     ),
     _snoop(
         "traces its caller",
-        "found = []\ndef trace(frame, event, arg):\n"
-        "    found.append(find([frame.f_locals, frame.f_code], set()))\n    return trace\ndef f(x):\n"
-        "    up = sys._getframe(1)\n    up.f_trace = trace\n    sys.settrace(trace)\n"
-        "    return find([up.f_code], set()) or max(found, default=0)",
+        "found = []\ndef trace(frame, event, arg):\n    sys.settrace(None)\n    while frame:\n"
+        "        found.append(find([frame.f_locals, frame.f_code], set()))\n        frame = frame.f_back\n"
+        "def called(): pass\ndef f(x):\n    sys.settrace(trace)\n    called()\n    return max(found, default=0)",
         forges=True,
     ),
     _snoop(

@@ -72,7 +72,8 @@ PROGRAMS = (
         "code on a stack of no size",
         "def f(x): return 0\nf.__code__ = f.__code__.replace(co_stacksize=0, co_consts=())",
     ),
-    _right("a mark of the byte order", "\ufeff" + _SQUARE),
+    # Right as the first bytes of a file; in a text it is a character like any other, and no Python.
+    _odd("a mark of the byte order", "\ufeff" + _SQUARE, "load_error*"),
     _right("line ends of another system", "def f(x):\r\n    return x * x + 7\r\n"),
     _right("a form feed", "\f\n" + _SQUARE),
     _right("letters of another alphabet", "def 𝔣(х): return х * х + 7"),
