@@ -12,8 +12,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from coupled.reward.expressions import FAILURES, Slot, Unsupported, evaluate, function_name
-from coupled.reward.programs import bound_by, library_names, looks_like_a_class
+from coupled.reward.expressions import FAILURES, FUNCTIONS, Slot, Unsupported, evaluate, function_name
+from coupled.reward.programs import bound_by, library_names, looks_like_a_class, unclear_names
 from coupled.reward.types import Task, UnsupportedTest
 from coupled.sandbox import Call, CallResult
 
@@ -52,10 +52,12 @@ def parse_test(text: str, entry_point: str | None, setup: str = "") -> ParsedTes
         module = ast.parse(text.strip())
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise _unsupported(text, f"it does not parse: {error}") from None
+    bound = bound_by(setup)
     called = {
         node.func.id for node in ast.walk(module) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
     }
-    splitter = _Splitter(entry_point, bound_by(setup) | library_names(called - bound_by(setup), entry_point).keys())
+    free = {name for name in called - bound if name not in FUNCTIONS and not hasattr(builtins, name)}
+    splitter = _Splitter(entry_point, bound | library_names(free, entry_point).keys() | unclear_names(free))
     body = module.body
     checks: list[ast.expr] = []
     try:

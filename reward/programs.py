@@ -48,6 +48,7 @@ _MODULES = frozenset(
         "sys",
         "time",
         "typing",
+        "unittest",
     ]
 )
 """Modules that tests use without importing them, because the program of the dataset's author did."""
@@ -95,17 +96,15 @@ _NEEDS_THE_PROCESS = frozenset(
 )
 """With these, tests reach into the program's process or share files with it."""
 _NEEDS_THE_STREAMS = frozenset(("redirect_stdout", "redirect_stderr", "capsys", "capfd", "monkeypatch"))
-_TYPE_CHECKS = frozenset(
-    (
-        "isinstance",
-        "issubclass",
-        "assertIsInstance",
-        "assertNotIsInstance",
-        "assertRaises",
-        "assertRaisesRegex",
-        "raises",
-    )
-)
+_TYPE_CHECKS = {
+    "isinstance": 1,
+    "issubclass": 1,
+    "assertIsInstance": 1,
+    "assertNotIsInstance": 1,
+    "assertRaises": 0,
+    "assertRaisesRegex": 0,
+}
+"""Which argument of these is a type."""
 _ATTRIBUTES = frozenset(
     name
     for kind in (
@@ -308,6 +307,15 @@ def library_names(free: AbstractSet[str], entry_point: str | None) -> dict[str, 
     return known if entry_point or free - known.keys() - set(dir(builtins)) else {}
 
 
+def unclear_names(free: AbstractSet[str]) -> AbstractSet[str]:
+    """Return the free names that could be a function of `math` or one of the program: `isclose` beside a function `f`.
+
+    When all of them are such, they are what the program is asked for.
+    """
+    unclear = free & set(dir(math))
+    return unclear if free - unclear else set()
+
+
 def looks_like_a_class(name: str) -> bool:
     """True for a name such as `Stack`."""
     return name.lstrip("_")[:1].isupper()
@@ -350,6 +358,10 @@ def _program(text: str, module: ast.Module, num_parts: int, entry_point: str | N
     if not names:
         raise _unsupported(text, "it calls nothing of the program, so it would pass without one")
     classes = {name for name in names if looks_like_a_class(name)}
+    if not entry_point and (unclear := unclear_names(names)):
+        raise _unsupported(
+            text, f"{min(unclear)!r} may be the program's or python's: say with entry_point what is asked"
+        )
     if entry_point and (strangers := names - classes - wanted):
         raise _unsupported(
             text,
@@ -407,14 +419,16 @@ def _refuse_what_cannot_come(text: str, node: ast.AST, names: AbstractSet[str], 
     """Raise for a use of the program's names that cannot work by calls alone: it would fail every program."""
     types: list[ast.expr] = []
     match node:
-        case ast.Call(func=function) if ast.unparse(function).rpartition(".")[2] in _TYPE_CHECKS:
-            types = node.args
+        case ast.Call(func=function) if (name := ast.unparse(function).rpartition(".")[2]) in _TYPE_CHECKS:
+            types = node.args[_TYPE_CHECKS[name] :][:1]
         case ast.ExceptHandler(type=ast.expr() as kind):
             types = [kind]
         case ast.ClassDef():
             types = node.bases
         case ast.Compare() if any(ast.unparse(side).startswith("type(") for side in [node.left, *node.comparators]):
             types = [node.left, *node.comparators]
+        case ast.Attribute(value=ast.Name(id=name), attr=attribute) if name in names - classes:
+            raise _unsupported(text, f"it takes {attribute!r} from {name!r}, which it does not define")
         case ast.Attribute(value=ast.Call(func=ast.Name(id=name)), attr=attribute) if (
             name in names and not classes and attribute not in _ATTRIBUTES
         ):

@@ -154,7 +154,9 @@ class _Server:
         return [kind, self.numbers[id(value)]]
 
     def resolve(self, kind: str, which: int | str) -> Any:
-        return self.objects[which] if isinstance(which, int) else _from_text(kind, which)
+        if isinstance(which, int):
+            return self.objects[which]
+        return _named(self.names, which) if kind == "name" else _from_text(kind, which)
 
     def answer(self, ask: dict[str, Any]) -> dict[str, Any]:
         args = [self.codec.decode_tree(arg, self.resolve) for arg in ask["args"]]
@@ -285,7 +287,8 @@ class _Program:
 
 def _handle(value: Any) -> list[Any] | None:
     if isinstance(value, _Proxy):
-        return [value._kind, object.__getattribute__(value, "_on")]
+        on = object.__getattribute__(value, "_on")
+        return ["name", on] if isinstance(on, str) else [value._kind, on]
     if isinstance(value, _FUNCTIONS):
         raise TypeError("a function of the tests cannot be passed to the program")
     return _as_text(value)
@@ -333,7 +336,7 @@ class _Function(_Proxy):
 
 
 class _Named(_Function):
-    """A name that the tests take from the program."""
+    """A class that the tests take from the program. A plain function has no attributes: they would be its word."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -403,7 +406,7 @@ def _run_tests(fd: int, job: dict[str, Any], codec: Any) -> None:
     module = types.ModuleType("tests")
     sys.modules["tests"] = module
     names = module.__dict__
-    stubs = {name: _Named(program, name) for name in job["names"]}
+    stubs = {name: (_Named if name in job["classes"] else _Function)(program, name) for name in job["names"]}
     names |= stubs
     sys.modules["solution"] = types.ModuleType("solution")  # as which tests may import them
     sys.modules["solution"].__dict__.update(stubs)

@@ -50,8 +50,8 @@ _MAX_TEXTS = 1 << 20
 _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 HANDLE_KINDS = ("object", "call", "iter")
 """What a value that stays in its sandbox can be used as."""
-TEXT_KINDS = ("Decimal", "Fraction", "datetime", "date", "time", "timedelta")
-"""What travels as text between two sandboxes."""
+TEXT_KINDS = ("name", "Decimal", "Fraction", "datetime", "date", "time", "timedelta")
+"""What travels as text between two sandboxes: a name of the program's, and values of the standard library."""
 Refer = Callable[[Any], "list[Any] | None"]
 Resolve = Callable[[str, Any], object]
 

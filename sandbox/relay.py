@@ -34,7 +34,7 @@ def run_tests(worker: Worker, job: Job) -> tuple[Reading, Usage, str]:
     """
     assert job.tests is not None
     mode = "script" if job.tests.is_in_process else "serve"
-    body = {"mode": mode, "source": job.source, "setup": job.setup, "classes": list(job.tests.classes)}
+    body = {"mode": mode, "source": job.source, "setup": job.setup, "classes": job.tests.classes}
     # Before the program: starting a worker takes longer than many a program may run.
     companion = None if job.tests.is_in_process else worker.companion()
     talks = [worker.converse(json.dumps(body).encode(), job.limits, job.profile)]
@@ -72,7 +72,7 @@ def run_tests(worker: Worker, job: Job) -> tuple[Reading, Usage, str]:
 
 
 def _tests_body(tests: TestProgram, mode: str) -> bytes:
-    job = {"mode": mode, "source": tests.source, "names": list(tests.names), "parts": list(tests.parts)}
+    job = {"mode": mode, "source": tests.source, "parts": tests.parts, "names": tests.names, "classes": tests.classes}
     return json.dumps(job).encode()
 
 

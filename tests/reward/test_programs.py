@@ -83,6 +83,13 @@ HONEST = [
     ("inner = [1]\nf([inner])\nassert inner == [1, 2]", "def f(x): x[0].append(2)", "def f(x): x.append(2)"),
     ("assert f(2)(3) == 5", "def f(n): return lambda k: n + k", "def f(n): return lambda k: n"),
     ("g = f()\nassert next(g) == 1 and list(g) == [2]", "def f():\n  yield 1\n  yield 2", "def f(): yield 1"),
+    (
+        "assert apply(double, 3) == 6",
+        "double = lambda x: 2 * x\ndef apply(f, x): return f(x)",
+        "apply = double = lambda *x: 0",
+    ),
+    ("g = f\nassert g(1) and not hasattr(g, 'ok')", "def f(x): return x\nf.ok = True", "def f(x): return 0"),
+    ("assert gcd(gcd(4, 6), 3) == 1", "from math import gcd", "def gcd(*x): return 2"),
     ("assert f(f(1)) == 3", "def f(x): return x + 1", "def f(x): return 2 * x"),
     ("assert f(*[1], **{'y': 2}) == 3", "def f(x, y): return x + y", "def f(x, y): return x"),
     (
@@ -200,6 +207,8 @@ class TestF(unittest.TestCase):
             with self.subTest(n=n):
                 self.assertEqual(f([n]), n)
     def test_close(self):
+        self.assertRaises(TypeError, f, 5)
+        self.assertIsInstance(f([1]), int)
         self.assertAlmostEqual(f([0.1, 0.2]), 0.3)
 if __name__ == "__main__":
     unittest.main()
@@ -249,6 +258,10 @@ def test_each_method_of_a_test_class_is_judged_apart(executor: LocalExecutor) ->
         ),
         ("from . import f\nassert f(f(1)) == 1", "relative module"),
         ("assert f([1]).val == 1", "asks a reply of 'f' for 'val'"),
+        ("assert np.allclose([f(x) for x in [1]], [2])", "takes 'allclose' from 'np'"),
+        ("assert [f(x) for x in [1]] and f.ok", "takes 'ok' from 'f'"),
+        ("assert isclose(f(1), 2.0)", "'isclose' may be the program's or python's"),
+        ("assert f(2) == sqrt(4)", "'sqrt' may be the program's or python's"),
         ("f = len\nassert f(f([[]])) == 1", "calls nothing of the program"),
     ],
 )

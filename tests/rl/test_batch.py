@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -116,7 +118,8 @@ def test_a_sampler_whose_completions_repeat_against_all_odds_is_refused() -> Non
 
 def test_metrics_are_those_of_the_batch() -> None:
     metrics = StepMetrics()
-    metrics.of_groups([LONG, SHORT])
+    forgeable = replace(LONG, verdicts=(replace(LONG.verdicts[0], tier="T2"), *LONG.verdicts[1:]))
+    metrics.of_groups([forgeable, SHORT])
     metrics.of_advantages(group_advantages(rewards_of([LONG, SHORT]), "mean"))
     metrics.of_update(
         {"tokens": 10.0, "kl": 5.0, "ratio": 9.0, "clip_low": 1.0, "clip_high": 2.0, "loss": 0.5}, 0.3, 1e-3
@@ -132,6 +135,7 @@ def test_metrics_are_those_of_the_batch() -> None:
         "reward": 4 / 3,  # 0, 1 and 3; the fourth has no verdict
         "reward/code": 4 / 3,
         "unscored": 1.0,
+        "weak_verdicts": 1 / 3,
         "completion_length": (3 + 4 + 2 + 3) / 4,
         "end_rate": 0.75,
         "entropy": 1.0,
