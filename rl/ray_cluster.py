@@ -70,9 +70,10 @@ def _require_token() -> None:
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     if "ray" in sys.modules:
-        from ray._raylet import Config
+        from ray import _raylet  # compiled, so without types
 
-        Config.initialize("")  # reads the mode again
+        raylet: Any = _raylet
+        raylet.Config.initialize("")  # reads the mode again
 
 
 def _start_quietly(ray: Any, recipe: Recipe) -> None:
