@@ -313,6 +313,8 @@ class _Proxy:
     """Stands for something in the program. Equal to nothing but itself: the program is not asked."""
 
     _kind = ""
+    _program: _Program
+    _on: str | int
 
     def __init__(self, program: _Program, on: str | int) -> None:
         self.__dict__.update(_program=program, _on=on)
