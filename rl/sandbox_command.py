@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ class Trial:
     task: Task
     judgement: Judgement
     execution: Execution | None
+    num_calls: int
+    """Calls, or inputs, that the tests came to."""
     isolation: Isolation
 
     @property
@@ -61,6 +64,16 @@ class Trial:
         if len(per_test) == len(texts):
             return list(zip(texts, per_test, strict=True))
         return [(f"part {number}", passed) for number, passed in enumerate(per_test, 1)]
+
+    def replies(self) -> list[str]:
+        """What the program gave for each test; empty where a test is not one call or one input."""
+        run = self.execution
+        if run is None or self.judgement.tier != "T0" or self.num_calls != len(self.task.hidden_tests):
+            return []
+        return [
+            f"{result.raised.type}: {result.raised.text}" if result.raised else repr(result.value)
+            for result in run.results
+        ]
 
     def as_json(self) -> str:
         """Everything, on one line."""
@@ -84,13 +97,14 @@ class Trial:
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
         table.add_column("", no_wrap=True)
         table.add_column("test", overflow="fold")
-        for text, passed in self.rows():
+        rows, replies = self.rows(), self.replies()
+        if replies:
+            table.add_column("gave", overflow="fold")
+        for (text, passed), reply in zip_longest(rows, replies[: len(rows)], fillvalue=""):
             mark = Text("—") if passed is None else Text("pass", "green") if passed else Text("FAIL", "bold red")
-            table.add_row(mark, Text(_printable(text)[:400]))
+            table.add_row(mark, *(Text(_printable(part)[:400]) for part in (text, reply)[: len(table.columns) - 1]))
         run, judgement = self.execution, self.judgement
-        lines = [
-            f"status   {judgement.status}, {judgement.outcome}" + (f": {run.detail}" if run and run.detail else "")
-        ]
+        lines = [f"status   {judgement.summary}" + (f": {run.detail}" if run and run.detail else "")]
         lines += [f"passed   {judgement.passed} of {len(self.rows())}"]
         if judgement.tier:
             lines += [f"verdict  {judgement.tier}: {_COMPARED_BY[judgement.tier]}"]
@@ -126,9 +140,10 @@ def try_file(program: Path, tests: Path, *, tier: str, url: str | None, allow_we
     finally:
         recorder.close()
     # Besides the program itself, references and checkers may have been run.
-    own = [execution for job, execution in recorder.runs if job.source == source]
-    execution = own[0] if own else None
-    return Trial(task=task, judgement=judgement, execution=execution, isolation=isolation)
+    own = [(job, execution) for job, execution in recorder.runs if job.source == source]
+    job, execution = own[0] if own else (None, None)
+    num_calls = len(job.calls) + len(job.stdin_cases) if job else 0
+    return Trial(task=task, judgement=judgement, execution=execution, num_calls=num_calls, isolation=isolation)
 
 
 def read_task(path: Path) -> Task:
