@@ -18,14 +18,7 @@ OPTIMIZER = "optimizer.pt"
 REFERENCE = "reference.pt"
 
 
-def write_checkpoint(
-    folder: Path,
-    policy: Policy,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    *,
-    has_moving_reference: bool = False,
-) -> None:
+def write_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Weights or adapter, tokenizer, optimizer and `state` (steps done, keys) into an empty folder.
 
     There is no generator state to keep: all randomness is a function of the seed and the step. A reference that stays
@@ -37,29 +30,27 @@ def write_checkpoint(
     try:
         policy.save(folder)
         torch.save(optimizer.state_dict(), folder / OPTIMIZER)
-        if has_moving_reference:
+        if policy.has_moving_reference:
             torch.save(policy.reference_state(), folder / REFERENCE)
         (folder / STATE).write_text(json.dumps(state) + "\n")
     except (RuntimeError, SafetensorError) as error:
         raise OSError(str(error)) from error
 
 
-def read_checkpoint(
-    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, *, has_moving_reference: bool = False
-) -> dict[str, Any]:
+def read_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Put a checkpoint into `policy` (and its moving reference, if it has one) and `optimizer`; returns its state.
 
     Raises:
         CheckpointError: a part is missing, or the weights are of another model.
     """
-    parts = (STATE, OPTIMIZER, REFERENCE) if has_moving_reference else (STATE, OPTIMIZER)
+    parts = (STATE, OPTIMIZER, REFERENCE) if policy.has_moving_reference else (STATE, OPTIMIZER)
     missing = [name for name in parts if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(f"{folder} lacks {' and '.join(missing)}: it cannot be resumed from, only evaluated")
     saved = load_policy(folder, family=policy.family.name, shift=policy.family.shift)
     policy.load_trainable_state(saved.trainable_state())
     optimizer.load_state_dict(torch.load(folder / OPTIMIZER, weights_only=True))
-    if has_moving_reference:
+    if policy.has_moving_reference:
         policy.load_reference_state(torch.load(folder / REFERENCE, weights_only=True))
     state: dict[str, Any] = json.loads((folder / STATE).read_text())
     return state

@@ -48,6 +48,7 @@ class Policy:
         self.compute_dtype = compute_dtype
         self.is_causal = False
         self._reference_model: nn.Module | None = None
+        self.has_moving_reference = False
         config = self._base.config
         mask_id = tokenizer.mask_token_id
         if mask_id is None:
@@ -164,6 +165,7 @@ class Policy:
         `is_moving`: the reference is to follow by `mix_reference`, so that with adapters, too, it is a copy. A copy
         shares whatever is not trained: of an adapted policy it holds the adapters alone.
         """
+        self.has_moving_reference = is_moving
         if is_moving or not self.has_adapter:
             shared = {id(p): p for p in self.model.parameters() if not p.requires_grad}
             self._reference_model = copy.deepcopy(self.model, shared).requires_grad_(False).eval()
@@ -172,7 +174,7 @@ class Policy:
     def mix_reference(self, share: float) -> None:
         """θ_ref ← share · θ + (1 - share) · θ_ref: 1 replaces the reference, a small share is a moving average.
 
-        Of adapters the factors are mixed, not their product: between A·B and A'·B', not on the line that joins them.
+        Of adapters the factors are mixed, which is not the mean of the two products.
         """
         for name, tensor in self._reference_tensors().items():
             live = self.model.get_parameter(name)

@@ -64,14 +64,11 @@ class Run:
         self._console = Console(soft_wrap=True)
         scored_at = recipe.estimator.temperature
         self._temperature = recipe.rollout.temperature if scored_at is None else scored_at
-        has_penalty = recipe.loss.kl_beta > 0
-        self._has_moving_reference = has_penalty and recipe.loss.reference == "synced"
-        if has_penalty and recipe.loss.reference != "old":
-            policy.freeze_reference(is_moving=self._has_moving_reference)
+        if recipe.loss.kl_beta > 0 and recipe.loss.reference != "old":
+            policy.freeze_reference(is_moving=recipe.loss.reference == "synced")
         self._done = 0
         if (latest := folder.latest()) is not None:
-            state = read_checkpoint(latest, policy, self._optimizer, has_moving_reference=self._has_moving_reference)
-            self._done = int(state["step"])
+            self._done = int(read_checkpoint(latest, policy, self._optimizer)["step"])
         folder.forget_after(self._done)
         engine.load_weights(policy, self._done)
 
@@ -200,7 +197,7 @@ class Run:
     def sync_reference(self, step: int) -> None:
         """Let a `synced` reference follow the policy, every `sync_every` steps; others stay where they are."""
         loss = self.recipe.loss
-        if self._has_moving_reference and step % loss.sync_every == 0:
+        if self.policy.has_moving_reference and step % loss.sync_every == 0:
             self.policy.mix_reference(loss.sync_mix)
 
     def sync_weights(self, step: int) -> None:
@@ -244,12 +241,7 @@ class Run:
         """Write a checkpoint: from here on, a crash loses nothing of this step."""
         if step % self.recipe.checkpoint.every == 0 or step == self.recipe.num_steps:
             state = {"step": step}
-            self.folder.commit(
-                step,
-                lambda to: write_checkpoint(
-                    to, self.policy, self._optimizer, state, has_moving_reference=self._has_moving_reference
-                ),
-            )
+            self.folder.commit(step, lambda to: write_checkpoint(to, self.policy, self._optimizer, state))
 
     def _scores(self, policy: Policy, batch: TrainBatch, masks: tuple[MaskPair, ...]) -> torch.Tensor:
         size = self.recipe.optimizer.micro_batch_size

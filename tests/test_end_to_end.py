@@ -105,7 +105,7 @@ def test_a_run_leaves_recipe_metrics_rollouts_checkpoint_and_tensorboard(tmp_pat
         ("model.adapter.rank=4", "optimizer.learning_rate=1e-3"),
         ("loss.reference=synced", "loss.sync_every=1", "loss.kl=k2", "loss.norm=fixed"),
         ("loss.reference=old", "loss.kl=k1", "loss.dual_clip=3", "group_filter=zero_std"),
-        ("loss.ratio=sequence", "loss.norm=sequence", "group_filter=accuracy"),
+        ("loss.ratio=sequence", "loss.norm=sequence", "rollout.top_p=0.9"),
         ("model.compute_dtype=bfloat16", "rollout.order=maskgit", "rollout.top_p=0.9"),
     ],
     ids=lambda overrides: " ".join(overrides),

@@ -130,7 +130,7 @@ def test_the_defaults_are_the_published_recipe() -> None:
             {"reward": {"functions": [{"name": "code", "wieght": 1}]}},
             "reward.functions.0.wieght: unknown key; did you mean 'weight'?",
         ),
-        ({"zzz": 1}, "zzz: unknown key; known: advantage, checkpoint,"),
+        ({"zzz": 1}, "zzz: unknown key; known: accuracy_range, advantage, checkpoint,"),
         ({"rollout": {"group_size": 1}}, "rollout.group_size: Input should be greater than or equal to 2; got 1"),
         ({"rollout": {"temperature": 0}}, "rollout.temperature: Input should be greater than 0; got 0"),
         (

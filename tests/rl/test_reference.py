@@ -123,11 +123,11 @@ def test_a_checkpoint_brings_the_moving_reference_back_bit_for_bit(
     policy.mix_reference(0.6)
     perturb(policy, 2)
     folder.mkdir()
-    write_checkpoint(folder, policy, make_optimizer(policy, Optimizer()), {"step": 3}, has_moving_reference=True)
+    write_checkpoint(folder, policy, make_optimizer(policy, Optimizer()), {"step": 3})
 
     again = opened()
     again.freeze_reference(is_moving=True)
-    state = read_checkpoint(folder, again, make_optimizer(again, Optimizer()), has_moving_reference=True)
+    state = read_checkpoint(folder, again, make_optimizer(again, Optimizer()))
     assert state == {"step": 3}
     assert torch.equal(logp(again, batch), logp(policy, batch))
     with again.reference() as resumed, policy.reference() as expected:
@@ -140,8 +140,10 @@ def test_a_checkpoint_brings_the_moving_reference_back_bit_for_bit(
 
     (folder / REFERENCE).unlink()
     with pytest.raises(CheckpointError, match=r"lacks reference\.pt"):
-        read_checkpoint(folder, again, make_optimizer(again, Optimizer()), has_moving_reference=True)
-    read_checkpoint(folder, again, make_optimizer(again, Optimizer()))
+        read_checkpoint(folder, again, make_optimizer(again, Optimizer()))
+    fixed = opened()
+    fixed.freeze_reference()
+    read_checkpoint(folder, fixed, make_optimizer(fixed, Optimizer()))
 
 
 def test_the_reference_of_another_model_is_refused(tiny_policy: MakePolicy) -> None:
