@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from coupled.rl.shapes import Float
+from coupled.rl.shapes import Bool, Float
 
 EPSILON = 1e-4
 
@@ -32,3 +34,42 @@ def group_advantages(rewards: Float[Tensor, "P G"], kind: str) -> Float[Tensor, 
     elif kind != "mean":
         raise ValueError(f"advantage must be mean, loo or z; got {kind!r}")
     return torch.where(count >= 2, centred, 0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class GroupFilter:
+    """Which groups are trained on. Example: three groups, the second too easy → `is_kept` [1, 0, 1]."""
+
+    is_kept: Bool[Tensor, " P"]
+    is_too_hard: Bool[Tensor, " P"]
+    """Dropped because too few of its completions pass (accuracy filter only)."""
+    is_too_easy: Bool[Tensor, " P"]
+    """Dropped because too many of them do (accuracy filter only)."""
+
+
+def filter_groups(
+    rewards: Float[Tensor, "P G"], passed: Float[Tensor, "P G"], kind: str, accuracy_range: tuple[float, float]
+) -> GroupFilter:
+    """Leave out groups that teach nothing, before tokens are counted: others then weigh more.
+
+    Args:
+        rewards: NaN where there is no verdict.
+        passed: 1 where all hidden tests pass, 0 where not, NaN where they were not judged.
+        kind: `none` keeps all; `zero_std` drops groups whose rewards are all equal, or fewer than two; `accuracy`
+            keeps those whose share of passing completions is strictly inside `accuracy_range` [DAPO].
+    """
+    nobody = torch.zeros(len(rewards), dtype=torch.bool)
+    if kind == "none":
+        return GroupFilter(is_kept=~nobody, is_too_hard=nobody, is_too_easy=nobody)
+    if kind == "zero_std":
+        # Extremes are compared rather than a rounded deviation; a group without verdicts has -inf and inf.
+        highest = rewards.nan_to_num(nan=-torch.inf).amax(-1)
+        lowest = rewards.nan_to_num(nan=torch.inf).amin(-1)
+        return GroupFilter(is_kept=highest > lowest, is_too_hard=nobody, is_too_easy=nobody)
+    if kind == "accuracy":
+        low, high = accuracy_range
+        accuracy = passed.nanmean(-1)  # NaN, and neither above nor below anything, where no completion was judged
+        return GroupFilter(
+            is_kept=(accuracy > low) & (accuracy < high), is_too_hard=accuracy <= low, is_too_easy=accuracy >= high
+        )
+    raise ValueError(f"group_filter must be none, zero_std or accuracy; got {kind!r}")

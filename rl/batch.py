@@ -21,6 +21,12 @@ def rewards_of(groups: Sequence[Group]) -> Float[Tensor, "P G"]:
     return torch.tensor(rows, dtype=torch.float32)
 
 
+def passes_of(groups: Sequence[Group]) -> Float[Tensor, "P G"]:
+    """1 where a completion passes all hidden tests, 0 where not; NaN where none were judged."""
+    rows = [[float("nan") if v.total == 0 else float(v.passed == v.total) for v in g.verdicts] for g in groups]
+    return torch.tensor(rows, dtype=torch.float32)
+
+
 def collate(groups: Sequence[Group], advantages: Float[Tensor, "P G"], policy: Policy) -> TrainBatch:
     """One row per rollout, prompts padded on the left, groups ordered by prompt length.
 

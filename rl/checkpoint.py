@@ -15,12 +15,14 @@ from coupled.rl.recipe import Model, Recipe
 
 STATE = "state.json"
 OPTIMIZER = "optimizer.pt"
+REFERENCE = "reference.pt"
 
 
 def write_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """Weights or adapter, tokenizer, optimizer and `state` (steps done, keys) into an empty folder.
 
-    There is no generator state to keep: all randomness is a function of the seed and the step.
+    There is no generator state to keep: all randomness is a function of the seed and the step. A reference that stays
+    where the run began is not kept either; one that moves is.
 
     Raises:
         OSError: the disk is full or not writable, whatever type the libraries say it with.
@@ -28,23 +30,28 @@ def write_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimi
     try:
         policy.save(folder)
         torch.save(optimizer.state_dict(), folder / OPTIMIZER)
+        if policy.has_moving_reference:
+            torch.save(policy.reference_state(), folder / REFERENCE)
         (folder / STATE).write_text(json.dumps(state) + "\n")
     except (RuntimeError, SafetensorError) as error:
         raise OSError(str(error)) from error
 
 
 def read_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put a checkpoint into `policy` and `optimizer`; returns its state.
+    """Put a checkpoint into `policy` (and its moving reference, if it has one) and `optimizer`; returns its state.
 
     Raises:
         CheckpointError: a part is missing, or the weights are of another model.
     """
-    missing = [name for name in (STATE, OPTIMIZER) if not (folder / name).is_file()]
+    parts = (STATE, OPTIMIZER, REFERENCE) if policy.has_moving_reference else (STATE, OPTIMIZER)
+    missing = [name for name in parts if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(f"{folder} lacks {' and '.join(missing)}: it cannot be resumed from, only evaluated")
     saved = load_policy(folder, family=policy.family.name, shift=policy.family.shift)
     policy.load_trainable_state(saved.trainable_state())
     optimizer.load_state_dict(torch.load(folder / OPTIMIZER, weights_only=True))
+    if policy.has_moving_reference:
+        policy.load_reference_state(torch.load(folder / REFERENCE, weights_only=True))
     state: dict[str, Any] = json.loads((folder / STATE).read_text())
     return state
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from coupled.reward import Status
+from coupled.rl.advantage import GroupFilter
 from coupled.rl.batch import rewards_of
 from coupled.rl.shapes import Float
 from coupled.rl.types import Group
@@ -29,6 +30,7 @@ class StepMetrics:
         self._row: dict[str, float] = {}
         self._seconds: dict[str, float] = defaultdict(float)
         self._updates: list[dict[str, float]] = []
+        self._tokens = 0
 
     def add_seconds(self, part: str, seconds: float) -> None:
         """Wall-clock time of a part of the step."""
@@ -67,6 +69,12 @@ class StepMetrics:
         # Share of the programs that were not run, because the same program had been.
         self._row["cache/hit_rate"] = (after.num_hits - before.num_hits) / num_jobs if num_jobs else 0.0
 
+    def of_filter(self, found: GroupFilter) -> None:
+        """Groups that are rolled out and not trained on; only logged where a filter is asked for."""
+        self._row["dropped_groups"] = float((~found.is_kept).sum())
+        self._row["dropped_groups/too_hard"] = float(found.is_too_hard.sum())
+        self._row["dropped_groups/too_easy"] = float(found.is_too_easy.sum())
+
     def of_advantages(self, advantages: Float[Tensor, "P G"]) -> None:
         """How many groups teach nothing."""
         self._row["zero_advantage_groups"] = float((advantages.abs().amax(-1) == 0).float().mean())
@@ -74,17 +82,18 @@ class StepMetrics:
     def of_update(self, sums: dict[str, float], grad_norm: float, rate: float) -> None:
         """Sums of an update's micro-batches, divided by its tokens here."""
         tokens = max(1.0, sums.get("tokens", 0.0))
-        self._updates.append(
-            {
-                "loss": sums.get("loss", 0.0),
-                "kl": sums.get("kl", 0.0) / tokens,  # k3, nats per token
-                "ratio": sums.get("ratio", 0.0) / tokens,
-                "clip_fraction_low": sums.get("clip_low", 0.0) / tokens,
-                "clip_fraction_high": sums.get("clip_high", 0.0) / tokens,
-                "grad_norm": grad_norm,  # before clipping
-                "learning_rate": rate,
-            }
-        )
+        update = {
+            "loss": sums.get("loss", 0.0),
+            "kl": sums.get("kl", 0.0) / tokens,  # as loss.kl estimates it, nats per token
+            "ratio": sums.get("ratio", 0.0) / tokens,
+            "clip_fraction_low": sums.get("clip_low", 0.0) / tokens,
+            "clip_fraction_high": sums.get("clip_high", 0.0) / tokens,
+            "grad_norm": grad_norm,  # before clipping
+            "learning_rate": rate,
+        }
+        if "clip_dual" in sums:  # only with loss.dual_clip
+            update["clip_fraction_dual"] = sums["clip_dual"] / tokens
+        self._updates.append(update)
 
     def row(self) -> dict[str, float]:
         """Name → number; updates are averaged over the inner iterations."""

@@ -47,7 +47,8 @@ class Policy:
         self.family = family
         self.compute_dtype = compute_dtype
         self.is_causal = False
-        self._frozen_reference: nn.Module | None = None
+        self._reference_model: nn.Module | None = None
+        self.has_moving_reference = False
         config = self._base.config
         mask_id = tokenizer.mask_token_id
         if mask_id is None:
@@ -158,21 +159,62 @@ class Policy:
 
     # --- the reference that KL pulls towards -------------------------------------------------------------------
 
-    def freeze_reference(self) -> None:
-        """Remember the present weights as the reference; with adapters they are simply turned off."""
-        if not self.has_adapter:
-            self._frozen_reference = copy.deepcopy(self.model).requires_grad_(False).eval()
+    def freeze_reference(self, *, is_moving: bool = False) -> None:
+        """Remember the present weights as the reference; with adapters they are simply turned off.
+
+        `is_moving`: the reference is to follow by `mix_reference`, so that with adapters, too, it is a copy. A copy
+        shares whatever is not trained: of an adapted policy it holds the adapters alone.
+        """
+        self.has_moving_reference = is_moving
+        if is_moving or not self.has_adapter:
+            shared = {id(p): p for p in self.model.parameters() if not p.requires_grad}
+            self._reference_model = copy.deepcopy(self.model, shared).requires_grad_(False).eval()
+
+    @torch.no_grad()
+    def mix_reference(self, share: float) -> None:
+        """θ_ref ← share · θ + (1 - share) · θ_ref: 1 replaces the reference, a small share is a moving average.
+
+        Of adapters the factors are mixed, which is not the mean of the two products.
+        """
+        for name, tensor in self._reference_tensors().items():
+            live = self.model.get_parameter(name)
+            tensor.copy_(share * live + (1 - share) * tensor)
+
+    def reference_state(self) -> dict[str, Tensor]:
+        """Name → tensor of a copied reference, on the CPU."""
+        return {name: tensor.cpu() for name, tensor in self._reference_tensors().items()}
+
+    def load_reference_state(self, state: dict[str, Tensor]) -> None:
+        """Put `reference_state()` back, in place.
+
+        Raises:
+            CheckpointError: it is the state of another model.
+        """
+        mine = self._reference_tensors()
+        if {n: t.shape for n, t in mine.items()} != {n: t.shape for n, t in state.items()}:
+            raise CheckpointError(
+                f"the saved reference ({len(state)} tensors) is not of this model ({len(mine)} trained tensors); "
+                "is model.adapter the same as when it was saved?"
+            )
+        for name, tensor in mine.items():
+            tensor.data.copy_(state[name])
+
+    def _reference_tensors(self) -> dict[str, Tensor]:
+        if self._reference_model is None:
+            raise RuntimeError("freeze_reference(is_moving=True) was not called: there is no copy that could move")
+        trained = {n for n, p in self.model.named_parameters() if p.requires_grad}
+        return {n: p.detach() for n, p in self._reference_model.named_parameters() if n in trained}
 
     @contextmanager
     def reference(self) -> Iterator[Policy]:
-        """The policy with the reference weights: adapters off, or the frozen copy."""
-        if self.has_adapter:
+        """The policy with the reference weights: the copy, or else adapters off."""
+        if self._reference_model is None and self.has_adapter:
             with self.model.disable_adapter():  # type: ignore[operator]
                 yield self
             return
-        if self._frozen_reference is None:
+        if self._reference_model is None:
             raise RuntimeError("freeze_reference() was not called before reference()")
-        live, self.model = self.model, self._frozen_reference
+        live, self.model = self.model, self._reference_model
         try:
             yield self
         finally:

@@ -140,7 +140,35 @@ class Estimator(Section):
 class Loss(Section):
     clip_low: float = Field(default=0.5, ge=0, lt=1, description="ratios below 1 - clip_low stop counting")
     clip_high: float = Field(default=0.5, ge=0, description="ratios above 1 + clip_high stop counting")
-    kl_beta: float = Field(default=0.01, ge=0, description="weight of the KL penalty (k3); 0 leaves the reference out")
+    dual_clip: Annotated[float, Field(gt=1)] | None = Field(
+        default=None,
+        description="where the advantage is negative, ratios above this stop counting, e.g. 3; none: only "
+        "max_log_ratio bounds them",
+    )
+    ratio: Literal["token", "sequence"] = Field(
+        default="token", description="each token its own ratio, or their geometric mean for the whole completion"
+    )
+    norm: Literal["token", "sequence", "fixed"] = Field(
+        default="token",
+        description="what counts alike over the whole batch: tokens; completions; or tokens divided by the canvas, "
+        "a constant, instead of by their number",
+    )
+    kl: Literal["k1", "k2", "k3"] = Field(
+        default="k3", description="estimate of the KL to the reference; the gradient of k1 is zero on average"
+    )
+    kl_beta: float = Field(default=0.01, ge=0, description="weight of the KL penalty; 0 leaves the reference out")
+    reference: Literal["frozen", "synced", "old"] = Field(
+        default="frozen",
+        description="what the KL pulls towards: the initial weights (with LoRA the base); a copy that follows the "
+        "policy (sync_every, sync_mix); or the policy that rolled out",
+    )
+    sync_every: Positive = Field(
+        default=64,
+        description="steps between updates of a synced reference; 1 with a small sync_mix is a moving average",
+    )
+    sync_mix: Fraction = Field(
+        default=0.6, description="share of the policy in an updated reference; the rest is the reference before"
+    )
     negative_weight: Fraction = Field(
         default=1.0,
         description="factor on the advantages below 0: the estimate is a lower bound, a weak reason to push down",
@@ -251,6 +279,14 @@ class Recipe(Section):
     advantage: Literal["mean", "loo", "z"] = Field(
         default="mean", description="reward minus the group's mean; leave-one-out mean; or standardised"
     )
+    group_filter: Literal["none", "zero_std", "accuracy"] = Field(
+        default="none",
+        description="groups left out of the batch: none; those whose rewards are all equal; those whose share of "
+        "passing completions is not inside accuracy_range. Nothing is rolled out in their place",
+    )
+    accuracy_range: tuple[Fraction, Fraction] = Field(
+        default=(0.0, 1.0), description="open interval of the accuracy filter; (0, 1) wants some passes and some fails"
+    )
     num_threads: int = Field(default=0, ge=0, description="torch threads of each process; 0 leaves torch's choice")
     output_dir: str = Field(default="runs", description="folder that run folders are made in")
     model: Model
@@ -271,6 +307,14 @@ class Recipe(Section):
             raise ValueError(
                 f"rollout.denoising_steps ({self.rollout.denoising_steps}) must not exceed rollout.canvas "
                 f"({self.rollout.canvas}): a step that unmasks nothing is wasted"
+            )
+        low, high = self.accuracy_range
+        if low >= high:
+            raise ValueError(f"accuracy_range must be (lo, hi) with lo < hi; got ({low}, {high}); for example [0, 1]")
+        if self.group_filter == "accuracy" and all(function.name != "code" for function in self.reward.functions):
+            raise ValueError(
+                "group_filter=accuracy needs hidden tests, and reward.functions has no 'code'; add it (its weight may "
+                "be 0), or use group_filter=zero_std"
             )
         if self.optimizer.warmup_steps > self.num_steps:
             raise ValueError(

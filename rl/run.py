@@ -16,8 +16,8 @@ import torch
 from rich.console import Console
 
 from coupled.reward import RewardError
-from coupled.rl.advantage import group_advantages
-from coupled.rl.batch import collate, micro_batches, refuse_identical_groups, rewards_of
+from coupled.rl.advantage import filter_groups, group_advantages
+from coupled.rl.batch import collate, micro_batches, passes_of, refuse_identical_groups, rewards_of
 from coupled.rl.checkpoint import open_policy, read_checkpoint, use_threads, write_checkpoint
 from coupled.rl.data import encode_prompts, load_tasks, rows_of_step
 from coupled.rl.denoise import Request
@@ -26,9 +26,10 @@ from coupled.rl.errors import DataError, RecipeError
 from coupled.rl.evaluate import Evaluation, evaluate, sampler_of
 from coupled.rl.grading import Grader, open_grader
 from coupled.rl.logprob import estimate_logp
-from coupled.rl.loss import coupled_grpo_loss
+from coupled.rl.loss import coupled_grpo_loss, loss_denominator
 from coupled.rl.metrics import StepMetrics, add_sums
 from coupled.rl.optimizer import apply_step, learning_rate, make_optimizer
+from coupled.rl.parity import check_parity, prompts_to_check, sampler_for_parity
 from coupled.rl.policy import Policy
 from coupled.rl.progress import Progress
 from coupled.rl.recipe import Recipe
@@ -63,7 +64,8 @@ class Run:
         self._console = Console(soft_wrap=True)
         scored_at = recipe.estimator.temperature
         self._temperature = recipe.rollout.temperature if scored_at is None else scored_at
-        policy.freeze_reference()
+        if recipe.loss.kl_beta > 0 and recipe.loss.reference != "old":
+            policy.freeze_reference(is_moving=recipe.loss.reference == "synced")
         self._done = 0
         if (latest := folder.latest()) is not None:
             self._done = int(read_checkpoint(latest, policy, self._optimizer)["step"])
@@ -87,6 +89,26 @@ class Run:
             for step in range(self._done + 1, self.recipe.num_steps + 1):
                 self._metrics = StepMetrics()
                 yield step
+
+    def check_parity(self) -> None:
+        """Refuse to train when scoring does not give rollouts the log-probabilities they were drawn with.
+
+        A few rows, once, before anything is trained or evaluated. Resumed runs are checked, too: the engine's weights
+        then came out of a checkpoint.
+        """
+        recipe = self.recipe
+        if self._done >= recipe.num_steps:
+            return
+        prompts = prompts_to_check(self._prompts)
+        requests = [Request(uid=f"parity/{i}-{p.task.uid}", prompt_ids=p.token_ids) for i, p in enumerate(prompts)]
+        made = self._engine.generate(requests, sampler_for_parity(sampler_of(recipe)), seed=recipe.seed)
+        # A recipe may score at another temperature on purpose; that is not what is looked for here.
+        is_chosen = recipe.estimator.temperature is not None
+        temperature = recipe.rollout.temperature if is_chosen else self._temperature
+        found = check_parity(self.policy, prompts, made, temperature, recipe.optimizer.micro_batch_size)
+        self._console.print(
+            f"scoring agrees with {len(made)} replayed rollouts within {found:.1g} nats", highlight=False
+        )
 
     def rollouts(self, step: int) -> list[Group]:
         """Denoise a group of completions per prompt of the step, and have every program executed and scored."""
@@ -115,6 +137,21 @@ class Run:
         self._metrics.of_groups(groups)
         return groups
 
+    def informative(self, step: int, groups: Sequence[Group]) -> list[Group]:
+        """The groups that the recipe's filter keeps; none at all when the step has nothing to teach."""
+        recipe = self.recipe
+        found = filter_groups(rewards_of(groups), passes_of(groups), recipe.group_filter, recipe.accuracy_range)
+        if recipe.group_filter != "none":
+            self._metrics.of_filter(found)
+        kept = [group for group, is_kept in zip(groups, found.is_kept.tolist(), strict=True) if is_kept]
+        if not kept:
+            self._console.print(
+                f"step {step}: group_filter={recipe.group_filter} drops all {len(groups)} groups; the weights stay as "
+                "they are",
+                highlight=False,
+            )
+        return kept
+
     def collate(self, groups: Sequence[Group]) -> TrainBatch:
         """Groups and their advantages as one batch of tensors."""
         advantages = group_advantages(rewards_of(groups), self.recipe.advantage)
@@ -131,7 +168,7 @@ class Run:
         with self._clock("scoring"):
             old = None if is_first else self._scores(self.policy, batch, masks)
             reference = None
-            if self.recipe.loss.kl_beta > 0:
+            if self.recipe.loss.kl_beta > 0 and self.recipe.loss.reference != "old":
                 with self.policy.reference() as frozen:
                     reference = self._scores(frozen, batch, masks)
         return Anchor(old=old, reference=reference)
@@ -139,7 +176,8 @@ class Run:
     def update(self, step: int, batch: TrainBatch, masks: tuple[MaskPair, ...], anchor: Anchor) -> None:
         """One clipped optimizer step on the whole batch, in micro-batches whose gradients add up to the joint one."""
         recipe = self.recipe
-        num_tokens = max(1, int(batch.valid.sum()))
+        denominator = loss_denominator(batch.valid, recipe.loss.norm)
+        pulls_to_old = recipe.loss.kl_beta > 0 and recipe.loss.reference == "old"
         sums: dict[str, float] = {}
         with self._clock("update"):
             for rows in micro_batches(len(batch), recipe.optimizer.micro_batch_size):
@@ -148,14 +186,19 @@ class Run:
                     continue
                 new = self._estimate(self.policy, batch, masks, rows)
                 old = new.detach() if part_anchor.old is None else part_anchor.old
-                output = coupled_grpo_loss(
-                    new, old, part_anchor.reference, part.advantages, part.valid, num_tokens, recipe.loss
-                )
+                reference = old if pulls_to_old else part_anchor.reference
+                output = coupled_grpo_loss(new, old, reference, part.advantages, part.valid, denominator, recipe.loss)
                 output.loss.backward()
                 add_sums(sums, output.sums)
             rate = learning_rate(step - 1, recipe.num_steps, recipe.optimizer)
             norm = apply_step(self._optimizer, self.policy, rate, recipe.optimizer.max_grad_norm)
         self._metrics.of_update(sums, norm, rate)
+
+    def sync_reference(self, step: int) -> None:
+        """Let a `synced` reference follow the policy, every `sync_every` steps; others stay where they are."""
+        loss = self.recipe.loss
+        if self.policy.has_moving_reference and step % loss.sync_every == 0:
+            self.policy.mix_reference(loss.sync_mix)
 
     def sync_weights(self, step: int) -> None:
         """From here on rollouts are made with the updated weights."""

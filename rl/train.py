@@ -36,19 +36,22 @@ def train(recipe: Recipe, resume: str = "never") -> TrainResult:
         CoupledError: the user's input is not usable; what was computed is kept.
     """
     with open_run(recipe, resume) as run:
+        run.check_parity()
         before = run.evaluate(0)
         for step in run.steps():
-            groups = run.rollouts(step)
-            batch = run.collate(groups)
-            # Drawn once, and shared by old, reference and new: their difference is the policy's, not the masks'.
-            draws = [
-                draw_masks(batch, recipe.estimator, (recipe.seed, "mask", step, inner))
-                for inner in range(recipe.num_updates)
-            ]
-            # All anchors before the first update: `old` is the policy that rolled out.
-            anchors = [run.anchor(batch, masks, is_first=inner == 0) for inner, masks in enumerate(draws)]
-            for masks, anchor in zip(draws, anchors, strict=True):
-                run.update(step, batch, masks, anchor)
+            groups = run.informative(step, run.rollouts(step))
+            if groups:
+                batch = run.collate(groups)
+                # Drawn once, and shared by old, reference and new: their difference is the policy's, not the masks'.
+                draws = [
+                    draw_masks(batch, recipe.estimator, (recipe.seed, "mask", step, inner))
+                    for inner in range(recipe.num_updates)
+                ]
+                # All anchors before the first update: `old` is the policy that rolled out.
+                anchors = [run.anchor(batch, masks, is_first=inner == 0) for inner, masks in enumerate(draws)]
+                for masks, anchor in zip(draws, anchors, strict=True):
+                    run.update(step, batch, masks, anchor)
+            run.sync_reference(step)
             run.sync_weights(step)
             run.log(step)
             run.evaluate_if_due(step)

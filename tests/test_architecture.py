@@ -28,6 +28,7 @@ CORE = (
     "policy",
     "families",
     "optimizer",
+    "parity",
 )
 ABSENT = ("ray", "datasets", "trl", "vllm", "evalplus", "tensorboard", "pyarrow", "typer", "jaxtyping", "peft")
 

@@ -105,6 +105,9 @@ def test_a_run_leaves_recipe_metrics_rollouts_checkpoint_and_tensorboard(tmp_pat
         ("loss.kl_beta=0", "num_updates=2"),
         ("num_updates=1",),
         ("model.adapter.rank=4", "optimizer.learning_rate=1e-3"),
+        ("loss.reference=synced", "loss.sync_every=1", "loss.kl=k2", "loss.norm=fixed"),
+        ("loss.reference=old", "loss.kl=k1", "loss.dual_clip=3", "group_filter=zero_std"),
+        ("loss.ratio=sequence", "loss.norm=sequence", "rollout.top_p=0.9"),
         ("model.compute_dtype=bfloat16", "rollout.order=maskgit", "rollout.top_p=0.9"),
     ],
     ids=lambda overrides: " ".join(overrides),
@@ -140,10 +143,16 @@ def test_the_same_recipe_gives_the_same_run_and_another_seed_another(tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "adapter", [(), ("model.adapter.rank=4", "optimizer.learning_rate=1e-3")], ids=["full", "lora"]
+    "switches",
+    [
+        (),
+        ("model.adapter.rank=4", "optimizer.learning_rate=1e-3"),
+        ("loss.reference=synced", "loss.sync_every=1", "loss.sync_mix=0.6"),
+    ],
+    ids=["full", "lora", "synced reference"],
 )
-def test_a_killed_run_resumes_to_the_same_metrics_and_weights(tmp_path: Path, adapter: tuple[str, ...]) -> None:
-    overrides = ("num_steps=4", *adapter)
+def test_a_killed_run_resumes_to_the_same_metrics_and_weights(tmp_path: Path, switches: tuple[str, ...]) -> None:
+    overrides = ("num_steps=4", *switches)
     whole = train(small(tmp_path / "whole", *overrides))
     command = [sys.executable, "-m", "coupled.rl.cli", "train", str(QUICKSTART), *SMALL, *overrides]
     process = subprocess.Popen(
@@ -162,6 +171,23 @@ def test_a_killed_run_resumes_to_the_same_metrics_and_weights(tmp_path: Path, ad
     assert resumed.path == run
     assert comparable(resumed.path) == comparable(whole.path)
     assert_same_weights(resumed, whole)
+
+
+def test_a_step_whose_groups_are_all_dropped_is_said_logged_and_skipped(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No group of this model has more than 99.9 % and less than all of its four completions right."""
+    result = train(small(tmp_path, "group_filter=accuracy", "accuracy_range=[0.999, 1.0]"))
+    rows = comparable(result.path)
+    assert [row["step"] for row in rows] == [1, 2]
+    for row in rows:
+        assert row["dropped_groups"] == 3
+        assert row["dropped_groups/too_hard"] + row["dropped_groups/too_easy"] == 3
+        assert not {"loss", "kl", "grad_norm"} & row.keys(), "nothing was optimised"
+    base = load_file(ROOT / "recipes" / "tiny" / "checkpoint" / "model.safetensors")
+    assert all(torch.equal(tensor, base[name]) for name, tensor in weights(result).items())
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "step 2: group_filter=accuracy drops all 3 groups; the weights stay as they are" in shown
 
 
 def test_a_finished_run_resumed_does_nothing_again(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from coupled.rl.advantage import group_advantages
+from coupled.rl.advantage import filter_groups, group_advantages
 
 NAN = float("nan")
 
@@ -73,3 +73,58 @@ def test_advantages_of_a_group_add_up_to_zero(kind: str) -> None:
 def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match="mean, loo or z; got 'median'"):
         group_advantages(torch.zeros(1, 2), "median")
+
+
+# --- filters --------------------------------------------------------------------------------------------------------
+
+REWARDS = torch.tensor(
+    [
+        [0.5, 0.5, 0.5, 0.5],  # nothing passes, equal rewards
+        [0.0, 0.5, 0.0, 0.5],  # nothing passes, but the format differs
+        [2.5, 0.5, 0.5, 0.5],  # one of four passes
+        [2.5, 2.5, 2.5, NAN],  # three of three that were judged
+        [NAN, NAN, 2.5, NAN],  # one verdict: nothing to compare
+        [NAN, NAN, NAN, NAN],
+    ]
+)
+PASSED = torch.tensor(
+    [[0.0] * 4, [0.0] * 4, [1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, NAN], [NAN, NAN, 1.0, NAN], [NAN] * 4]
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "bounds", "kept", "too_hard", "too_easy"),
+    [
+        ("none", (0.0, 1.0), [1, 1, 1, 1, 1, 1], [0] * 6, [0] * 6),
+        ("zero_std", (0.0, 1.0), [0, 1, 1, 0, 0, 0], [0] * 6, [0] * 6),
+        ("accuracy", (0.0, 1.0), [0, 0, 1, 0, 0, 0], [1, 1, 0, 0, 0, 0], [0, 0, 0, 1, 1, 0]),
+        ("accuracy", (0.25, 1.0), [0] * 6, [1, 1, 1, 0, 0, 0], [0, 0, 0, 1, 1, 0]),
+        ("accuracy", (0.0, 0.2), [0] * 6, [1, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 0]),
+    ],
+)
+def test_filters_keep_and_drop_what_they_say(
+    kind: str, bounds: tuple[float, float], kept: list[int], too_hard: list[int], too_easy: list[int]
+) -> None:
+    found = filter_groups(REWARDS, PASSED, kind, bounds)
+    assert found.is_kept.int().tolist() == kept
+    assert found.is_too_hard.int().tolist() == too_hard
+    assert found.is_too_easy.int().tolist() == too_easy
+
+
+def test_equal_rewards_are_dropped_however_their_mean_rounds() -> None:
+    """The mean of three times 0.1 is not 0.1 in float32, so that a deviation may come out a little above 0."""
+    rewards = torch.tensor([[0.1] * 3, [0.7] * 3, [0.1, 0.1, 0.1000001]])
+    assert filter_groups(rewards, rewards, "zero_std", (0.0, 1.0)).is_kept.tolist() == [False, False, True]
+
+
+@pytest.mark.parametrize("kind", ["mean", "loo", "z"])
+def test_what_zero_std_drops_has_no_advantage(kind: str) -> None:
+    dropped = ~filter_groups(REWARDS, PASSED, "zero_std", (0.0, 1.0)).is_kept
+    advantages = group_advantages(REWARDS, kind)
+    assert (advantages[dropped] == 0).all()
+    assert (advantages[~dropped] != 0).any(-1).all()
+
+
+def test_an_unknown_filter_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match="none, zero_std or accuracy; got 'std'"):
+        filter_groups(REWARDS, PASSED, "std", (0.0, 1.0))

@@ -8,8 +8,8 @@ import torch
 from toys import MakePolicy
 
 from coupled.reward import Status, Task, Verdict
-from coupled.rl.advantage import group_advantages
-from coupled.rl.batch import collate, micro_batches, refuse_identical_groups, rewards_of
+from coupled.rl.advantage import filter_groups, group_advantages
+from coupled.rl.batch import collate, micro_batches, passes_of, refuse_identical_groups, rewards_of
 from coupled.rl.errors import RolloutError
 from coupled.rl.metrics import StepMetrics
 from coupled.rl.types import Group, Prompt, Rollout
@@ -155,3 +155,50 @@ def test_metrics_are_those_of_the_batch() -> None:
         "tokens_per_second": 3.0,
     }
     assert {name: row[name] for name in expected} == pytest.approx(expected)
+
+
+def test_entropy_length_and_end_rate_are_means_over_completions_of_different_lengths() -> None:
+    """Positions after the end token do not count, and a long completion weighs as much as a short one."""
+    made = [
+        replace(r, commit_entropy=np.array(entropy, dtype=np.float32))
+        for r, entropy in zip(
+            (*LONG.rollouts, *SHORT.rollouts),
+            ([1, 2, 3, 90], [1, 1, 1, 5], [4, 2, 90, 90], [0, 0, 3, 90]),
+            strict=True,
+        )
+    ]
+    groups = [
+        replace(LONG, rollouts=tuple(made[:2])),
+        replace(SHORT, rollouts=tuple(made[2:])),
+    ]
+    metrics = StepMetrics()
+    metrics.of_groups(groups)
+    row = metrics.row()
+    assert row["entropy"] == pytest.approx((2.0 + 2.0 + 3.0 + 1.0) / 4)
+    assert row["completion_length"] == (3 + 4 + 2 + 3) / 4
+    assert row["end_rate"] == 3 / 4
+
+
+def test_passes_are_read_from_the_tests_and_not_from_the_reward() -> None:
+    """A completion without verdict has none; LONG has a pass (score 1), SHORT a high score without one."""
+    assert passes_of([LONG]).tolist() == [[0.0, 1.0]]
+    passes = passes_of([SHORT])
+    assert passes[0, 0] == 0
+    assert passes[0, 1].isnan()
+
+
+def test_what_a_filter_drops_is_counted_and_the_rest_of_the_metrics_are_of_what_is_kept() -> None:
+    easy = group("easy", (5,), [[20, 21, 1, 2], [22, 23, 24, 1]], [1.0, 1.0])
+    hard = group("hard", (5,), [[20, 21, 1, 2], [22, 23, 24, 1]], [0.0, 0.0])
+    groups = [easy, LONG, hard, hard]
+    found = filter_groups(rewards_of(groups), passes_of(groups), "accuracy", (0.0, 1.0))
+    kept = [g for g, is_kept in zip(groups, found.is_kept.tolist(), strict=True) if is_kept]
+    assert kept == [LONG]
+    metrics = StepMetrics()
+    metrics.of_filter(found)
+    metrics.of_advantages(group_advantages(rewards_of(groups), "mean"))
+    row = metrics.row()
+    assert row["dropped_groups"] == 3
+    assert row["dropped_groups/too_easy"] == 1
+    assert row["dropped_groups/too_hard"] == 2
+    assert row["zero_advantage_groups"] == 3 / 4

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from coupled.rl.batch import micro_batches
 from coupled.rl.engine import InlineEngine
 from coupled.rl.grading import Grader
 from coupled.rl.logprob import estimate_logp
-from coupled.rl.loss import coupled_grpo_loss, kl_k3
+from coupled.rl.loss import coupled_grpo_loss, kl_estimate, loss_denominator, policy_log_ratio
 from coupled.rl.masking import draw_masks
 from coupled.rl.metrics import add_sums
 from coupled.rl.policy import Policy
@@ -95,16 +96,16 @@ def test_log_ratios_are_clamped_before_they_are_exponentiated() -> None:
     assert float(output.loss) == pytest.approx(148.41316 + 0.5, abs=1e-3)
     assert output.sums["ratio"] == pytest.approx(148.41316 + 0.0067379, abs=1e-3)
     # k3(5) = e^5 - 6; k3(-5) = e^-5 + 4.
-    kl = kl_k3(new, zero, 5.0)
+    kl = kl_estimate(new, zero, 5.0)
     assert kl.tolist() == [pytest.approx([4.0067379, 142.41316], abs=1e-3)]
 
 
 def test_k3_matches_the_hand_computation_and_is_never_negative() -> None:
     reference = torch.tensor([[LN2, 0.0, -LN2, 1.0]])
     expected = [0.3068528, 0.0, 0.1931472, 0.7182818]
-    assert kl_k3(torch.zeros(1, 4), reference, 5.0)[0].tolist() == pytest.approx(expected, abs=1e-6)
+    assert kl_estimate(torch.zeros(1, 4), reference, 5.0)[0].tolist() == pytest.approx(expected, abs=1e-6)
     many = torch.randn((1, 1000), generator=torch.Generator().manual_seed(0)) * 3
-    assert kl_k3(torch.zeros(1, 1000), many, 5.0).min() >= 0
+    assert kl_estimate(torch.zeros(1, 1000), many, 5.0).min() >= 0
 
 
 def test_a_batch_and_its_transpose_are_not_confused() -> None:
@@ -288,3 +289,206 @@ def test_sums_of_micro_batches_add_up() -> None:
         add_sums(total, part.sums)
     whole = coupled_grpo_loss(NEW, OLD, REFERENCE, ADVANTAGES, VALID, 5, Loss(kl_beta=0.1))
     assert total == pytest.approx(whole.sums, abs=1e-6)
+
+
+# --- the other terms: KL estimates, norms, sequence ratios, the dual clip -----------------------------------------
+
+
+def test_the_three_kl_estimates_match_the_hand_computation() -> None:
+    """r = s_ref - s is ln 2, 0, -ln 2, and 9 clamped to 5."""
+    reference = torch.tensor([[LN2, 0.0, -LN2, 9.0]])
+    expected = {
+        "k1": [-0.6931472, 0.0, 0.6931472, -5.0],
+        "k2": [0.2402265, 0.0, 0.2402265, 12.5],
+        "k3": [0.3068528, 0.0, 0.1931472, 142.4131591],
+    }
+    for kind, values in expected.items():
+        assert kl_estimate(torch.zeros(1, 4), reference, 5.0, kind)[0].tolist() == pytest.approx(values, rel=1e-6)
+    with pytest.raises(ValueError, match="k1, k2 or k3; got 'k4'"):
+        kl_estimate(torch.zeros(1, 4), reference, 5.0, "k4")
+
+
+def test_in_expectation_k1_and_k3_are_the_kl_and_their_gradients_are_what_is_said_of_them() -> None:
+    """By enumeration: a policy over five tokens, each drawn with its probability."""
+    stream = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, generator=stream, dtype=torch.float64).requires_grad_()
+    other = torch.randn(5, generator=stream, dtype=torch.float64).log_softmax(-1)
+    policy = logits.log_softmax(-1)
+    drawn = policy.detach().exp()
+    forward_kl, reverse_kl = (other.exp() * (other - policy)).sum(), (policy.exp() * (policy - other)).sum()
+
+    def expected(kind: str) -> Tensor:
+        return (drawn * kl_estimate(policy[None], other[None], 50.0, kind)[0]).sum()
+
+    def gradient_of(value: Tensor) -> Tensor:
+        (found,) = torch.autograd.grad(value, logits, retain_graph=True)
+        return found
+
+    for kind in ("k1", "k3"):
+        assert float(expected(kind).detach()) == pytest.approx(float(reverse_kl.detach()), abs=1e-12)
+    assert abs(float((expected("k2") - reverse_kl).detach())) > 1e-2, "k2 is biased"
+    torch.testing.assert_close(gradient_of(expected("k1")), torch.zeros(5, dtype=torch.float64), atol=1e-12, rtol=0)
+    torch.testing.assert_close(gradient_of(expected("k2")), gradient_of(reverse_kl), atol=1e-12, rtol=0)
+    torch.testing.assert_close(gradient_of(expected("k3")), gradient_of(forward_kl), atol=1e-12, rtol=0)
+    assert gradient_of(reverse_kl).norm() > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("kind", "total"),
+    [
+        ("k1", -0.6931472 + 0.6931472 - 0.6931472),
+        ("k2", 3 * 0.2402265),
+        ("k3", 0.8068528),
+    ],
+)
+def test_the_penalty_is_of_the_kind_that_is_asked_for(kind: str, total: float) -> None:
+    output = coupled_grpo_loss(NEW, OLD, REFERENCE, ADVANTAGES, VALID, 5, Loss(kl_beta=0.1, kl=kind))
+    assert output.sums["kl"] == pytest.approx(total, abs=1e-5)
+    assert float(output.loss) == pytest.approx(0.42 + 0.1 * total / 5, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("norm", "denominator", "loss"),
+    [
+        # Row 0 sums to -2.9 over 3 tokens, row 1 to 5 over 2, and a third row has none that are valid.
+        ("token", 5, 2.1 / 5),
+        ("sequence", 2, (-2.9 / 3 + 5 / 2) / 2),
+        ("fixed", 6, 2.1 / 6),
+    ],
+)
+def test_each_norm_divides_by_what_it_says(norm: str, denominator: int, loss: float) -> None:
+    new, old = torch.cat((NEW, torch.full((1, 3), 7.0))), torch.cat((OLD, torch.zeros(1, 3)))
+    valid, advantages = torch.cat((VALID, torch.zeros(1, 3, dtype=torch.bool))), torch.tensor([1.0, -2.0, 5.0])
+    assert loss_denominator(valid, norm) == denominator
+    output = coupled_grpo_loss(new, old, None, advantages, valid, denominator, Loss(norm=norm))
+    assert float(output.loss) == pytest.approx(loss, abs=1e-6)
+    assert output.sums["tokens"] == 5, "metrics count tokens whatever the norm"
+
+
+def test_a_batch_without_a_valid_token_is_divided_by_one_and_an_unknown_norm_refused() -> None:
+    nothing = torch.zeros((2, 3), dtype=torch.bool)
+    assert [loss_denominator(nothing, norm) for norm in ("token", "sequence", "fixed")] == [1, 1, 1]
+    with pytest.raises(ValueError, match="token, sequence or fixed; got 'mean'"):
+        loss_denominator(VALID, "mean")
+
+
+def test_the_sequence_ratio_is_the_geometric_mean_over_valid_tokens() -> None:
+    """Row 0: (2 · 1 · .4)^(1/3) = .8^(1/3) = .9283178; row 1: (2 · .4)^(1/2) = .8944272, its third token left out."""
+    config = Loss(ratio="sequence", norm="sequence", clip_low=0.1, clip_high=0.5)
+    found = policy_log_ratio(NEW, OLD, VALID, "sequence").exp()
+    assert found[:, 0].tolist() == pytest.approx([0.9283178, 0.8944272], abs=1e-6)
+    assert (found == found[:, :1]).all()
+    output = coupled_grpo_loss(NEW, OLD, None, ADVANTAGES, VALID, 2, config)
+    # GSPO: the mean over completions of min(ρA, clip(ρ)A); row 1 is clipped: min(-2 · .8944272, -2 · .9).
+    assert float(output.loss) == pytest.approx((-0.9283178 + 1.8) / 2, abs=1e-6)
+    assert output.sums["clip_low"] == 2, "a completion is clipped whole"
+    assert output.sums["ratio"] == pytest.approx(3 * 0.9283178 + 2 * 0.8944272, abs=1e-5)
+    with pytest.raises(ValueError, match="token or sequence; got 'row'"):
+        policy_log_ratio(NEW, OLD, VALID, "row")
+
+
+def test_the_sequence_ratio_has_the_gradient_of_gspo() -> None:
+    """ρ_i A_i / |V_i| for each valid token of an unclipped completion, over N completions; none where it is clipped."""
+    new = NEW.clone().requires_grad_()
+    config = Loss(ratio="sequence", norm="sequence", clip_low=0.1, clip_high=0.5)
+    coupled_grpo_loss(new, OLD, None, ADVANTAGES, VALID, 2, config).loss.backward()
+    each = -0.9283178 / 3 / 2
+    torch.testing.assert_close(new.grad, torch.tensor([[each] * 3, [0.0] * 3]), atol=1e-6, rtol=0)
+
+
+def test_the_dual_clip_bounds_what_one_token_says_against_a_completion() -> None:
+    """Row 1 has A = -2 and ratios 2, .4: max(min(-4, -3), -1.8 · 2) = -3.6, not -4; row 0 has A > 0 and keeps 2.9."""
+    new = NEW.clone().requires_grad_()
+    output = coupled_grpo_loss(new, OLD, None, ADVANTAGES, VALID, 5, Loss(dual_clip=1.8))
+    assert float(output.loss.detach()) == pytest.approx((-2.9 + 3.6 + 1.0) / 5, abs=1e-6)
+    assert output.sums["clip_dual"] == 1
+    output.loss.backward()
+    torch.testing.assert_close(new.grad, torch.tensor([[0.0, -0.2, -0.08], [0.0, 0.0, 0.0]]), atol=1e-6, rtol=0)
+    lax = coupled_grpo_loss(NEW, OLD, None, ADVANTAGES, VALID, 5, Loss(dual_clip=3.0))
+    assert (float(lax.loss), lax.sums["clip_dual"]) == (pytest.approx(0.42, abs=1e-6), 0)
+    assert "clip_dual" not in coupled_grpo_loss(NEW, OLD, None, ADVANTAGES, VALID, 5, Loss()).sums
+
+
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("norm", ["token", "sequence", "fixed"])
+@pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
+def test_every_combination_agrees_with_finite_differences(ratio: str, norm: str, kl: str) -> None:
+    stream = torch.Generator().manual_seed(1)
+    new = torch.randn((2, 3), generator=stream, dtype=torch.float64) * 0.5
+    old = new.detach() + torch.tensor([[0.2, -0.2, 0.9], [-0.9, 0.1, 0.3]], dtype=torch.float64)
+    reference = new.detach() * 0.7
+    config = Loss(kl_beta=0.3, kl=kl, ratio=ratio, norm=norm, dual_clip=2.0)
+
+    def loss(s: Tensor) -> Tensor:
+        return coupled_grpo_loss(s, old, reference, ADVANTAGES.double(), VALID, 5, config).loss
+
+    assert torch.autograd.gradcheck(loss, new.requires_grad_(), eps=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("norm", ["sequence", "fixed"])
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_with_every_norm_the_gradient_of_a_split_is_the_joint_gradient(
+    tiny_policy: MakePolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, norm: str, ratio: str
+) -> None:
+    """The batch has a row without a verdict, which must not count as a completion in any micro-batch."""
+    seen: list[Tensor] = []
+    losses: list[float] = []
+    monkeypatch.setattr(run_module, "apply_step", lambda optimizer, policy, *rest: seen.append(gradient(policy)) or 1.0)
+    monkeypatch.setattr(run_module.StepMetrics, "of_update", lambda self, found, *rest: losses.append(found["loss"]))
+    policy, batch = tiny_policy(), make_batch(*SEVEN)
+    is_scored = torch.tensor([True, True, False, True, True, True, True])
+    batch = dataclasses.replace(batch, valid=batch.valid & is_scored[:, None], is_scored=is_scored)
+    anchor = moved(policy, batch, Estimator())
+    for size in (7, 1, 3):
+        recipe = make_recipe(loss={"kl_beta": 0.2, "norm": norm, "ratio": ratio}, optimizer={"micro_batch_size": size})
+        run = open_toy_run(recipe, policy, tmp_path)
+        run.update(1, batch, draw_masks(batch, Estimator(), KEY), anchor)
+    for split in seen[1:]:
+        torch.testing.assert_close(split, seen[0], atol=1e-5, rtol=1e-4)
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-4)
+    assert seen[0].norm() > 1e-3
+
+
+def test_metrics_of_an_update_are_those_of_a_hand_computation_and_not_b_times_too_large(
+    tiny_policy: MakePolicy, tmp_path: Path
+) -> None:
+    """Three completions of 6, 4 and 2 tokens; the same sums are taken here token by token."""
+    policy, batch, estimator = tiny_policy(), make_batch(), Estimator()
+    batch = dataclasses.replace(batch, advantages=torch.tensor([1.0, -2.0, -0.5]))
+    config = {"kl_beta": 0.2, "clip_low": 0.2, "clip_high": 0.3, "dual_clip": 1.05}
+    recipe = make_recipe(loss=config, optimizer={"micro_batch_size": 2, "max_grad_norm": 1e-9})
+    run = open_toy_run(recipe, policy, tmp_path)
+    anchor, masks = moved(policy, batch, estimator), draw_masks(batch, estimator, KEY)
+    scores = estimate_logp(policy, batch, masks, estimator, 1.2)
+    kl, ratios, low, high, dual, total = 0.0, 0.0, 0, 0, 0, torch.zeros(())
+    assert anchor.old is not None
+    assert anchor.reference is not None
+    for i in range(3):
+        for k in range(6):
+            if batch.valid[i, k]:
+                rho = (scores[i, k] - anchor.old[i, k]).exp()
+                r = anchor.reference[i, k] - scores[i, k]
+                a, value = float(batch.advantages[i]), float(rho.detach())
+                term = -min(rho * a, rho.clamp(0.8, 1.3) * a, key=lambda t: float(t.detach()))
+                term = term if a > 0 or value <= 1.05 else torch.tensor(-1.05 * a)
+                total = total + (term + 0.2 * (r.exp() - r - 1)) / 12
+                kl += float((r.exp() - r - 1).detach()) / 12
+                ratios += value / 12
+                low += value < 0.8 and a < 0
+                high += value > 1.3 and a > 0
+                dual += value > 1.05 and a < 0
+    total.backward()
+    norm = float(gradient(policy).norm())
+    run.update(1, batch, masks, anchor)
+    row = run._metrics.row()
+    assert min(low, high, dual) > 0
+    expected = {
+        "kl": kl,
+        "ratio": ratios,
+        "clip_fraction_low": low / 12,
+        "clip_fraction_high": high / 12,
+        "clip_fraction_dual": dual / 12,
+        "loss": float(total.detach()),
+        "grad_norm": norm,
+    }
+    assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-4)

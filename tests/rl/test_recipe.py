@@ -130,7 +130,7 @@ def test_the_defaults_are_the_published_recipe() -> None:
             {"reward": {"functions": [{"name": "code", "wieght": 1}]}},
             "reward.functions.0.wieght: unknown key; did you mean 'weight'?",
         ),
-        ({"zzz": 1}, "zzz: unknown key; known: advantage, checkpoint,"),
+        ({"zzz": 1}, "zzz: unknown key; known: accuracy_range, advantage, checkpoint,"),
         ({"rollout": {"group_size": 1}}, "rollout.group_size: Input should be greater than or equal to 2; got 1"),
         ({"rollout": {"temperature": 0}}, "rollout.temperature: Input should be greater than 0; got 0"),
         (
@@ -330,3 +330,16 @@ def test_a_recipe_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         recipe.num_steps = 3  # type: ignore[misc]
     assert isinstance(recipe, Recipe)
+
+
+def test_an_accuracy_filter_needs_tests_and_a_range() -> None:
+    own = {"functions": [{"name": "format"}]}
+    assert "group_filter=accuracy needs hidden tests" in refused(MINIMAL | {"group_filter": "accuracy", "reward": own})
+    assert validate(MINIMAL | {"group_filter": "zero_std", "reward": own}, source="x").group_filter == "zero_std"
+    text = refused(MINIMAL | {"group_filter": "accuracy", "accuracy_range": [0.5, 0.5]})
+    assert "accuracy_range must be (lo, hi) with lo < hi; got (0.5, 0.5); for example [0, 1]" in text
+
+
+def test_a_dual_clip_is_above_the_ratio_of_the_policy_with_itself() -> None:
+    assert "loss.dual_clip" in refused(MINIMAL | {"loss": {"dual_clip": 1.0}})
+    assert validate(MINIMAL | {"loss": {"dual_clip": 3}}, source="x").loss.dual_clip == 3
