@@ -1,7 +1,7 @@
 """Mask draws for scoring: pure functions of a key, shared by old, reference and new.
 
-Shapes: B rows, C canvas positions, S prompt + canvas. The key of a draw is (run seed, step, inner iteration, sample uid,
-mask), so the masks of a sample are the same for every micro-batch split, worker count and resumption.
+Shapes: B rows, C canvas positions, S prompt + canvas. The key of a draw is (run seed, step, inner iteration, mask,
+sample uid), so the masks of a sample are the same for every micro-batch split, worker count and resumption.
 """
 
 from __future__ import annotations

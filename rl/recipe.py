@@ -109,9 +109,7 @@ class Rollout(Section):
 
 
 class Estimator(Section):
-    name: Literal[
-        "coupled", "decoupled", "full_mask", "random_mask", "espo", "gdpo", "trajectory", "ar_order"
-    ] = Field(
+    name: Literal["coupled", "decoupled", "full_mask", "random_mask", "espo", "gdpo", "trajectory", "ar_order"] = Field(
         default="coupled",
         description="how a completion's log-probabilities are estimated; espo and gdpo score it as a whole, trajectory "
         "replays the rollout's steps, ar_order needs one forward pass per canvas position",

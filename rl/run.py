@@ -205,9 +205,7 @@ class Run:
         return torch.cat([self._estimate(policy, batch, masks, rows) for rows in micro_batches(len(batch), size)])
 
     def _estimate(self, policy: Policy, batch: TrainBatch, masks: MaskDraw, rows: slice) -> torch.Tensor:
-        return estimate_logp(
-            policy, batch.rows(rows), masks.rows(rows), self.recipe.estimator, self._temperature
-        )
+        return estimate_logp(policy, batch.rows(rows), masks.rows(rows), self.recipe.estimator, self._temperature)
 
     def _judge(self, step: int, prompts: Sequence[Prompt], made: Sequence[Rollout]) -> list[Group]:
         size = self.recipe.rollout.group_size

@@ -47,7 +47,7 @@ def draw_pairs(batch: TrainBatch, config: Estimator, key: tuple[Key, ...]) -> tu
 
 
 def _draw_pair(batch: TrainBatch, config: Estimator, key: tuple[Key, ...]) -> MaskPair:
-    """With `exact_count`, t is rounded to whole tokens such that neither mask is empty, and the pair's ratio is that."""
+    """With `exact_count`, t is rounded to whole tokens such that neither mask is empty, and becomes that share."""
     low, high = config.mask_ratio
     canvas = batch.canvas_length
     ratios, firsts, seconds = [], [], []

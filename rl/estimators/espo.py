@@ -10,32 +10,37 @@ The ratio is that of the length-normalised scores, exp((E - E_old)/L), one for a
 
 from __future__ import annotations
 
-from coupled.rl.estimators.subsets import column, exact_count, stack
+import torch
+from torch import Tensor
+
+from coupled.rl.estimators.subsets import exact_count, stack
 from coupled.rl.keys import Key, generator
 from coupled.rl.recipe import Estimator
+from coupled.rl.shapes import Bool
 from coupled.rl.types import MaskDraw, TrainBatch, View
 
 
 def draw(batch: TrainBatch, config: Estimator, key: tuple[Key, ...]) -> MaskDraw:
     """λ masks with their complements; `mask_ratio`, `weights` and `draw` play no part."""
-    forwards = tuple(_draw_halves(batch, (*key, pair)) for pair in range(config.num_pairs))
+    forwards = tuple(halves(_draw_mask(batch, (*key, pair)), batch.valid) for pair in range(config.num_pairs))
     return MaskDraw(forwards=forwards, total=2 * config.num_pairs, is_sequence=True)
 
 
-def _draw_halves(batch: TrainBatch, key: tuple[Key, ...]) -> tuple[View, View]:
-    masks, complements, shares, other_shares = [], [], [], []
+def halves(mask: Bool[Tensor, "B C"], valid: Bool[Tensor, "B C"]) -> tuple[View, View]:
+    """M and V∖M, divided by x/(L+1) and (L-x)/(L+1): the chance that a token is in a mask that is not empty."""
+    return _half(mask & valid, valid), _half(valid & ~mask, valid)
+
+
+def _half(mask: Bool[Tensor, "B C"], valid: Bool[Tensor, "B C"]) -> View:
+    size, length = mask.sum(-1).double(), valid.sum(-1)
+    # An empty half divides nothing; 1 keeps 0/0 away.
+    return View.of_mask(mask, torch.where(size > 0, size / (length + 1), 1.0))
+
+
+def _draw_mask(batch: TrainBatch, key: tuple[Key, ...]) -> Bool[Tensor, "B C"]:
+    masks = []
     for uid, valid in zip(batch.uids, batch.valid.cpu().numpy(), strict=True):
         stream = generator(*key, uid)
-        length = int(valid.sum())
-        size = int(stream.integers(0, length + 1))
-        mask = exact_count(stream.random(batch.canvas_length), size, valid)
-        masks.append(mask)
-        complements.append(valid & ~mask)
-        # Where a half is empty nothing is divided; 1 keeps 0/0 away.
-        shares.append(size / (length + 1) if size else 1.0)
-        other_shares.append((length - size) / (length + 1) if size < length else 1.0)
-    like = batch.valid
-    return (
-        View.of_mask(stack(masks, like), column(shares, like)),
-        View.of_mask(stack(complements, like), column(other_shares, like)),
-    )
+        size = int(stream.integers(0, int(valid.sum()) + 1))
+        masks.append(exact_count(stream.random(batch.canvas_length), size, valid))
+    return stack(masks, batch.valid)

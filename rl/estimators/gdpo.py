@@ -6,8 +6,8 @@ with the Gauss-Legendre nodes t_n of (0, 1) and their weights w_n: for 3 nodes .
 Only the masks are random, not t, which is where most of the variance of an ELBO comes from. One score for a completion;
 the ratio is exp((E - E_old)/L).
 
-|M_n| = ⌈t_n · L⌉: every mask has a token, and with many nodes each size has the weight 1/L that it has in the ELBO. With
-few, E is a biased estimate of it.
+|M_n| = ⌈t_n · L⌉: every mask has a token, and with many nodes each size has the weight 1/L that it has in the ELBO.
+With few, E is a biased estimate of it.
 """
 
 from __future__ import annotations

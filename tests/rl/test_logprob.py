@@ -3,15 +3,14 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from enumerable import CANVAS, Toy, toy_batch
 from torch import Tensor
 from toys import MakePolicy, global_random_states, make_batch, plain_logits, row_parts
 
 from coupled.rl.batch import micro_batches
 from coupled.rl.estimators.coupled import draw_pairs, of_pairs
-from coupled.rl.families import Family
 from coupled.rl.logprob import estimate_logp, fully_masked_logp, masked_logp
 from coupled.rl.masking import draw_masks
 from coupled.rl.policy import Policy
@@ -239,43 +238,7 @@ def test_estimating_leaves_every_global_generator_untouched(tiny_policy: MakePol
     assert global_random_states() == before
 
 
-# --- an enumerable toy: 4 positions, 3 words, one random table of logits per state of the canvas ---------------------
-
-CANVAS, WORDS, TOY_MASK = 4, 3, 3
-
-
-class Toy(Policy):
-    """Logits looked up by the whole canvas: any dependence on the visible tokens that can be."""
-
-    def __init__(self, seed: int = 0) -> None:
-        self.family = Family(name="toy", model_type="none", shift=0)
-        self.mask_id = TOY_MASK
-        self.tokenizer: Any = range(WORDS + 1)
-        stream = np.random.default_rng(seed)
-        self.table = torch.from_numpy(stream.normal(size=((WORDS + 1) ** CANVAS, CANVAS, WORDS + 1))).float()
-        self.num_rows = 0
-
-    def logits_at(self, ids: Tensor, pad_lengths: Tensor, rows: Tensor) -> Tensor:
-        self.num_rows += len(ids)
-        state = (ids[:, -CANVAS:] * (WORDS + 1) ** torch.arange(CANVAS)).sum(-1)
-        return self.table[state][rows[:, -CANVAS:]]
-
-    def exact(self, words: tuple[int, ...], masked: tuple[int, ...], k: int) -> float:
-        """ℓ_k(M), in numpy."""
-        state = sum((TOY_MASK if i in masked else w) * (WORDS + 1) ** i for i, w in enumerate(words))
-        logits = self.table[state, k, :WORDS].double().numpy()
-        return float(logits[words[k]] - np.log(np.exp(logits).sum()))
-
-
-def toy_batch(words: tuple[int, ...], size: int) -> TrainBatch:
-    return TrainBatch(
-        uids=tuple(f"toy-{i}" for i in range(size)),
-        ids=torch.tensor([[0, *words]]).repeat(size, 1),
-        pad_lengths=torch.zeros(size, dtype=torch.int64),
-        valid=torch.ones((size, CANVAS), dtype=torch.bool),
-        advantages=torch.zeros(size),
-        is_scored=torch.ones(size, dtype=torch.bool),
-    )
+# --- the enumerable toy
 
 
 def others(k: int) -> list[tuple[int, ...]]:
