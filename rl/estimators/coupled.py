@@ -29,7 +29,7 @@ def draw(batch: TrainBatch, config: Estimator, key: tuple[Key, ...]) -> MaskDraw
 
 def of_pairs(pairs: tuple[MaskPair, ...], batch: TrainBatch, weights: str) -> MaskDraw:
     """The estimate that these pairs make; each pair is one forward pass of 2 B rows."""
-    forwards = [_views(pair, has_ratio=weights != "unit") for pair in pairs]
+    forwards: list[tuple[View, ...]] = [_views(pair, has_ratio=weights != "unit") for pair in pairs]
     total = {
         "paper": len(pairs) + 1,
         "normalized": 2 * len(pairs) + 1,

@@ -82,6 +82,31 @@ def test_five_ways_to_the_elbo_agree(seed: int) -> None:
     assert float(probability @ scores_of(toy, both).sum(-1)) == pytest.approx(sum(elbo), abs=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("weights", "a", "w_first", "w_second"),
+    [
+        ("paper", 1 / 2, 1 / (2 * 0.3), 1 / (2 * 0.7)),
+        ("normalized", 1 / 3, 1 / (3 * 0.3), 1 / (3 * 0.7)),
+        ("antithetic", 0, 1 / (2 * 0.3), 1 / (2 * 0.7)),
+        ("unit", 0, 1, 1),
+    ],
+)
+def test_the_released_formula_for_a_fixed_mask_and_ratio(
+    weights: str, a: float, w_first: float, w_second: float
+) -> None:
+    """r masks positions 0 and 3 with t = 0.3; the weights are written out from the table of the method page."""
+    toy, batch = Toy(), toy_batch(YS, 1)
+    r, t = torch.tensor([[True, False, False, True]]), torch.tensor([0.3], dtype=torch.float64)
+    scores = scores_of(toy, of_pairs((MaskPair.complementary(t, r, batch.valid),), batch, weights), batch)
+    expected = [
+        a * toy.exact(YS, (0, 1, 2, 3), 0) + w_first * toy.exact(YS, (0, 3), 0),
+        a * toy.exact(YS, (0, 1, 2, 3), 1) + w_second * toy.exact(YS, (1, 2), 1),
+        a * toy.exact(YS, (0, 1, 2, 3), 2) + w_second * toy.exact(YS, (1, 2), 2),
+        a * toy.exact(YS, (0, 1, 2, 3), 3) + w_first * toy.exact(YS, (0, 3), 3),
+    ]
+    assert scores[0].tolist() == pytest.approx(expected, abs=1e-9)
+
+
 @pytest.mark.parametrize("weights", ["paper", "normalized", "unit"])
 def test_the_other_weights_are_not_estimates_of_the_elbo(weights: str) -> None:
     """Even with t over all of (0, 1): `paper` is scaled, `normalized` holds the fully masked term, `unit` no 1/t."""
