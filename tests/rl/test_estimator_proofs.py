@@ -145,10 +145,10 @@ def test_gdpo_is_its_quadrature_and_tends_to_the_elbo_with_many_nodes() -> None:
     batch = toy_batch(YS, size)
     estimate = estimate_logp(toy, batch, draw_masks(batch, Estimator(name="gdpo"), KEY), Estimator()).sum(-1)
     assert abs(float(estimate.mean()) - expected) < 4 * float(estimate.std()) / size**0.5
-    assert abs(expected - elbo) > 1e-3, "three nodes are biased"
-    nodes, weights = gdpo.gauss_legendre(4000)
+    assert abs(expected - elbo) > 2e-2, "three nodes are biased"
+    nodes, weights = gdpo.gauss_legendre(1000)
     limit = sum(w * by_size[math.ceil(t * CANVAS)] for t, w in zip(nodes, weights, strict=True))
-    assert limit == pytest.approx(elbo, abs=1e-3)
+    assert limit == pytest.approx(elbo, abs=5e-3)
 
 
 def test_the_nodes_of_gdpo_are_those_of_the_paper() -> None:
@@ -304,7 +304,6 @@ def test_the_two_terms_of_a_coupled_pair_have_covariance_minus_the_product_of_th
 @pytest.mark.parametrize("draw", ["bernoulli", "exact_count"])
 @pytest.mark.parametrize("weights", ["paper", "normalized", "antithetic", "unit"])
 def test_coupled_varies_less_than_decoupled_at_equal_forwards_whatever_the_weights(weights: str, draw: str) -> None:
-    """Per token, and of the gradient with respect to the logits of a state that both look at."""
     size, variance, rows = 4000, {}, {}
     for name in ("coupled", "decoupled"):
         toy, batch = Toy(), toy_batch(YS, size)
@@ -382,6 +381,30 @@ def test_sampled_steps_are_scaled_by_their_chance_and_unbiased(num_sampled: int)
     share = is_drawn.double().mean(0)
     assert (share - num_sampled / 3).abs().max() < 4 * (1 / 4 / size) ** 0.5
     assert (is_drawn[:, :3].sum(-1) == num_sampled).all()
+
+
+GOLDEN = {
+    "exact": [[1, 0, 1, 1], [0, 1, 0, 0]],
+    "random": [[1, 1, 1, 1], [1, 0, 0, 1]],
+    "espo": [[1, 1, 1, 1], [0, 0, 0, 0]],
+    "gdpo": [[0, 1, 0, 0], [0, 1, 0, 1], [1, 1, 1, 1]],
+    "sampled": [[1, 1, 1, 1], [1, 0, 1, 0]],
+}
+
+
+def test_the_draws_of_a_key_never_change_between_versions() -> None:
+    batch = toy_batch(YS, 1, STEPS)
+    drawn = {
+        name: [view.hidden[0].int().tolist() for view in draw_masks(batch, estimator, KEY).views]
+        for name, estimator in (
+            ("exact", Estimator(draw="exact_count", weights="unit")),
+            ("random", Estimator(name="random_mask")),
+            ("espo", Estimator(name="espo")),
+            ("gdpo", Estimator(name="gdpo")),
+            ("sampled", Estimator(name="trajectory", num_sampled_steps=2)),
+        )
+    }
+    assert drawn == GOLDEN
 
 
 def test_asking_for_more_steps_than_there_are_scores_them_all() -> None:
