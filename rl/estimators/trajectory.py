@@ -21,9 +21,6 @@ from coupled.rl.keys import Key, generator
 from coupled.rl.recipe import Estimator
 from coupled.rl.types import MaskDraw, TrainBatch, View
 
-NEVER = np.iinfo(np.int32).max
-"""The step of a position that was still MASK when its row was finished: after every other."""
-
 
 def draw(batch: TrainBatch, config: Estimator, key: tuple[Key, ...]) -> MaskDraw:
     """One view per step; the v-th view holds the v-th step of each row, so rows with fewer steps cost nothing more.
@@ -37,7 +34,8 @@ def draw(batch: TrainBatch, config: Estimator, key: tuple[Key, ...]) -> MaskDraw
             "with coupled.rl.batch.collate, or choose another estimator.name"
         )
     steps, valid = batch.commit_step.cpu().numpy(), batch.valid.cpu().numpy()
-    grouped = np.where(steps < 0, NEVER, steps // config.shrink)
+    # A position that was never committed has a step of -1, which hides it nowhere: the canvas still holds MASK there.
+    grouped = steps // config.shrink
     chosen, shares = [], []
     for row, uid in enumerate(batch.uids):
         taken = np.unique(grouped[row][valid[row]])

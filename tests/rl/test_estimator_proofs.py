@@ -162,6 +162,12 @@ def test_the_nodes_of_gdpo_are_those_of_the_paper() -> None:
         assert view.divisor.tolist() == pytest.approx(divisor)
 
 
+def test_the_masks_of_gdpo_round_up() -> None:
+    """Two nodes, .2113 and .7887, of 4 positions: 1 and 4, not 1 and 3."""
+    draw = draw_masks(toy_batch(YS, 3), Estimator(name="gdpo", num_nodes=2), KEY)
+    assert [view.hidden.sum(-1).tolist() for view in draw.views] == [[1] * 3, [4] * 3]
+
+
 # --- draws: what is enumerated above is what is drawn ---------------------------------------------------------------
 
 
@@ -211,6 +217,15 @@ def test_exact_counts_hold_a_share_t_of_the_valid_positions_and_no_mask_is_empty
     pairs_of_two = frequencies(pair.first[counts == 2].tolist())
     expected = {tuple(k in m for k in POSITIONS): float((counts == 2).sum()) / 6 for m in MASKS if len(m) == 2}
     assert chi_square(pairs_of_two, expected) < 20.5, "5 degrees of freedom, p = 0.001"
+
+
+def test_exact_random_masks_are_divided_by_the_share_they_hold() -> None:
+    batch = toy_batch(YS, 500)
+    estimator = Estimator(name="random_mask", draw="exact_count", mask_ratio=(0.001, 0.999))
+    for view in draw_masks(batch, estimator, KEY).views:
+        counts = view.hidden.sum(-1)
+        assert sorted(set(counts.tolist())) == [1, 2, 3, 4]
+        assert torch.equal(view.divisor, counts.double() / CANVAS)
 
 
 def test_a_completion_of_one_token_is_in_one_mask_of_an_exact_pair_by_chance() -> None:

@@ -53,11 +53,14 @@ FIVE = ([2, 6, 4, 3, 5], [6, 3, 5, 1, 2])
 
 
 def with_steps(batch: TrainBatch, seed: int = 0) -> TrainBatch:
-    """The batch with a random order of decoding, two positions in each step; some positions after the end have none."""
+    """The batch with a random order of decoding, two positions in each step. Some positions after the end were never
+    committed, and are MASK as a sampler leaves them."""
     stream = np.random.default_rng(seed)
     steps = np.stack([stream.permutation(batch.canvas_length) // 2 * 3 for _ in range(len(batch))])
     never = ~batch.valid.numpy() & (stream.random(steps.shape) < 0.5)
-    return replace(batch, commit_step=torch.from_numpy(np.where(never, -1, steps)))
+    ids = batch.ids.clone()
+    ids[:, -batch.canvas_length :][torch.from_numpy(never)] = MASK_ID
+    return replace(batch, ids=ids, commit_step=torch.from_numpy(np.where(never, -1, steps)))
 
 
 def five(canvas: int = 6) -> TrainBatch:
