@@ -37,10 +37,12 @@ def collate(groups: Sequence[Group], advantages: Float[Tensor, "P G"], policy: P
     longest = max(len(r.prompt_ids) for r in rollouts)
     canvas = len(rollouts[0].canvas_ids)
     ids = torch.full((len(rollouts), longest + canvas), policy.pad_id)
+    commit_step = torch.full((len(rollouts), canvas), -1)
     valid = torch.zeros((len(rollouts), canvas), dtype=torch.bool)
     for row, rollout in enumerate(rollouts):
         ids[row, longest - len(rollout.prompt_ids) : longest] = torch.tensor(rollout.prompt_ids)
         ids[row, longest:] = torch.tensor(rollout.canvas_ids)  # copied: arrays that come from Ray are read-only
+        commit_step[row] = torch.tensor(rollout.commit_step)
         valid[row, : rollout.completion_length] = True
     is_scored = torch.tensor([v.score is not None for i in order for v in groups[i].verdicts])
     device = policy.device
@@ -51,6 +53,7 @@ def collate(groups: Sequence[Group], advantages: Float[Tensor, "P G"], policy: P
         valid=(valid & is_scored[:, None]).to(device),
         advantages=advantages[order].flatten().to(device),
         is_scored=is_scored.to(device),
+        commit_step=commit_step.to(device),
     )
 
 

@@ -1,11 +1,14 @@
-"""Per-token log-probability estimates of a completion [DiffuCoder eq. 4].
+"""Per-token log-probability estimates of a completion, whatever the estimator and the model family.
 
 A diffusion model has no left-to-right likelihood. With `V` the valid positions and `ℓ_k(M)` the log-probability of
-token k when the positions M are masked and the others are visible, λ mask pairs give
+token k when the positions M are masked and the others are visible, an estimator (`rl/estimators`) says which masks to
+look through, and
+
+    s_k = 1/total · Σ_views 1[k ∈ scored] · ℓ_k(hidden) / divisor
+
+which for λ coupled pairs with M'_j = V \\ M_j is DiffuCoder's eq. 4:
 
     s_k = 1/(λ+1) · [ ℓ_k(V) + Σ_j ( 1[k∈M_j] / t_j · ℓ_k(M_j) + 1[k∈M'_j] / (1 - t_j) · ℓ_k(M'_j) ) ]
-
-For the coupled estimator M'_j = V \\ M_j: each token is scored exactly once by each pair, in context.
 
 Shapes: B rows, C canvas positions, S prompt + canvas, V vocabulary.
 """
@@ -20,39 +23,63 @@ from torch import Tensor
 from coupled.rl.policy import Policy
 from coupled.rl.recipe import Estimator
 from coupled.rl.shapes import Bool, Float, Int
-from coupled.rl.types import MaskPair, TrainBatch
+from coupled.rl.types import MaskDraw, TrainBatch, View
 
 
 def estimate_logp(
     policy: Policy,
     batch: TrainBatch,
-    pairs: tuple[MaskPair, ...],
+    draw: MaskDraw,
     estimator: Estimator,
     temperature: float = 1.0,
 ) -> Float[Tensor, "B C"]:
-    """s_k of every valid token, in nats; 0 elsewhere. Differentiable; fp32.
+    """s_k of every valid token, in nats; 0 elsewhere. Differentiable; fp32. Their sum is the completion's score.
 
     `temperature` divides the logits. With the rollout's, the scored policy is the one that was sampled from: scored at
     1, a token that is likely at 1 but not at the rollout's temperature would hardly be reinforced.
 
-    With `full_mask` there are no pairs, and s_k = ℓ_k(V) [d1].
+    An estimate E of the completion as a whole is spread evenly, s_k = E/L: the ratio of every token is then
+    exp((E - E_old)/L), and the k2 penalties ½ (s_k - s_k^ref)² of a completion add up to ½ (E - E_ref)²/L [ESPO].
     """
     batch = _without_shared_padding(batch)
     ids = canvas_for_scoring(batch, policy.mask_id, estimator.post_eos)
-    scores = fully_masked_logp(policy, ids, batch, temperature)
-    for pair in pairs:
-        both = torch.cat((pair.first, pair.second))
-        logp = masked_logp(
-            policy,
-            ids.repeat(2, 1),
-            batch.pad_lengths.repeat(2),
-            both,
-            batch.ids[:, -batch.canvas_length :].repeat(2, 1),
-            temperature,
-        )
-        first, second = logp.chunk(2)
-        scores = scores + first / pair.ratio[:, None] + second / (1 - pair.ratio)[:, None]
-    return scores / (len(pairs) + 1)
+    if draw.hidden_prompt is not None:
+        ids = _with_hidden_prompt(ids, draw.hidden_prompt, batch, policy.mask_id)
+    scores = torch.zeros(batch.valid.shape, device=ids.device)
+    for views in _that_score(draw.forwards):
+        for view, logp in zip(views, _view_logp(policy, ids, batch, views, temperature), strict=True):
+            scores = scores + logp / view.divisor.to(logp.dtype)[:, None]
+    scores = scores / draw.total
+    return spread_over_tokens(scores.sum(-1), batch.valid) if draw.is_sequence else scores
+
+
+def spread_over_tokens(scores: Float[Tensor, " B"], valid: Bool[Tensor, "B C"]) -> Float[Tensor, "B C"]:
+    """E/L at each of the L valid positions of a row. Example: E = -6, valid [1, 1, 1, 0] → [-2, -2, -2, 0]."""
+    return (scores / valid.sum(-1).clamp(min=1))[:, None] * valid
+
+
+def _that_score(forwards: tuple[tuple[View, ...], ...]) -> tuple[tuple[View, ...], ...]:
+    """Forward passes that score something; at least one, so that the result always has a gradient."""
+    return tuple(views for views in forwards if any(bool(view.scored.any()) for view in views)) or forwards[:1]
+
+
+def _view_logp(
+    policy: Policy, ids: Int[Tensor, "B S"], batch: TrainBatch, views: tuple[View, ...], temperature: float
+) -> tuple[Float[Tensor, "B C"], ...]:
+    """ℓ_k(hidden) at the scored positions of each view and 0 elsewhere, from one forward pass."""
+    if len(views) == 1 and views[0].is_shared:
+        return (fully_masked_logp(policy, ids, batch, temperature),)
+    times = len(views)
+    logp = masked_logp(
+        policy,
+        ids.repeat(times, 1),
+        batch.pad_lengths.repeat(times),
+        torch.cat([view.hidden for view in views]),
+        batch.ids[:, -batch.canvas_length :].repeat(times, 1),
+        temperature,
+        scored=torch.cat([view.scored for view in views]),
+    )
+    return logp.chunk(times)
 
 
 def canvas_for_scoring(batch: TrainBatch, mask_id: int, post_eos: str) -> Int[Tensor, "B S"]:
@@ -71,14 +98,18 @@ def masked_logp(
     masked: Bool[Tensor, "B C"],
     targets: Int[Tensor, "B C"],
     temperature: float = 1.0,
+    *,
+    scored: Bool[Tensor, "B C"] | None = None,
 ) -> Float[Tensor, "B C"]:
-    """ℓ_k(M) at k ∈ M and 0 elsewhere, M being the positions `masked` of each row."""
-    rows = torch.zeros_like(ids, dtype=torch.bool)
-    rows[:, -masked.shape[1] :] = masked
+    """ℓ_k(M) at k ∈ `scored` (by default M) and 0 elsewhere, M being the positions `masked` of each row."""
+    scored = masked if scored is None else scored
+    canvas = masked.shape[1]
+    hidden, rows = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
+    hidden[:, -canvas:], rows[:, -canvas:] = masked, scored
     full_targets = ids.clone()
-    full_targets[:, -masked.shape[1] :] = targets
-    logp = policy.logp_at(ids.masked_fill(rows, policy.mask_id), pad_lengths, rows, full_targets, temperature)
-    return torch.zeros(masked.shape, device=ids.device).masked_scatter(masked, logp)
+    full_targets[:, -canvas:] = targets
+    logp = policy.logp_at(ids.masked_fill(hidden, policy.mask_id), pad_lengths, rows, full_targets, temperature)
+    return logp.new_zeros(masked.shape).masked_scatter(scored, logp)
 
 
 def fully_masked_logp(
@@ -105,7 +136,16 @@ def fully_masked_logp(
     place[needed] = torch.arange(len(logits), device=ids.device)
     line = place[which][:, -canvas:][batch.valid]
     picked = logp[line, batch.ids[:, -canvas:][batch.valid]]
-    return torch.zeros(batch.valid.shape, device=ids.device).masked_scatter(batch.valid, picked)
+    return picked.new_zeros(batch.valid.shape).masked_scatter(batch.valid, picked)
+
+
+def _with_hidden_prompt(
+    ids: Int[Tensor, "B S"], hidden_prompt: Bool[Tensor, "B P"], batch: TrainBatch, mask_id: int
+) -> Int[Tensor, "B S"]:
+    width = ids.shape[1] - batch.canvas_length
+    # Leading columns may have been cut since the draw; they were padding, and prompts end at the right.
+    hidden = hidden_prompt[:, hidden_prompt.shape[1] - width :]
+    return torch.cat((ids[:, :width].masked_fill(hidden, mask_id), ids[:, width:]), dim=1)
 
 
 def _without_shared_padding(batch: TrainBatch) -> TrainBatch:

@@ -109,13 +109,36 @@ class Rollout(Section):
 
 
 class Estimator(Section):
-    name: Literal["coupled", "decoupled", "full_mask"] = Field(
-        default="coupled", description="how a completion's per-token log-probabilities are estimated"
+    name: Literal["coupled", "decoupled", "full_mask", "random_mask", "espo", "gdpo", "trajectory", "ar_order"] = Field(
+        default="coupled",
+        description="how a completion's log-probabilities are estimated; espo and gdpo score it as a whole, trajectory "
+        "replays the rollout's steps, ar_order needs one forward pass per canvas position",
+    )
+    weights: Literal["paper", "normalized", "antithetic", "unit"] = Field(
+        default="paper",
+        description="of coupled and decoupled: the published sum; the same summing to 1; the pairs alone with 1/t; "
+        "the pairs alone, each token once",
     )
     mask_ratio: tuple[Fraction, Fraction] = Field(
         default=(0.2, 0.8), description="range of t, symmetric about 1/2; the pair has ratios t and 1 - t"
     )
-    num_pairs: Positive = Field(default=1, description="mask pairs per inner iteration, λ")
+    draw: Literal["bernoulli", "exact_count"] = Field(
+        default="bernoulli",
+        description="of coupled, decoupled and random_mask: each token masked with probability t, or a share t of "
+        "them exactly (to whole tokens, at least one)",
+    )
+    num_pairs: Positive = Field(
+        default=1,
+        description="mask pairs per inner iteration, λ; espo: draws; random_mask: half its masks",
+    )
+    num_nodes: Positive = Field(default=3, description="of gdpo: mask ratios of the quadrature, one mask each")
+    shrink: Positive = Field(default=1, description="of trajectory: consecutive rollout steps replayed as one")
+    num_sampled_steps: int = Field(
+        default=0, ge=0, description="of trajectory: steps of a completion that are scored, drawn at random; 0: all"
+    )
+    prompt_mask_probability: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="share of the prompt's tokens hidden while scoring (d1: 0.15); 0 hides none"
+    )
     temperature: Annotated[float, Field(gt=0)] | None = Field(
         default=None,
         description="of the scored distribution; none takes rollout.temperature, which makes it the one sampled from",

@@ -35,7 +35,7 @@ from coupled.rl.progress import Progress
 from coupled.rl.recipe import Recipe
 from coupled.rl.rollout_log import write_rollouts
 from coupled.rl.rundir import RunDir, open_run_dir
-from coupled.rl.types import Anchor, Group, MaskPair, Prompt, Rollout, TrainBatch
+from coupled.rl.types import Anchor, Group, MaskDraw, Prompt, Rollout, TrainBatch
 
 
 class Run:
@@ -159,7 +159,7 @@ class Run:
         return collate(groups, advantages, self.policy)
 
     @torch.no_grad()
-    def anchor(self, batch: TrainBatch, masks: tuple[MaskPair, ...], *, is_first: bool) -> Anchor:
+    def anchor(self, batch: TrainBatch, masks: MaskDraw, *, is_first: bool) -> Anchor:
         """Scores under the rollout policy and the reference, before any weight moves.
 
         For the first update the rollout policy *is* the policy: its scores are taken from the update's own forward
@@ -173,7 +173,7 @@ class Run:
                     reference = self._scores(frozen, batch, masks)
         return Anchor(old=old, reference=reference)
 
-    def update(self, step: int, batch: TrainBatch, masks: tuple[MaskPair, ...], anchor: Anchor) -> None:
+    def update(self, step: int, batch: TrainBatch, masks: MaskDraw, anchor: Anchor) -> None:
         """One clipped optimizer step on the whole batch, in micro-batches whose gradients add up to the joint one."""
         recipe = self.recipe
         denominator = loss_denominator(batch.valid, recipe.loss.norm)
@@ -243,13 +243,12 @@ class Run:
             state = {"step": step}
             self.folder.commit(step, lambda to: write_checkpoint(to, self.policy, self._optimizer, state))
 
-    def _scores(self, policy: Policy, batch: TrainBatch, masks: tuple[MaskPair, ...]) -> torch.Tensor:
+    def _scores(self, policy: Policy, batch: TrainBatch, masks: MaskDraw) -> torch.Tensor:
         size = self.recipe.optimizer.micro_batch_size
         return torch.cat([self._estimate(policy, batch, masks, rows) for rows in micro_batches(len(batch), size)])
 
-    def _estimate(self, policy: Policy, batch: TrainBatch, masks: tuple[MaskPair, ...], rows: slice) -> torch.Tensor:
-        pairs = tuple(pair.rows(rows) for pair in masks)
-        return estimate_logp(policy, batch.rows(rows), pairs, self.recipe.estimator, self._temperature)
+    def _estimate(self, policy: Policy, batch: TrainBatch, masks: MaskDraw, rows: slice) -> torch.Tensor:
+        return estimate_logp(policy, batch.rows(rows), masks.rows(rows), self.recipe.estimator, self._temperature)
 
     def _judge(self, step: int, prompts: Sequence[Prompt], made: Sequence[Rollout]) -> list[Group]:
         size = self.recipe.rollout.group_size

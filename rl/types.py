@@ -8,6 +8,8 @@ group       the rollouts of one prompt; advantages are relative to it
 valid (V)   canvas positions of the completion: what is scored, masked and trained
 mask ratio  t, the expected share of V that is masked
 MaskPair    two masks over V: the ratio-t one and, for the coupled estimator, its complement in V
+view        the completion with some positions masked, and which of those are scored from it
+MaskDraw    the views that make one estimate of a completion's log-probabilities, and how they are summed
 policy      the model being trained; `old` is the policy that rolled out, `reference` what KL pulls towards
 """
 
@@ -17,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from coupled.reward import Task, Verdict
@@ -78,6 +81,8 @@ class TrainBatch:
     advantages: Float[Tensor, " B"]
     is_scored: Bool[Tensor, " B"]
     """False where the judge had no verdict: such rows carry no loss."""
+    commit_step: Int[Tensor, "B C"] | None = None
+    """The denoising step at which the sampler unmasked each position, -1 where it never did; None: not recorded."""
 
     @property
     def canvas_length(self) -> int:
@@ -95,6 +100,7 @@ class TrainBatch:
             valid=self.valid[index],
             advantages=self.advantages[index],
             is_scored=self.is_scored[index],
+            commit_step=None if self.commit_step is None else self.commit_step[index],
         )
 
 
@@ -117,6 +123,71 @@ class MaskPair:
 
     def rows(self, index: slice) -> MaskPair:
         return MaskPair(ratio=self.ratio[index], first=self.first[index], second=self.second[index])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class View:
+    """One masked input per row. It adds ℓ_k(hidden) / divisor to the score of each k in `scored`.
+
+    Example: the mask [1, 0, 0, 1] of ratio 0.5 hides and scores positions 0 and 3, and divides by 0.5.
+    """
+
+    hidden: Bool[Tensor, "B C"]
+    """MASK in the input; also positions beyond the end token, where the estimator says so."""
+    scored: Bool[Tensor, "B C"]
+    """Valid positions among the hidden ones."""
+    divisor: Float[Tensor, " B"]
+    """What the log-probabilities are divided by: where a token is scored by chance, the chance."""
+    is_shared: bool = False
+    """Completions of one prompt often have this input in common: each distinct one is computed once."""
+
+    @staticmethod
+    def of_mask(mask: Bool[Tensor, "B C"], divisor: Float[Tensor, " B"]) -> View:
+        """Hide and score the same positions."""
+        return View(hidden=mask, scored=mask, divisor=divisor)
+
+    @staticmethod
+    def fully_masked(valid: Bool[Tensor, "B C"]) -> View:
+        """Hide and score all valid positions."""
+        return View(hidden=valid, scored=valid, divisor=torch.ones(len(valid), device=valid.device), is_shared=True)
+
+    def rows(self, index: slice) -> View:
+        return View(
+            hidden=self.hidden[index],
+            scored=self.scored[index],
+            divisor=self.divisor[index],
+            is_shared=self.is_shared,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class MaskDraw:
+    """The views that make one estimate, drawn once and shared by old, reference and new.
+
+    Example: one coupled pair with the paper's weights has two forward passes, (full,) and (first, second), and total 2.
+    """
+
+    forwards: tuple[tuple[View, ...], ...]
+    """Views of one inner tuple are computed in one forward pass."""
+    total: int
+    """The sum over the views is divided by this."""
+    is_sequence: bool = False
+    """The estimate is of the completion as a whole, E; each of its L tokens is then given E/L."""
+    hidden_prompt: Bool[Tensor, "B P"] | None = None
+    """Prompt positions that are MASK in every view, padding included in the count; None: all are visible."""
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        return tuple(view for forward in self.forwards for view in forward)
+
+    def rows(self, index: slice) -> MaskDraw:
+        """The same record for some of its rows."""
+        return MaskDraw(
+            forwards=tuple(tuple(view.rows(index) for view in forward) for forward in self.forwards),
+            total=self.total,
+            is_sequence=self.is_sequence,
+            hidden_prompt=None if self.hidden_prompt is None else self.hidden_prompt[index],
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -11,13 +11,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("rl", "reward", "sandbox")
-FILES = {f"{package}/{p.name}": p for package in PACKAGES for p in sorted((ROOT / package).glob("*.py"))}
+FILES = {str(p.relative_to(ROOT)): p for package in PACKAGES for p in sorted((ROOT / package).rglob("*.py"))}
 EDGES = ("ray", "datasets", "peft", "pyarrow", "typer", "tensorboard")
 """Each of these is known to one file, so that it can be replaced, or be absent."""
 CORE = (
     "types",
     "keys",
     "shapes",
+    "estimators/__init__",
     "masking",
     "logprob",
     "advantage",
@@ -119,7 +120,7 @@ else:
     raise SystemExit("the blocker does not block")
 import importlib
 for name in {core!r}:
-    importlib.import_module("coupled.rl." + name)
+    importlib.import_module("coupled.rl." + name.removesuffix("/__init__"))
 import torch
 from coupled.rl.advantage import group_advantages
 print(group_advantages(torch.tensor([[0.0, 1.0]]), "mean").tolist())

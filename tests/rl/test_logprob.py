@@ -3,14 +3,14 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
+from enumerable import CANVAS, Toy, toy_batch
 from torch import Tensor
 from toys import MakePolicy, global_random_states, make_batch, plain_logits, row_parts
 
 from coupled.rl.batch import micro_batches
-from coupled.rl.families import Family
+from coupled.rl.estimators.coupled import draw_pairs, of_pairs
 from coupled.rl.logprob import estimate_logp, fully_masked_logp, masked_logp
 from coupled.rl.masking import draw_masks
 from coupled.rl.policy import Policy
@@ -44,6 +44,11 @@ def equation_4(policy: Policy, batch: TrainBatch, pairs: tuple[MaskPair, ...], p
     return scores
 
 
+def full_mask_logp(policy: Policy, batch: TrainBatch, post_eos: str = "kept") -> Tensor:
+    estimator = Estimator(name="full_mask", post_eos=post_eos)
+    return estimate_logp(policy, batch, draw_masks(batch, estimator, KEY), estimator)
+
+
 @pytest.mark.parametrize("post_eos", ["kept", "mask"])
 @pytest.mark.parametrize(
     ("name", "num_pairs"), [("coupled", 1), ("coupled", 2), ("decoupled", 1), ("decoupled", 2), ("full_mask", 1)]
@@ -55,9 +60,10 @@ def test_the_estimate_is_equation_4(
 ) -> None:
     policy, batch = tiny_policy(shift=shift), make_batch()
     estimator = Estimator(name=name, num_pairs=num_pairs, post_eos=post_eos)
-    pairs = draw_masks(batch, estimator, KEY)
+    pairs = () if name == "full_mask" else draw_pairs(batch, estimator, KEY)
     expected = equation_4(policy, batch, pairs, post_eos)
-    torch.testing.assert_close(estimate_logp(policy, batch, pairs, estimator), expected, atol=1e-4, rtol=1e-5)
+    scores = estimate_logp(policy, batch, draw_masks(batch, estimator, KEY), estimator)
+    torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-5)
     assert expected[batch.valid].max() < -0.1, "a score that is zero would compare nothing"
 
 
@@ -68,7 +74,7 @@ def test_where_the_context_does_not_matter_the_weights_add_up_as_documented(tiny
     for layer in policy.model.model.layers:
         layer.self_attn.o_proj.weight.zero_()
     policy.model.model.embed_tokens.weight[:] = policy.model.model.embed_tokens.weight[5].clone()
-    alone = estimate_logp(policy, batch, (), Estimator(name="full_mask"))
+    alone = full_mask_logp(policy, batch)
     for num_pairs, factor in ((1, 1.5), (2, 5 / 3), (3, 1.75)):
         estimator = Estimator(mask_ratio=(0.5, 0.5), num_pairs=num_pairs)
         scores = estimate_logp(policy, batch, draw_masks(batch, estimator, KEY), estimator)
@@ -84,8 +90,8 @@ def test_a_completion_scores_the_same_alone_and_padded_beside_a_longer_prompt(
 ) -> None:
     policy, batch = tiny_policy(shift=shift), make_batch([2, 9, 4], [6, 3, 5])
     estimator = Estimator(name=name, post_eos=post_eos)
-    pairs = draw_masks(batch, estimator, KEY)
-    together = estimate_logp(policy, batch, pairs, estimator)
+    draw = draw_masks(batch, estimator, KEY)
+    together = estimate_logp(policy, batch, draw, estimator)
     for i in range(3):
         row = slice(i, i + 1)
         cut = int(batch.pad_lengths[i])
@@ -97,9 +103,9 @@ def test_a_completion_scores_the_same_alone_and_padded_beside_a_longer_prompt(
             advantages=batch.advantages[row],
             is_scored=batch.is_scored[row],
         )
-        scores = estimate_logp(policy, alone, tuple(p.rows(row) for p in pairs), estimator)
+        scores = estimate_logp(policy, alone, draw.rows(row), estimator)
         torch.testing.assert_close(scores, together[row], atol=1e-5, rtol=1e-5)
-        padded = estimate_logp(policy, batch.rows(row), tuple(p.rows(row) for p in pairs), estimator)
+        padded = estimate_logp(policy, batch.rows(row), draw.rows(row), estimator)
         torch.testing.assert_close(padded, together[row], atol=1e-5, rtol=1e-5)
 
 
@@ -175,9 +181,9 @@ def test_only_equal_inputs_share_their_fully_masked_pass(
     policy = tiny_policy()
     batch = make_batch([4] * 4, [6, 5, 6, 3], shared_prompt=True)
     seen = spy_on_rows(policy, monkeypatch)
-    estimate_logp(policy, batch, (), Estimator(name="full_mask", post_eos="kept"))
+    full_mask_logp(policy, batch, "kept")
     assert seen == [3], "rows 0 and 2 are full; rows 1 and 3 keep different tails"
-    estimate_logp(policy, batch, (), Estimator(name="full_mask", post_eos="mask"))
+    full_mask_logp(policy, batch, "mask")
     assert seen == [3, 1]
 
 
@@ -196,7 +202,7 @@ def test_equal_token_ids_with_different_padding_are_different_inputs(tiny_policy
         advantages=plain.advantages,
         is_scored=plain.is_scored,
     )
-    scores = estimate_logp(policy, batch, (), Estimator(name="full_mask"))
+    scores = full_mask_logp(policy, batch)
     torch.testing.assert_close(scores, equation_4(policy, batch, (), "kept"), atol=1e-5, rtol=1e-5)
 
 
@@ -216,12 +222,12 @@ def test_mask_and_unnamed_head_rows_have_probability_zero(tiny_policy: MakePolic
 
 def test_the_estimate_differentiates_through_every_term(tiny_policy: MakePolicy) -> None:
     policy, batch, estimator = tiny_policy(), make_batch(), Estimator()
-    pairs = draw_masks(batch, estimator, KEY)
+    draw = draw_masks(batch, estimator, KEY)
     weights = torch.randn(batch.valid.shape, generator=torch.Generator().manual_seed(0))
-    (estimate_logp(policy, batch, pairs, estimator) * weights).sum().backward()
+    (estimate_logp(policy, batch, draw, estimator) * weights).sum().backward()
     gradient = policy.model.lm_head.weight.grad.clone()
     policy.model.zero_grad()
-    (equation_4(policy, batch, pairs, "kept") * weights).sum().backward()
+    (equation_4(policy, batch, draw_pairs(batch, estimator, KEY), "kept") * weights).sum().backward()
     torch.testing.assert_close(gradient, policy.model.lm_head.weight.grad, atol=1e-3, rtol=1e-3)
 
 
@@ -232,43 +238,7 @@ def test_estimating_leaves_every_global_generator_untouched(tiny_policy: MakePol
     assert global_random_states() == before
 
 
-# --- an enumerable toy: 4 positions, 3 words, one random table of logits per state of the canvas ---------------------
-
-CANVAS, WORDS, TOY_MASK = 4, 3, 3
-
-
-class Toy(Policy):
-    """Logits looked up by the whole canvas: any dependence on the visible tokens that can be."""
-
-    def __init__(self, seed: int = 0) -> None:
-        self.family = Family(name="toy", model_type="none", shift=0)
-        self.mask_id = TOY_MASK
-        self.tokenizer: Any = range(WORDS + 1)
-        stream = np.random.default_rng(seed)
-        self.table = torch.from_numpy(stream.normal(size=((WORDS + 1) ** CANVAS, CANVAS, WORDS + 1))).float()
-        self.num_rows = 0
-
-    def logits_at(self, ids: Tensor, pad_lengths: Tensor, rows: Tensor) -> Tensor:
-        self.num_rows += len(ids)
-        state = (ids[:, -CANVAS:] * (WORDS + 1) ** torch.arange(CANVAS)).sum(-1)
-        return self.table[state][rows[:, -CANVAS:]]
-
-    def exact(self, words: tuple[int, ...], masked: tuple[int, ...], k: int) -> float:
-        """ℓ_k(M), in numpy."""
-        state = sum((TOY_MASK if i in masked else w) * (WORDS + 1) ** i for i, w in enumerate(words))
-        logits = self.table[state, k, :WORDS].double().numpy()
-        return float(logits[words[k]] - np.log(np.exp(logits).sum()))
-
-
-def toy_batch(words: tuple[int, ...], size: int) -> TrainBatch:
-    return TrainBatch(
-        uids=tuple(f"toy-{i}" for i in range(size)),
-        ids=torch.tensor([[0, *words]]).repeat(size, 1),
-        pad_lengths=torch.zeros(size, dtype=torch.int64),
-        valid=torch.ones((size, CANVAS), dtype=torch.bool),
-        advantages=torch.zeros(size),
-        is_scored=torch.ones(size, dtype=torch.bool),
-    )
+# --- the enumerable toy
 
 
 def others(k: int) -> list[tuple[int, ...]]:
@@ -285,7 +255,7 @@ def test_the_weight_1_over_t_makes_each_term_the_mean_over_masks_that_hold_the_t
     batch = toy_batch(words, len(masks))
     first = torch.tensor(masks)
     pair = MaskPair.complementary(torch.full((len(masks),), t), first, batch.valid)
-    scores = estimate_logp(toy, batch, (pair,), Estimator())
+    scores = estimate_logp(toy, batch, of_pairs((pair,), batch, "paper"), Estimator())
     probability = torch.tensor([t ** sum(m) * (1 - t) ** (CANVAS - sum(m)) for m in masks])
     mean = (scores * probability[:, None]).sum(0)
     for k in range(CANVAS):
@@ -317,11 +287,11 @@ def test_coupled_masks_vary_less_than_decoupled_ones_at_the_same_number_of_forwa
 @torch.no_grad()
 def test_the_temperature_divides_the_logits_of_every_term(tiny_policy: MakePolicy) -> None:
     policy, batch, estimator = tiny_policy(shift=1), make_batch(), Estimator()
-    pairs = draw_masks(batch, estimator, KEY)
-    hot = estimate_logp(policy, batch, pairs, estimator, temperature=2.0)
-    assert not torch.allclose(hot, estimate_logp(policy, batch, pairs, estimator))
+    draw = draw_masks(batch, estimator, KEY)
+    hot = estimate_logp(policy, batch, draw, estimator, temperature=2.0)
+    assert not torch.allclose(hot, estimate_logp(policy, batch, draw, estimator))
     head: Any = policy.model.lm_head
     weight = head.weight.clone()
     head.weight.div_(2.0)
-    torch.testing.assert_close(hot, estimate_logp(policy, batch, pairs, estimator))
+    torch.testing.assert_close(hot, estimate_logp(policy, batch, draw, estimator))
     head.weight.copy_(weight)

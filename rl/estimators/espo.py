@@ -1,0 +1,46 @@
+"""The sequence-level ELBO [ESPO]: one score for a completion, from a mask of x positions and its complement.
+
+    E = ½ · [ (L+1)/x · Σ_{k∈M} ℓ_k(M) + (L+1)/(L-x) · Σ_{k∈V∖M} ℓ_k(V∖M) ],   x ~ U{0 … L}, |M| = x
+
+averaged over λ = `num_pairs` draws. A half whose mask is empty counts 0, and L+1 rather than L in the weight makes up
+for it: each half is an unbiased estimate of the ELBO, and with L = |V| finite its variance is finite too.
+
+The ratio is that of the length-normalised scores, exp((E - E_old)/L), one for all tokens of a completion.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from coupled.rl.estimators.subsets import exact_count, stack
+from coupled.rl.keys import Key, generator
+from coupled.rl.recipe import Estimator
+from coupled.rl.shapes import Bool
+from coupled.rl.types import MaskDraw, TrainBatch, View
+
+
+def draw(batch: TrainBatch, config: Estimator, key: tuple[Key, ...]) -> MaskDraw:
+    """λ masks with their complements; `mask_ratio`, `weights` and `draw` play no part."""
+    forwards = tuple(halves(_draw_mask(batch, (*key, pair)), batch.valid) for pair in range(config.num_pairs))
+    return MaskDraw(forwards=forwards, total=2 * config.num_pairs, is_sequence=True)
+
+
+def halves(mask: Bool[Tensor, "B C"], valid: Bool[Tensor, "B C"]) -> tuple[View, View]:
+    """M and V∖M, divided by x/(L+1) and (L-x)/(L+1): the chance that a token is in a mask that is not empty."""
+    return _half(mask & valid, valid), _half(valid & ~mask, valid)
+
+
+def _half(mask: Bool[Tensor, "B C"], valid: Bool[Tensor, "B C"]) -> View:
+    size, length = mask.sum(-1).double(), valid.sum(-1)
+    # An empty half divides nothing; 1 keeps 0/0 away.
+    return View.of_mask(mask, torch.where(size > 0, size / (length + 1), 1.0))
+
+
+def _draw_mask(batch: TrainBatch, key: tuple[Key, ...]) -> Bool[Tensor, "B C"]:
+    masks = []
+    for uid, valid in zip(batch.uids, batch.valid.cpu().numpy(), strict=True):
+        stream = generator(*key, uid)
+        size = int(stream.integers(0, int(valid.sum()) + 1))
+        masks.append(exact_count(stream.random(batch.canvas_length), size, valid))
+    return stack(masks, batch.valid)
