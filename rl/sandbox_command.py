@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +99,7 @@ class Trial:
         rows, replies = self.rows(), self.replies()
         if replies:
             table.add_column("gave", overflow="fold")
-        for (text, passed), reply in zip_longest(rows, replies[: len(rows)], fillvalue=""):
+        for (text, passed), reply in zip(rows, replies + [""] * len(rows), strict=False):
             mark = Text("—") if passed is None else Text("pass", "green") if passed else Text("FAIL", "bold red")
             table.add_row(mark, *(Text(_printable(part)[:400]) for part in (text, reply)[: len(table.columns) - 1]))
         run, judgement = self.execution, self.judgement
