@@ -95,6 +95,8 @@ class Scorer:
             status=judgement.status if judgement else Status.OK,
             passed=judgement.passed if judgement else 0,
             total=judgement.total if judgement else 0,
+            per_test=judgement.per_test if judgement else (),
             outcome=judgement.outcome if judgement else "not_run",
             tier=judgement.tier if judgement else "",
+            detail=judgement.detail if judgement else "",
         )

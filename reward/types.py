@@ -151,10 +151,14 @@ class Verdict:
     """Hidden tests passed; 0 when no function asked for the tests."""
     total: int = 0
     """Hidden tests judged; 0 for INFRA and when no function asked for the tests."""
+    per_test: tuple[bool, ...] = ()
+    """As in `Judgement`; empty when no function asked for the tests."""
     outcome: str = "not_run"
     """As in `Judgement`; `not_run` when no function asked for the tests."""
     tier: str = ""
     """As in `Judgement`: T0, T1 or T2, which is weak; empty when nothing was run."""
+    detail: str = ""
+    """As in `Judgement`: one line for people; untrusted where the program caused it."""
 
 
 def stdio_test(stdin: str, stdout: str) -> str:

@@ -1,4 +1,4 @@
-"""The command line: train, eval, sample, sandbox run, doctor, schema."""
+"""The command line: train, eval, sample, report, sandbox run, doctor, schema."""
 
 from __future__ import annotations
 
@@ -92,6 +92,19 @@ def sample(
             console.print(text, markup=False, highlight=False)
     console.print("[dim]── completion ──[/dim]")
     console.print(rollout.text, markup=False, highlight=False)
+
+
+@app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    compare: Annotated[Path | None, typer.Option(help="another run folder, shown in the same plots")] = None,
+    out: Annotated[Path | None, typer.Option(help="file to write; default: report.html in the run folder")] = None,
+    rollouts: Annotated[int, typer.Option(help="rollouts shown at most, sampled over the steps", min=1)] = 300,
+) -> None:
+    """One self-contained HTML page of a run: held-out results, curves, rollouts, what was run."""
+    from coupled.rl.report import write_report
+
+    console.print(f"report: {write_report(run, compare, out, num_rollouts=rollouts)}")
 
 
 @sandbox_app.command(name="run")

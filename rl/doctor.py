@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import shutil
@@ -11,19 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from coupled.rl.environment import PACKAGES, installed_version, usable_cores
 from coupled.sandbox import Isolation, SandboxUnavailable, open_executor, self_check
 
-PACKAGES = (
-    "torch",
-    "transformers",
-    "peft",
-    "safetensors",
-    "numpy",
-    "pydantic",
-    "datasets",
-    "ray",
-    "tensorboard",
-)
 MIN_SHM_GIB = 1.0
 MIN_DISK_GIB = 2.0
 
@@ -58,9 +47,9 @@ def _python() -> Finding:
 def _packages() -> list[Finding]:
     findings = []
     for name in PACKAGES:
-        try:
-            findings.append(Finding(name=name, is_good=True, detail=importlib.metadata.version(name)))
-        except importlib.metadata.PackageNotFoundError:
+        if version := installed_version(name):
+            findings.append(Finding(name=name, is_good=True, detail=version))
+        else:
             findings.append(
                 Finding(
                     name=name,
@@ -74,10 +63,8 @@ def _packages() -> list[Finding]:
 
 
 def _processor() -> Finding:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Finding(
-        name="processor", is_good=True, detail=f"{usable} cores usable, torch uses {torch.get_num_threads()}"
-    )
+    used = torch.get_num_threads()
+    return Finding(name="processor", is_good=True, detail=f"{usable_cores()} cores usable, torch uses {used}")
 
 
 def _gpu() -> Finding:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Sequence
 
@@ -31,6 +32,7 @@ class StepMetrics:
         self._seconds: dict[str, float] = defaultdict(float)
         self._updates: list[dict[str, float]] = []
         self._tokens = 0
+        self._started = time.perf_counter()
 
     def add_seconds(self, part: str, seconds: float) -> None:
         """Wall-clock time of a part of the step."""
@@ -103,6 +105,8 @@ class StepMetrics:
         row |= {f"time/{part}_seconds": seconds for part, seconds in self._seconds.items()}
         total = sum(self._seconds.values())
         row["time/step_seconds"] = total
+        # In none of the parts: collating, logging. Evaluations and checkpoints come after the row.
+        row["time/other_seconds"] = max(0.0, time.perf_counter() - self._started - total)
         row["tokens_per_second"] = self._tokens / total if total else 0.0  # completion tokens trained on
         if torch.cuda.is_available():
             row["memory/gpu_peak_mb"] = torch.cuda.max_memory_allocated() / 2**20

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from coupled.rl.types import Group, Rollout
+
+NUM_TESTS = 100
+"""So many tests of a task are written with their text; the verdict on each test is always written."""
+TEST_LENGTH = 400
+"""Characters of a test's text that are written: the inputs of some benchmarks are megabytes."""
+BATCH_ROWS = 1024
 
 
 def write_rollouts(run: Path, step: int, made: Sequence[Group] | Sequence[Rollout]) -> Path:
@@ -26,6 +33,35 @@ def write_rollouts(run: Path, step: int, made: Sequence[Group] | Sequence[Rollou
     pq.write_table(pa.Table.from_pylist(rows), partial)
     partial.rename(path)
     return path
+
+
+def rollout_files(run: Path) -> dict[int, Path]:
+    """Step → the file of its scored rollouts, in order."""
+    found = [p for p in (run / "rollouts").glob("step_*.parquet") if p.name.count(".") == 1]
+    return dict(sorted((int(p.stem.removeprefix("step_")), p) for p in found))
+
+
+def num_rollouts(path: Path) -> int:
+    """Rows of a file, from its footer alone."""
+    import pyarrow.parquet as pq
+
+    return int(pq.read_metadata(path).num_rows)
+
+
+def read_rollouts(path: Path, rows: Sequence[int]) -> list[dict[str, Any]]:
+    """Some rows of a file, in its order, whatever its size: no more than a batch is in memory.
+
+    Example: `read_rollouts(path, [0, 5])`. A file of an earlier version may lack columns.
+    """
+    import pyarrow.parquet as pq
+
+    wanted, found, start = sorted(rows), [], 0
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(batch_size=BATCH_ROWS):
+            here = [row - start for row in wanted if start <= row < start + batch.num_rows]
+            found += batch.take(here).to_pylist() if here else []
+            start += batch.num_rows
+    return found
 
 
 def _row(rollout: Rollout) -> dict[str, object]:
@@ -53,7 +89,10 @@ def _verdict_row(group: Group, index: int) -> dict[str, object]:
         "status": str(verdict.status),
         "outcome": verdict.outcome,
         "tier": verdict.tier,
+        "detail": verdict.detail,
         "passed": verdict.passed,
         "total": verdict.total,
+        "tests": [text[:TEST_LENGTH] for text in group.prompt.task.hidden_tests[:NUM_TESTS]],
+        "per_test": list(verdict.per_test),
         "rewards": [{"name": name, "value": value} for name, value in sorted(verdict.parts.items())],
     }

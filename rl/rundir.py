@@ -1,6 +1,7 @@
 """The run folder: what is kept, and how a crash loses at most the step under way.
 
 recipe.yaml            the resolved recipe
+environment.jsonl      commit, command, machine and versions: one row per start or resumption
 metrics.jsonl          one row per step, appended after the step is committed
 rollouts/*.parquet     every completion with its verdict
 checkpoints/step_N/    weights, tokenizer, optimizer, state.json; appears by one rename or not at all
@@ -20,10 +21,12 @@ from typing import Any
 
 import yaml
 
+from coupled.rl.environment import describe_environment
 from coupled.rl.errors import CheckpointError
 from coupled.rl.recipe import Recipe, dump_recipe, validate
 
 COMMITTED = re.compile(r"step_(\d+)$")
+ENVIRONMENT = "environment.jsonl"
 MAY_CHANGE = ("num_threads", "checkpoint", "output_dir")
 """Recipe fields that may differ between a run and its resumption."""
 
@@ -133,6 +136,7 @@ def open_run_dir(recipe: Recipe, resume: str = "never") -> RunDir:
             raise CheckpointError(f"resume={resume}: that folder holds no recipe.yaml, so it is not a run")
     if chosen is not None:
         _refuse_other_recipe(chosen, recipe)
+        _record_environment(chosen)
         return RunDir(chosen, keep=recipe.checkpoint.keep)
     number = 1 + (int(earlier[-1].name[len(recipe.name) + 1 :]) if earlier else 0)
     while True:
@@ -143,6 +147,7 @@ def open_run_dir(recipe: Recipe, resume: str = "never") -> RunDir:
         except FileExistsError:  # another run took the number in the same moment
             number += 1
     atomic_write(path / "recipe.yaml", dump_recipe(recipe))
+    _record_environment(path)
     return RunDir(path, keep=recipe.checkpoint.keep)
 
 
@@ -169,6 +174,14 @@ def atomic_write(path: Path, text: str) -> None:
     partial.write_text(text)
     _sync(partial)
     partial.rename(path)
+
+
+def _record_environment(run: Path) -> None:
+    latest = committed_checkpoints(run / "checkpoints")
+    step = int(latest[-1].name.removeprefix("step_")) if latest else 0
+    path = run / ENVIRONMENT
+    rows = [*(read_rows(path) if path.is_file() else []), {"step": step, **describe_environment()}]
+    atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _refuse_other_recipe(run: Path, recipe: Recipe) -> None:

@@ -1,0 +1,330 @@
+"""What a run folder tells a report: recipe, environment, metrics, held-out results, and a sample of its rollouts."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from coupled.reward import extract
+from coupled.rl.errors import DataError, nearest
+from coupled.rl.evaluate import Evaluation
+from coupled.rl.keys import generator
+from coupled.rl.rollout_log import num_rollouts, read_rollouts, rollout_files
+from coupled.rl.rundir import ENVIRONMENT, committed_checkpoints
+
+NUM_SAMPLED_STEPS = 20
+"""Rollouts are shown of so many steps at most, evenly spaced, the first and the last among them."""
+MAX_SAMPLE_BYTES = 4_000_000
+"""The sampled rollouts of a page take no more, whatever their length."""
+MAX_TEXT = 20_000
+"""Characters of a completion, a program or a prompt that are shown."""
+MAX_CANVAS = 2048
+"""Tokens of a canvas that are replayed."""
+NUM_FOR_ORDER = 512
+"""Rollouts of a step that its order of denoising is averaged over."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """A run folder as it was read. `notes` are what a reader must know before trusting its numbers."""
+
+    path: Path
+    recipe: Mapping[str, Any]
+    recipe_text: str
+    environment: tuple[Mapping[str, Any], ...]
+    """One row per start or resumption; empty for runs of earlier versions."""
+    metrics: tuple[Mapping[str, Any], ...]
+    evaluations: tuple[Evaluation, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that are finished."""
+        return int(self.metrics[-1]["step"])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """Some rollouts as plain values, ready to be written as JSON, and what they were taken from."""
+
+    rollouts: tuple[Mapping[str, Any], ...]
+    tasks: Mapping[str, Mapping[str, Any]]
+    """uid → prompt and tests, which rollouts share."""
+    vocabulary: tuple[str, ...]
+    """Texts of the tokens that occur; rollouts hold indices into it. Empty without a tokenizer."""
+    num_total: int
+    """Rollouts that the run keeps."""
+    num_steps: int
+    """Steps that the sample is of."""
+
+
+def read_run(path: Path) -> RunRecord:
+    """Read a run folder; lines that a crash or an editor damaged are left out and noted.
+
+    Raises:
+        CoupledError: no such folder, not a run, or not one finished step.
+    """
+    if not path.is_dir():
+        parent = path.parent
+        runs = [p.name for p in parent.iterdir() if (p / "recipe.yaml").is_file()] if parent.is_dir() else []
+        raise DataError(f"no run folder at {path}" + (f"; {nearest(path.name, runs)}" if runs else ""))
+    if not (path / "recipe.yaml").is_file():
+        hint = "; it is a checkpoint: name the run folder that holds it" if (path / "config.json").is_file() else ""
+        raise DataError(f"{path} holds no recipe.yaml, so it is not a run folder{hint}")
+    notes: list[str] = []
+    metrics = [row for row in _rows(path, "metrics.jsonl", notes) if isinstance(row.get("step"), int)]
+    if not metrics:
+        raise DataError(
+            f"{path} has no finished step, so there is nothing to report. Continue the run with resume={path}"
+        )
+    text = (path / "recipe.yaml").read_text(encoding="utf-8")
+    recipe = yaml.safe_load(text)
+    if not isinstance(recipe, dict):
+        raise DataError(f"{path / 'recipe.yaml'} holds no mapping of settings; it was changed after the run")
+    evaluations = _evaluations(_rows(path, "evaluation.jsonl", notes), notes)
+    environment = tuple(_rows(path, ENVIRONMENT, notes))
+    notes = [*_doubts(recipe, metrics, evaluations, environment), *notes]
+    return RunRecord(
+        path=path.resolve(),
+        recipe=recipe,
+        recipe_text=text,
+        environment=environment,
+        metrics=tuple(metrics),
+        evaluations=evaluations,
+        notes=tuple(notes),
+    )
+
+
+def sample_rollouts(run: RunRecord, limit: int, max_bytes: int = MAX_SAMPLE_BYTES) -> Sample:
+    """A uniform sample of each of at most `NUM_SAMPLED_STEPS` steps, the same whenever it is drawn.
+
+    Only the files of these steps are read, in batches.
+    """
+    files = rollout_files(run.path)
+    steps = spread(sorted(files), NUM_SAMPLED_STEPS)
+    sizes = {step: num_rollouts(path) for step, path in files.items()}
+    tokenizer = _tokenizer(run)
+    found: list[dict[str, Any]] = []
+    for place, step in enumerate(steps):
+        quota = limit * (place + 1) // len(steps) - limit * place // len(steps)
+        order = generator("report", step, sizes[step]).permutation(sizes[step])
+        found += [{"step": step, **row} for row in read_rollouts(files[step], order[:quota].tolist())]
+    shown: dict[int, dict[str, Any]] = {}
+    tasks: dict[str, dict[str, Any]] = {}
+    num_bytes = 0
+    # Whole rollouts are left out when the page would be too large, whichever chance names: the sample stays uniform.
+    for i in generator("report", "bytes", len(found)).permutation(len(found)).tolist():
+        item, task = _rollout(found[i], has_tokens=tokenizer is not None), _task(found[i])
+        is_new = item["task"] not in tasks
+        num_bytes += len(json.dumps(item)) + (len(json.dumps(task)) if is_new else 0)
+        if num_bytes > max_bytes and shown:
+            break
+        shown[i] = item
+        tasks.setdefault(item["task"], task)
+    rollouts = [shown[i] for i in sorted(shown)]
+    vocabulary = _index_tokens(rollouts, tokenizer) if tokenizer is not None else ()
+    return Sample(
+        rollouts=tuple(rollouts),
+        tasks=tasks,
+        vocabulary=vocabulary,
+        num_total=sum(sizes.values()),
+        num_steps=len({item["step"] for item in rollouts}),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DenoisingOrder:
+    """Of a step: when, and with which entropy, each canvas position was committed, averaged over rollouts."""
+
+    step: int
+    num_rollouts: int
+    commit_share: tuple[float, ...]
+    """Commit step over the last one, in [0, 1]; NaN where no completion has the position."""
+    entropy: tuple[float, ...]
+    """Nats."""
+
+
+def denoising_orders(run: RunRecord) -> list[DenoisingOrder]:
+    """Of the first and the last step that has rollouts. Positions after the end token are left out."""
+    files = rollout_files(run.path)
+    ends = sorted({min(files), max(files)}) if files else []
+    orders = (_order(step, read_rollouts(files[step], range(min(num_rollouts(files[step]), NUM_FOR_ORDER)))) for step in ends)
+    return [order for order in orders if order is not None]
+
+
+def spread(values: Sequence[int], limit: int) -> list[int]:
+    """At most `limit` of them, evenly spaced, both ends included. Example: `spread([1, 2, 3, 4, 5], 3)` is [1, 3, 5]."""
+    if len(values) <= limit:
+        return list(values)
+    return [values[round(i * (len(values) - 1) / (limit - 1))] for i in range(limit)]
+
+
+def _order(step: int, rows: Sequence[Mapping[str, Any]]) -> DenoisingOrder | None:
+    shares: dict[int, list[float]] = defaultdict(list)
+    entropies: dict[int, list[float]] = defaultdict(list)
+    for row in rows:
+        last = max(row["commit_step"], default=0)
+        for k, at in enumerate(row["commit_step"][: row["completion_length"]]):
+            if at >= 0 and last > 0:
+                shares[k].append(at / last)
+                entropies[k].append(row["commit_entropy"][k])
+    if not shares:
+        return None
+
+    def means(found: Mapping[int, list[float]]) -> tuple[float, ...]:
+        # The mean over fewer than a tenth of the rollouts is of a few long completions.
+        enough = max(1, len(rows) // 10)
+        length = max(found) + 1
+        return tuple(
+            sum(found[k]) / len(found[k]) if len(found.get(k, ())) >= enough else math.nan for k in range(length)
+        )
+
+    return DenoisingOrder(step=step, num_rollouts=len(rows), commit_share=means(shares), entropy=means(entropies))
+
+
+def _rows(run: Path, file: str, notes: list[str]) -> list[dict[str, Any]]:
+    path = run / file
+    if not path.is_file():
+        return []
+    rows, damaged = [], 0
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for line in lines[:-1]:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict):
+            rows.append(row)
+        else:
+            damaged += 1
+    damaged += bool(lines[-1])  # without its newline, a number may have been cut, too
+    if damaged:
+        notes.append(f"{damaged} damaged line{'s' * (damaged > 1)} of {file} left out: a crash cut it, or it was edited.")
+    return rows
+
+
+def _evaluations(rows: Sequence[dict[str, Any]], notes: list[str]) -> tuple[Evaluation, ...]:
+    found: dict[int, Evaluation] = {}
+    for row in rows:
+        try:
+            evaluation = Evaluation.from_row(row)
+        except (KeyError, TypeError, AssertionError):
+            notes.append("A row of evaluation.jsonl is not of this version's form and is left out.")
+            continue
+        found.setdefault(evaluation.step, evaluation)
+    return tuple(found[step] for step in sorted(found))
+
+
+def _doubts(
+    recipe: Mapping[str, Any],
+    metrics: Sequence[Mapping[str, Any]],
+    evaluations: Sequence[Evaluation],
+    environment: Sequence[Mapping[str, Any]],
+) -> list[str]:
+    """What lessens the trust in a run's numbers."""
+    notes = []
+    done, planned = metrics[-1]["step"], recipe.get("num_steps")
+    if isinstance(planned, int) and done < planned:
+        notes.append(f"Not finished: {done} of {planned} steps.")
+    if recipe.get("stage") == "rl" and len({e.step for e in evaluations}) < 2:
+        notes.append("No held-out results of before and after: what is shown of the reward is of training prompts.")
+    if len(steps := [e["step"] for e in environment[1:] if isinstance(e.get("step"), int)]) > 0:
+        notes.append(f"Resumed after step {', '.join(str(step) for step in steps)}.")
+    if len(commits := {str(e.get("commit")) for e in environment}) > 1:
+        notes.append(f"Done with {len(commits)} different commits.")
+    if any(e.get("has_uncommitted") for e in environment):
+        notes.append("The source differed from its commit.")
+    if unscored := sum(_number(row, "unscored") for row in metrics):
+        notes.append(f"{unscored:.0f} completions got no verdict and were left out of training.")
+    weak = [row for row in metrics if _number(row, "weak_verdicts") > 0]
+    if weak:
+        notes.append(f"In {len(weak)} steps some programs were judged by tests that they could have forged (T2).")
+    return notes
+
+
+def _number(row: Mapping[str, Any], name: str) -> float:
+    value = row.get(name, 0.0)
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0.0
+
+
+def _tokenizer(run: RunRecord) -> Any:
+    """The run's tokenizer: of its newest checkpoint, else of the checkpoint it began with; None when both are gone."""
+    from coupled.rl.policy import load_tokenizer
+
+    model = run.recipe.get("model")
+    began = [Path(str(model.get("path")))] if isinstance(model, dict) else []
+    for folder in (*reversed(committed_checkpoints(run.path / "checkpoints")), *began):
+        if (folder / "tokenizer.json").is_file() or (folder / "tokenizer_config.json").is_file():
+            try:
+                return load_tokenizer(folder)
+            except (OSError, ValueError):
+                continue
+    return None
+
+
+def _rollout(row: Mapping[str, Any], *, has_tokens: bool) -> dict[str, Any]:
+    text = str(row["completion"])
+    code = extract(text).code
+    item: dict[str, Any] = {
+        "step": row["step"],
+        "uid": row["uid"],
+        "task": row["task"],
+        "state": _state(row),
+        "outcome": row["outcome"],
+        "detail": str(row.get("detail") or "")[:MAX_TEXT],
+        "passed": row["passed"],
+        "total": row["total"],
+        "per_test": [int(passed) for passed in row.get("per_test") or ()],
+        "score": _finite(row["score"]),
+        "rewards": {part["name"]: _finite(part["value"]) for part in row["rewards"]},
+        "finish": row["finish_reason"],
+        "length": row["completion_length"],
+        "forwards": row["num_forwards"],
+        "text": text[:MAX_TEXT],
+        "code": None if code is None else code[:MAX_TEXT],
+        "is_cut": len(text) > MAX_TEXT or len(row["canvas_ids"]) > MAX_CANVAS,
+    }
+    if has_tokens:
+        item |= {
+            "ids": row["canvas_ids"][:MAX_CANVAS],
+            "at": row["commit_step"][:MAX_CANVAS],
+            "logp": [_finite(value) for value in row["commit_logp"][:MAX_CANVAS]],
+            "entropy": [_finite(value) for value in row["commit_entropy"][:MAX_CANVAS]],
+        }
+    return item
+
+
+def _state(row: Mapping[str, Any]) -> str:
+    """`passed` all tests, `failed` one, or `unjudged`: no tests were run, or the sandbox failed."""
+    if row["status"] == "infra" or not row["total"]:
+        return "unjudged"
+    return "passed" if row["passed"] == row["total"] else "failed"
+
+
+def _task(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {"prompt": str(row["prompt"])[:MAX_TEXT], "tests": list(row.get("tests") or ())}
+
+
+def _index_tokens(rollouts: Sequence[dict[str, Any]], tokenizer: Any) -> tuple[str, ...]:
+    """Replace token ids by indices into the texts that are returned, in place."""
+    known = sorted({token for item in rollouts for token in item["ids"]})
+    index = {token: place for place, token in enumerate(known)}
+    for item in rollouts:
+        item["ids"] = [index[token] for token in item["ids"]]
+    return tuple(tokenizer.decode([token], skip_special_tokens=False) for token in known)
+
+
+def _finite(value: float | None) -> float | None:
+    return round(value, 4) if value is not None and math.isfinite(value) else None
+
