@@ -55,7 +55,8 @@ def read_rollouts(path: Path, rows: Sequence[int]) -> list[dict[str, Any]]:
     """
     import pyarrow.parquet as pq
 
-    wanted, found, start = sorted(rows), [], 0
+    wanted, start = sorted(rows), 0
+    found: list[dict[str, Any]] = []
     with pq.ParquetFile(path) as file:
         for batch in file.iter_batches(batch_size=BATCH_ROWS):
             here = [row - start for row in wanted if start <= row < start + batch.num_rows]

@@ -18,7 +18,7 @@ NUM_SERIES = 6
 """Colours that the page's style has; further series repeat them."""
 NUM_POINTS = 300
 """A longer series is drawn as means of neighbouring steps."""
-SIZE = (4.6, 2.25)
+SIZE = (3.8, 1.95)
 """Inches of a plot; the page scales it to its column."""
 _INK, _LINE, _SERIES = "#010201", "#010202", "#01030{}"
 _THEME = {_INK: "var(--ink-2)", _LINE: "var(--line)"} | {
@@ -55,7 +55,7 @@ class Drawing:
 def require_matplotlib() -> None:
     """Raise CoupledError, which names the command, where the extra `report` is not installed."""
     try:
-        import jinja2
+        import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
     except ImportError as error:
         raise CoupledError(
@@ -63,13 +63,15 @@ def require_matplotlib() -> None:
         ) from error
 
 
-def draw(series: Sequence[Series], *, x_label: str = "step", is_stacked: bool = False, from_zero: bool = False) -> Drawing:
+def draw(
+    series: Sequence[Series], *, x_label: str = "step", is_stacked: bool = False, from_zero: bool = False
+) -> Drawing:
     """Lines over x, or with `is_stacked` areas on top of each other, whose x must be equal."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    style = {
+    style: Any = {
         "svg.fonttype": "none",
         "svg.hashsalt": "/".join(line.name for line in series),
         "font.size": 8,
@@ -82,10 +84,10 @@ def draw(series: Sequence[Series], *, x_label: str = "step", is_stacked: bool = 
     }
     with matplotlib.rc_context(style):
         figure = Figure(figsize=SIZE)
-        axes: Any = figure.add_axes((0.115, 0.19, 0.865, 0.74))
+        axes: Any = figure.add_axes((0.125, 0.2, 0.855, 0.74))
         if is_stacked:
-            colours = [_colour(line) for line in series]
-            axes.stackplot(series[0].x, [_zeros_for_gaps(line.y) for line in series], colors=colours, linewidth=0)
+            heights = [_zeros_for_gaps(line.y) for line in series]
+            axes.stackplot(series[0].x, heights, colors=[_colour(line) for line in series], linewidth=0)
         else:
             for line in series:
                 _plot(axes, line)
@@ -110,7 +112,9 @@ def draw(series: Sequence[Series], *, x_label: str = "step", is_stacked: bool = 
     return Drawing(svg=_inline(out.getvalue()), left=box.x0, right=box.x1, x_min=limits[0], x_max=limits[1])
 
 
-def thin(x: Sequence[float], y: Sequence[float], limit: int = NUM_POINTS) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def thin(
+    x: Sequence[float], y: Sequence[float], limit: int = NUM_POINTS
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """At most `limit` points: means of equally many neighbours. Example: [1, 2, 3, 4] in 2 is [1.5, 3.5]."""
     if len(x) <= limit:
         return tuple(x), tuple(y)
@@ -121,14 +125,14 @@ def thin(x: Sequence[float], y: Sequence[float], limit: int = NUM_POINTS) -> tup
 
 def _plot(axes: Any, line: Series) -> None:
     colour = _colour(line)
-    dashes = {"linestyle": (0, (4, 2))} if line.is_dashed else {}
+    dashes: Any = {"linestyle": (0, (4, 2))} if line.is_dashed else {}
     if line.low:
         # Intervals of several series at one step would hide each other.
         span = (max(line.x) - min(line.x)) or 1.0
         x = [value + 0.008 * span * (line.colour + line.is_dashed) for value in line.x]
         errors = [[y - low for y, low in zip(line.y, line.low, strict=True)]]
         errors += [[high - y for y, high in zip(line.y, line.high, strict=True)]]
-        axes.errorbar(x, line.y, yerr=errors, color=colour, linewidth=1.4, elinewidth=1.2, marker="o", markersize=4, **dashes)
+        axes.errorbar(x, line.y, yerr=errors, color=colour, linewidth=1.4, marker="o", markersize=4, **dashes)
         return
     # A single point between gaps is no line.
     is_short = sum(map(math.isfinite, line.y)) < 3

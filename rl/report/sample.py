@@ -1,4 +1,4 @@
-"""What a run folder tells a report: recipe, environment, metrics, held-out results, and a sample of its rollouts."""
+"""Rollouts of a run for a report: a uniform sample, bounded in number and size, however many there are."""
 
 from __future__ import annotations
 
@@ -10,48 +10,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from coupled.reward import extract
-from coupled.rl.errors import DataError, nearest
-from coupled.rl.evaluate import Evaluation
 from coupled.rl.keys import generator
+from coupled.rl.policy import load_tokenizer
+from coupled.rl.report.data import RunRecord, spread
 from coupled.rl.rollout_log import num_rollouts, read_rollouts, rollout_files
-from coupled.rl.rundir import ENVIRONMENT, committed_checkpoints
+from coupled.rl.rundir import committed_checkpoints
 
 NUM_SAMPLED_STEPS = 20
 """Rollouts are shown of so many steps at most, evenly spaced, the first and the last among them."""
+
 MAX_SAMPLE_BYTES = 4_000_000
 """The sampled rollouts of a page take no more, whatever their length."""
+
 MAX_TEXT = 20_000
 """Characters of a completion, a program or a prompt that are shown."""
+
 MAX_CANVAS = 2048
 """Tokens of a canvas that are replayed."""
+
 NUM_FOR_ORDER = 512
 """Rollouts of a step that its order of denoising is averaged over."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunRecord:
-    """A run folder as it was read. `notes` are what a reader must know before trusting its numbers."""
-
-    path: Path
-    recipe: Mapping[str, Any]
-    recipe_text: str
-    environment: tuple[Mapping[str, Any], ...]
-    """One row per start or resumption; empty for runs of earlier versions."""
-    metrics: tuple[Mapping[str, Any], ...]
-    evaluations: tuple[Evaluation, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        return self.path.name
-
-    @property
-    def num_steps(self) -> int:
-        """Steps that are finished."""
-        return int(self.metrics[-1]["step"])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,43 +46,6 @@ class Sample:
     """Rollouts that the run keeps."""
     num_steps: int
     """Steps that the sample is of."""
-
-
-def read_run(path: Path) -> RunRecord:
-    """Read a run folder; lines that a crash or an editor damaged are left out and noted.
-
-    Raises:
-        CoupledError: no such folder, not a run, or not one finished step.
-    """
-    if not path.is_dir():
-        parent = path.parent
-        runs = [p.name for p in parent.iterdir() if (p / "recipe.yaml").is_file()] if parent.is_dir() else []
-        raise DataError(f"no run folder at {path}" + (f"; {nearest(path.name, runs)}" if runs else ""))
-    if not (path / "recipe.yaml").is_file():
-        hint = "; it is a checkpoint: name the run folder that holds it" if (path / "config.json").is_file() else ""
-        raise DataError(f"{path} holds no recipe.yaml, so it is not a run folder{hint}")
-    notes: list[str] = []
-    metrics = [row for row in _rows(path, "metrics.jsonl", notes) if isinstance(row.get("step"), int)]
-    if not metrics:
-        raise DataError(
-            f"{path} has no finished step, so there is nothing to report. Continue the run with resume={path}"
-        )
-    text = (path / "recipe.yaml").read_text(encoding="utf-8")
-    recipe = yaml.safe_load(text)
-    if not isinstance(recipe, dict):
-        raise DataError(f"{path / 'recipe.yaml'} holds no mapping of settings; it was changed after the run")
-    evaluations = _evaluations(_rows(path, "evaluation.jsonl", notes), notes)
-    environment = tuple(_rows(path, ENVIRONMENT, notes))
-    notes = [*_doubts(recipe, metrics, evaluations, environment), *notes]
-    return RunRecord(
-        path=path.resolve(),
-        recipe=recipe,
-        recipe_text=text,
-        environment=environment,
-        metrics=tuple(metrics),
-        evaluations=evaluations,
-        notes=tuple(notes),
-    )
 
 
 def sample_rollouts(run: RunRecord, limit: int, max_bytes: int = MAX_SAMPLE_BYTES) -> Sample:
@@ -159,15 +101,10 @@ def denoising_orders(run: RunRecord) -> list[DenoisingOrder]:
     """Of the first and the last step that has rollouts. Positions after the end token are left out."""
     files = rollout_files(run.path)
     ends = sorted({min(files), max(files)}) if files else []
-    orders = (_order(step, read_rollouts(files[step], range(min(num_rollouts(files[step]), NUM_FOR_ORDER)))) for step in ends)
+    orders = (
+        _order(step, read_rollouts(files[step], range(min(num_rollouts(files[step]), NUM_FOR_ORDER)))) for step in ends
+    )
     return [order for order in orders if order is not None]
-
-
-def spread(values: Sequence[int], limit: int) -> list[int]:
-    """At most `limit` of them, evenly spaced, both ends included. Example: `spread([1, 2, 3, 4, 5], 3)` is [1, 3, 5]."""
-    if len(values) <= limit:
-        return list(values)
-    return [values[round(i * (len(values) - 1) / (limit - 1))] for i in range(limit)]
 
 
 def _order(step: int, rows: Sequence[Mapping[str, Any]]) -> DenoisingOrder | None:
@@ -193,75 +130,8 @@ def _order(step: int, rows: Sequence[Mapping[str, Any]]) -> DenoisingOrder | Non
     return DenoisingOrder(step=step, num_rollouts=len(rows), commit_share=means(shares), entropy=means(entropies))
 
 
-def _rows(run: Path, file: str, notes: list[str]) -> list[dict[str, Any]]:
-    path = run / file
-    if not path.is_file():
-        return []
-    rows, damaged = [], 0
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    for line in lines[:-1]:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if isinstance(row, dict):
-            rows.append(row)
-        else:
-            damaged += 1
-    damaged += bool(lines[-1])  # without its newline, a number may have been cut, too
-    if damaged:
-        notes.append(f"{damaged} damaged line{'s' * (damaged > 1)} of {file} left out: a crash cut it, or it was edited.")
-    return rows
-
-
-def _evaluations(rows: Sequence[dict[str, Any]], notes: list[str]) -> tuple[Evaluation, ...]:
-    found: dict[int, Evaluation] = {}
-    for row in rows:
-        try:
-            evaluation = Evaluation.from_row(row)
-        except (KeyError, TypeError, AssertionError):
-            notes.append("A row of evaluation.jsonl is not of this version's form and is left out.")
-            continue
-        found.setdefault(evaluation.step, evaluation)
-    return tuple(found[step] for step in sorted(found))
-
-
-def _doubts(
-    recipe: Mapping[str, Any],
-    metrics: Sequence[Mapping[str, Any]],
-    evaluations: Sequence[Evaluation],
-    environment: Sequence[Mapping[str, Any]],
-) -> list[str]:
-    """What lessens the trust in a run's numbers."""
-    notes = []
-    done, planned = metrics[-1]["step"], recipe.get("num_steps")
-    if isinstance(planned, int) and done < planned:
-        notes.append(f"Not finished: {done} of {planned} steps.")
-    if recipe.get("stage") == "rl" and len({e.step for e in evaluations}) < 2:
-        notes.append("No held-out results of before and after: what is shown of the reward is of training prompts.")
-    if len(steps := [e["step"] for e in environment[1:] if isinstance(e.get("step"), int)]) > 0:
-        notes.append(f"Resumed after step {', '.join(str(step) for step in steps)}.")
-    if len(commits := {str(e.get("commit")) for e in environment}) > 1:
-        notes.append(f"Done with {len(commits)} different commits.")
-    if any(e.get("has_uncommitted") for e in environment):
-        notes.append("The source differed from its commit.")
-    if unscored := sum(_number(row, "unscored") for row in metrics):
-        notes.append(f"{unscored:.0f} completions got no verdict and were left out of training.")
-    weak = [row for row in metrics if _number(row, "weak_verdicts") > 0]
-    if weak:
-        notes.append(f"In {len(weak)} steps some programs were judged by tests that they could have forged (T2).")
-    return notes
-
-
-def _number(row: Mapping[str, Any], name: str) -> float:
-    value = row.get(name, 0.0)
-    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0.0
-
-
 def _tokenizer(run: RunRecord) -> Any:
     """The run's tokenizer: of its newest checkpoint, else of the checkpoint it began with; None when both are gone."""
-    from coupled.rl.policy import load_tokenizer
-
     model = run.recipe.get("model")
     began = [Path(str(model.get("path")))] if isinstance(model, dict) else []
     for folder in (*reversed(committed_checkpoints(run.path / "checkpoints")), *began):
@@ -327,4 +197,3 @@ def _index_tokens(rollouts: Sequence[dict[str, Any]], tokenizer: Any) -> tuple[s
 
 def _finite(value: float | None) -> float | None:
     return round(value, 4) if value is not None and math.isfinite(value) else None
-

@@ -45,6 +45,7 @@
   let chosen = null;
   let steps = [];
   let timer = null;
+  const HINT = MASK + " is still masked; what follows the end token is faint. Point at a token for its step, probability and entropy.";
 
   const element = (tag, text, className) => {
     const made = document.createElement(tag);
@@ -169,12 +170,13 @@
         span.className = "shaded";
         span.style.setProperty("--share", shareOf(item, k, shade).toFixed(1));
       }
-      span.title = "position " + (k + 1) + ", " + JSON.stringify(text) + ": step " + (at + 1) +
+      span.dataset.about = "Position " + (k + 1) + ", " + JSON.stringify(text) + ": step " + (at + 1) +
         (item.logp[k] === null ? "" : ", probability " + number(Math.exp(item.logp[k]))) +
         (item.entropy[k] === null ? "" : ", entropy " + number(item.entropy[k]) + " nats");
       return span;
     });
     byId("canvas").replaceChildren(...tokens);
+    byId("token").textContent = HINT;
     const said = (done ? "step " + (now + 1) + " of " + (steps[steps.length - 1] + 1) : "all masked") + ", " + settled + " of " + item.ids.length + " tokens";
     byId("position").textContent = said;
     slider.setAttribute("aria-valuetext", said);
@@ -198,6 +200,9 @@
     }, Math.max(60, Math.min(300, 6000 / steps.length)));
   });
   slider.addEventListener("input", () => { stop(); showCanvas(); });
+  for (const kind of ["pointerover", "click"]) {
+    byId("canvas").addEventListener(kind, (event) => { byId("token").textContent = event.target.dataset.about || HINT; });
+  }
   byId("shade").addEventListener("change", showCanvas);
   byId("more").addEventListener("click", addResults);
   filters.addEventListener("input", filter);
