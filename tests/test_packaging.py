@@ -58,6 +58,12 @@ def test_recipes_and_the_embedded_model_are_in_the_wheel(names: set[str]) -> Non
     assert wanted - names == set()
 
 
+def test_the_page_of_the_report_is_in_the_wheel(names: set[str]) -> None:
+    page = [path for path in (ROOT / "rl/report/page").iterdir() if path.is_file()]
+    assert len(page) == 3
+    assert {f"coupled/{path.relative_to(ROOT)}" for path in page} - names == set()
+
+
 def test_the_licence_and_the_command_are_in_the_wheel(wheel: Path, names: set[str]) -> None:
     (points,) = [name for name in names if name.endswith("entry_points.txt")]
     assert "coupled = coupled.rl.cli:main" in zipfile.ZipFile(wheel).read(points).decode()

@@ -289,7 +289,7 @@ def _short(metric: str) -> str:
 
 def smoothing(runs: Sequence[RunRecord]) -> str:
     longest = max(len(run.metrics) for run in runs)
-    _, points = thin(range(longest), [0.0] * longest)
+    _, points = thin([0.0] * longest, [0.0] * longest)
     if len(points) == longest:
         return ""
     return f"A point is the mean of {math.ceil(longest / len(points))} neighbouring steps in the longest run."

@@ -37,10 +37,24 @@ def test_the_published_reward_is_twice_the_pass_rate_plus_half_the_format(execut
     verdicts = Scorer(PUBLISHED, executor).score([TASK] * 4, [RIGHT, HALF, BROKEN, BARE])
     assert verdicts == [
         Verdict(
-            score=2.5, parts={"code": 1.0, "format": 1.0}, status=Status.OK, passed=2, total=2, outcome="ok", tier="T0"
+            score=2.5,
+            parts={"code": 1.0, "format": 1.0},
+            status=Status.OK,
+            passed=2,
+            total=2,
+            per_test=(True, True),
+            outcome="ok",
+            tier="T0",
         ),
         Verdict(
-            score=1.5, parts={"code": 0.5, "format": 1.0}, status=Status.OK, passed=1, total=2, outcome="ok", tier="T0"
+            score=1.5,
+            parts={"code": 0.5, "format": 1.0},
+            status=Status.OK,
+            passed=1,
+            total=2,
+            per_test=(True, False),
+            outcome="ok",
+            tier="T0",
         ),
         Verdict(
             score=0.25,
@@ -48,10 +62,17 @@ def test_the_published_reward_is_twice_the_pass_rate_plus_half_the_format(execut
             status=Status.CRASH,
             passed=0,
             total=2,
+            per_test=(False, False),
             outcome="syntax_error",
         ),
         Verdict(
-            score=0.0, parts={"code": 0.0, "format": 0.0}, status=Status.CRASH, passed=0, total=2, outcome="no_code"
+            score=0.0,
+            parts={"code": 0.0, "format": 0.0},
+            status=Status.CRASH,
+            passed=0,
+            total=2,
+            per_test=(False, False),
+            outcome="no_code",
         ),
     ]
 

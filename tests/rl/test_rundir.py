@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -236,6 +237,20 @@ def test_resume_auto_takes_the_newest_run_or_starts_one(tmp_path: Path) -> None:
     second = open_run_dir(recipe, "never").path
     assert open_run_dir(recipe, "auto").path == second
     assert open_run_dir(recipe, str(first)).path == first
+
+
+def test_every_start_records_what_it_is_done_with(tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path)
+    run = open_run_dir(recipe)
+    run.commit(4, write_number(4))
+    (run.path / "environment.jsonl").open("a").write('{"step": 9, "cut')
+    open_run_dir(recipe, "auto")
+    first, second = read_rows(run.path / "environment.jsonl")
+    assert (first["step"], second["step"]) == (0, 4)
+    assert first["versions"]["torch"] == torch.__version__
+    assert first["num_cores"] >= 1
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", first["started"])
+    assert first["commit"] is None or re.fullmatch("[0-9a-f]{40}", first["commit"])
 
 
 def test_resuming_with_another_recipe_names_what_differs(tmp_path: Path) -> None:
