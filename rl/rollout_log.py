@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from coupled.rl.errors import DataError
 from coupled.rl.types import Group, Rollout
 
 NUM_TESTS = 100
@@ -42,10 +43,14 @@ def rollout_files(run: Path) -> dict[int, Path]:
 
 
 def num_rollouts(path: Path) -> int:
-    """Rows of a file, from its footer alone."""
+    """Rows of a file, from its footer alone. Raises DataError when the file is damaged."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    return int(pq.read_metadata(path).num_rows)
+    try:
+        return int(pq.read_metadata(path).num_rows)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} is not a whole Parquet file ({error}); take it out of the folder") from error
 
 
 def read_rollouts(path: Path, rows: Sequence[int]) -> list[dict[str, Any]]:
@@ -58,10 +63,12 @@ def read_rollouts(path: Path, rows: Sequence[int]) -> list[dict[str, Any]]:
     wanted, start = sorted(rows), 0
     found: list[dict[str, Any]] = []
     with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=BATCH_ROWS):
+        for batch in file.iter_batches(batch_size=BATCH_ROWS) if wanted else ():
             here = [row - start for row in wanted if start <= row < start + batch.num_rows]
             found += batch.take(here).to_pylist() if here else []
             start += batch.num_rows
+            if start > wanted[-1]:
+                break
     return found
 
 
@@ -81,6 +88,10 @@ def _row(rollout: Rollout) -> dict[str, object]:
     }
 
 
+def _cut(text: str) -> str:
+    return text if len(text) <= TEST_LENGTH else text[: TEST_LENGTH - 1] + "…"
+
+
 def _verdict_row(group: Group, index: int) -> dict[str, object]:
     verdict = group.verdicts[index]
     return {
@@ -93,7 +104,7 @@ def _verdict_row(group: Group, index: int) -> dict[str, object]:
         "detail": verdict.detail,
         "passed": verdict.passed,
         "total": verdict.total,
-        "tests": [text[:TEST_LENGTH] for text in group.prompt.task.hidden_tests[:NUM_TESTS]],
+        "tests": [_cut(text) for text in group.prompt.task.hidden_tests[:NUM_TESTS]],
         "per_test": list(verdict.per_test),
         "rewards": [{"name": name, "value": value} for name, value in sorted(verdict.parts.items())],
     }

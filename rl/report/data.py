@@ -58,10 +58,13 @@ def read_run(path: Path) -> RunRecord:
         raise DataError(
             f"{path} has no finished step, so there is nothing to report. Continue the run with resume={path}"
         )
-    text = (path / "recipe.yaml").read_text(encoding="utf-8")
-    recipe = yaml.safe_load(text)
+    text = (path / "recipe.yaml").read_text(encoding="utf-8", errors="replace")
+    try:
+        recipe = yaml.safe_load(text)
+    except yaml.YAMLError:
+        recipe = None
     if not isinstance(recipe, dict):
-        raise DataError(f"{path / 'recipe.yaml'} holds no mapping of settings; it was changed after the run")
+        raise DataError(f"{path / 'recipe.yaml'} is no mapping of settings: it was changed after the run; restore it")
     evaluations = _evaluations(_rows(path, "evaluation.jsonl", notes), notes)
     environment = tuple(_rows(path, ENVIRONMENT, notes))
     notes = [*_doubts(recipe, metrics, evaluations, environment), *notes]
@@ -141,7 +144,9 @@ def _doubts(
         notes.append(f"{unscored:.0f} completions got no verdict and were left out of training.")
     weak = [row for row in metrics if _number(row, "weak_verdicts") > 0]
     if weak:
-        notes.append(f"In {len(weak)} steps some programs were judged by tests that they could have forged (T2).")
+        notes.append(
+            f"In {len(weak)} step{'s' * (len(weak) > 1)} some programs were judged by tests that they could have forged (T2)."
+        )
     return notes
 
 

@@ -42,6 +42,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
+        self.words += " "
         if tag == "script":
             self.scripts.append("")
 
@@ -207,7 +208,7 @@ def test_what_lessens_the_trust_in_a_run_is_said_first(tmp_path: Path) -> None:
     text = page_of(write_run(tmp_path / "run", num_steps=3, rows=rows)).text
     assert "Not finished: 1 of 3 steps." in text
     assert "3 completions got no verdict" in text
-    assert "In 1 steps some programs were judged by tests that they could have forged (T2)." in text
+    assert "In 1 step some programs were judged by tests that they could have forged (T2)." in text
     assert "No held-out results of before and after" in text
 
 
@@ -321,7 +322,9 @@ def test_long_curves_are_means_of_neighbours() -> None:
 
 
 def test_a_drawing_has_the_colours_of_the_page_and_says_where_its_axis_is() -> None:
-    drawing = draw([Series(name="a", x=(1.0, 2.0, 3.0), y=(0.0, 1.0, 2.0)), Series(name="b", x=(1.0, 3.0), y=(1.0, 2.0), colour=1)])
+    drawing = draw(
+        [Series(name="a", x=(1.0, 2.0, 3.0), y=(0.0, 1.0, 2.0)), Series(name="b", x=(1.0, 3.0), y=(1.0, 2.0), colour=1)]
+    )
     assert drawing.svg.startswith("<svg ")
     assert "var(--series-0)" in drawing.svg
     assert "var(--series-1)" in drawing.svg
@@ -378,6 +381,16 @@ def test_a_run_without_a_finished_step_says_how_to_get_one(tmp_path: Path, conte
     else:
         (run / "metrics.jsonl").write_text(content)
     with pytest.raises(DataError, match=r"no finished step.*resume=.*run$"):
+        write_report(run)
+
+
+def test_files_that_were_damaged_are_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", num_steps=1)
+    (run / "rollouts/step_000001.parquet").write_bytes(b"PAR1 half a file")
+    with pytest.raises(DataError, match=r"step_000001\.parquet is not a whole Parquet file"):
+        write_report(run)
+    (run / "recipe.yaml").write_text("seed: [1")
+    with pytest.raises(DataError, match=r"recipe\.yaml is no mapping of settings"):
         write_report(run)
 
 

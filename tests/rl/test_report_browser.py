@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,7 +36,7 @@ def browser() -> Iterator[Any]:
     from selenium.webdriver.chrome.service import Service
 
     options = webdriver.ChromeOptions()
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"):
         options.add_argument(argument)
     options.binary_location = str(BROWSER)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
@@ -48,20 +49,26 @@ def browser() -> Iterator[Any]:
 def opened(browser: Any, tmp_path: Path, tiny_tokenizer: Any) -> Callable[..., Any]:
     """Open the report of a run, or of two, at a width, and return the browser."""
 
-    def open_(num_runs: int = 1, *, width: int = 1280, is_dark: bool = False) -> Any:
+    def open_(num_runs: int = 1, *, width: int = 1280) -> Any:
         ends = [make_evaluation(0, [0.0, 0.5, 0.0, 1.0]), make_evaluation(3, [0.5, 1.0, 0.0, 1.0])]
         runs = [write_run(tmp_path / f"run-{i}", tokenizer=tiny_tokenizer, evaluations=ends) for i in range(num_runs)]
         page = write_report(*runs, out=tmp_path / "report.html")
         metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if is_dark else "light"}
-        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": [scheme]})
+        emulate(browser, "light")
         browser.get_log("browser")
         browser.get_log("performance")
         browser.get(page.as_uri())
         return browser
 
     return open_
+
+
+def emulate(browser: Any, scheme: str, media: str = "") -> None:
+    """A colour scheme and a medium, without animated scrolling."""
+    features = {"prefers-color-scheme": scheme, "prefers-reduced-motion": "reduce"}
+    listed = [{"name": name, "value": value} for name, value in features.items()]
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": media, "features": listed})
 
 
 def find(browser: Any, selector: str) -> Any:
@@ -91,11 +98,10 @@ def test_it_opens_without_a_complaint_and_fits_the_screen(
 
 
 def test_it_loads_no_file_but_itself(opened: Callable[..., Any]) -> None:
-    requested = [
-        entry["message"] for entry in opened().get_log("performance") if "requestWillBeSent" in entry["message"]
-    ]
-    assert len([message for message in requested if "file:///" in message]) == 1
-    assert not [message for message in requested if '"url":"http' in message]
+    page = opened()
+    events = [json.loads(entry["message"])["message"] for entry in page.get_log("performance")]
+    sent = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    assert [url for url in sent if not url.startswith("data:")] == [page.current_url]
 
 
 def test_the_slider_replays_the_denoising_token_by_token(opened: Callable[..., Any]) -> None:
@@ -200,10 +206,9 @@ def test_the_dark_theme_is_dark_and_print_is_plain(opened: Callable[..., Any]) -
     background = "return getComputedStyle(document.body).backgroundColor"
     page = opened()
     light = page.execute_script(background)
-    scheme = [{"name": "prefers-color-scheme", "value": "dark"}]
-    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "", "features": scheme})
+    emulate(page, "dark")
     dark = page.execute_script(background)
-    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print", "features": scheme})
+    emulate(page, "dark", "print")
     assert sum(map(int, light[4:-1].split(","))) > 600
     assert sum(map(int, dark[4:-1].split(","))) < 150
     assert page.execute_script(background) == "rgb(255, 255, 255)"

@@ -46,7 +46,7 @@ def test_the_verdict_on_every_test_is_written_and_long_tests_are_cut(tmp_path: P
     task = Task(uid="t", prompt="p", hidden_tests=("a" * 1000,) * (NUM_TESTS + 5))
     long = Group(prompt=Prompt(task=task, token_ids=(1,)), rollouts=group.rollouts, verdicts=group.verdicts)
     (row, _) = pq.read_table(write_rollouts(tmp_path, 2, [long])).to_pylist()
-    assert row["tests"] == ["a" * TEST_LENGTH] * NUM_TESTS
+    assert row["tests"] == ["a" * (TEST_LENGTH - 1) + "…"] * NUM_TESTS
 
 
 def test_rows_are_read_back_by_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

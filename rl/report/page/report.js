@@ -135,10 +135,11 @@
     const each = item.per_test.length ? "" : item.total ? item.passed + " of " + item.total + " passed; this run did not keep the verdict on each." : "No tests were run.";
     byId("detail-outcome").textContent = named + each;
     byId("detail-outcome").hidden = !(named + each);
+    // A test that is a program is judged in parts, so that texts and verdicts do not pair up; of many, 100 texts are kept.
+    const isPaired = item.per_test.length === tests.length || (tests.length === 100 && item.per_test.length > 100);
     byId("detail-tests").replaceChildren(...item.per_test.map((passed, i) => {
       const row = element("li");
-      // A test that is a program is judged in parts, so that texts and verdicts do not pair up.
-      const text = item.per_test.length === tests.length || (tests.length === 100 && item.per_test.length > 100 && i < 100) ? tests[i] : "part " + (i + 1);
+      const text = isPaired && i < tests.length ? tests[i] : (isPaired ? "test " : "part ") + (i + 1);
       row.append(element("span", passed ? "passed" : "failed", passed ? "passed" : "failed"), element("code", text));
       return row;
     }));
