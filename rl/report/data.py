@@ -144,9 +144,8 @@ def _doubts(
         notes.append(f"{unscored:.0f} completions got no verdict and were left out of training.")
     weak = [row for row in metrics if _number(row, "weak_verdicts") > 0]
     if weak:
-        notes.append(
-            f"In {len(weak)} step{'s' * (len(weak) > 1)} some programs were judged by tests that they could have forged (T2)."
-        )
+        of = f"{len(weak)} step{'s' * (len(weak) > 1)}"
+        notes.append(f"In {of} some programs were judged by tests that they could have forged (T2).")
     return notes
 
 
