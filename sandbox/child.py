@@ -43,8 +43,7 @@ def fix_randomness() -> None:
 
 
 def serve(fd: int, codec: Any) -> int:
-    """Say that the lock-down is done, read the job and do it. Returns the exit status."""
-    fix_randomness()
+    """Say that the lock-down is done, read the job and do it. Returns the exit status. The caller fixes randomness."""
     os.write(fd, LOCKED)
     job = json.loads(_read_frame(fd))
     for name in ("exit", "quit"):

@@ -66,6 +66,9 @@ _READ_ONLY_FILES = ("/etc/ld.so.cache", "/etc/localtime")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
 
+# Made once, because making a type of ctypes costs more than the call.
+_CAPABILITY_VERSION, _NO_CAPABILITIES = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -471,8 +474,7 @@ def _read(directory: int, name: str) -> str:
 
 
 def _drop_capabilities() -> None:
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
-    _check(_libc.capset(header, (ctypes.c_uint32 * 6)()), "drop capabilities")
+    _check(_libc.capset(_CAPABILITY_VERSION, _NO_CAPABILITIES), "drop capabilities")
 
 
 def _prctl(option: int, value: int) -> None:

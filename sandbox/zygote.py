@@ -9,6 +9,7 @@ away the control socket closes, and the zygote ends together with what it runs.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import importlib.util
@@ -19,6 +20,7 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Callable, Iterator
 from typing import Any
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
@@ -28,6 +30,13 @@ _MAX_SWEEPS = 1000
 """How often what a program left running is looked for: a chain of processes that fork faster goes on."""
 
 # What programs usually import, so that their import statements cost nothing; the rest is read from the disk.
+_NUM_REHEARSALS = 20
+_REHEARSAL = {
+    "mode": "calls",
+    "source": "import math\nfrom typing import List\n\ndef f(x: int) -> List[int]:\n    return [n for n in range(x)]\n",
+    "setup": "",
+    "calls": [["f", {"t": [3]}, {"d": []}, False, False], ["f", {"t": [[1.5, "a"]]}, {"d": []}, True, False]],
+}
 _HEADER = """
     typing math cmath re heapq itertools collections collections.abc functools random string datetime json
     bisect operator copy fractions decimal statistics dataclasses enum abc io textwrap time array
@@ -36,21 +45,26 @@ _HEADER = """
 
 def main(control_fd: int, settings: dict[str, Any]) -> None:
     """Prepare, say hello, then serve until the host goes away."""
-    parts = {name: _load(name) for name in ("confine", "child", "codec", "landlock", "seccomp")}
+    held_back: list[Callable[[], object]] = []
+    with _holding_back(held_back):
+        parts = {name: _load(name) for name in ("confine", "child", "codec", "landlock", "seccomp")}
     confine = parts["confine"]
     control = socket.socket(fileno=confine.service(control_fd))
     os.close(control_fd)
     try:
-        for name in _HEADER.split():
-            importlib.import_module(name)
-        base, packages = settings["base"], settings["packages"]
-        here = confine.enter(settings["tier"], base, settings["uid"], packages, parts["landlock"])
-        if here.packages:
-            sys.path.append(here.packages)
-        for name in settings["preload"]:
-            importlib.import_module(name)
-        # A package may load its generator when it is first used: once here, not in each program.
-        parts["child"].fix_randomness()
+        with _holding_back(held_back):
+            for name in _HEADER.split():
+                importlib.import_module(name)
+            base, packages = settings["base"], settings["packages"]
+            here = confine.enter(settings["tier"], base, settings["uid"], packages, parts["landlock"])
+            if here.packages:
+                sys.path.append(here.packages)
+            for name in settings["preload"]:
+                importlib.import_module(name)
+            _rehearse(parts["child"], parts["codec"])
+            # Once for all programs: nothing draws a number between here and there. A package may load its generator
+            # only now.
+            parts["child"].fix_randomness()
         confine.clear_scratch(here)
         confine.seal(here, parts["seccomp"])
     except Exception as error:  # the border: whatever went wrong is told to the host, which refuses to start
@@ -70,7 +84,7 @@ def main(control_fd: int, settings: dict[str, Any]) -> None:
         while (request := _receive(control)) is not None:
             message, fds = request
             if message["op"] == "run":
-                _run(control, here, message, fds, parts)
+                _run(control, here, message, fds, parts, held_back)
     finally:
         if here.tier == "process":
             confine.remove_tree(base)
@@ -81,6 +95,43 @@ def main(control_fd: int, settings: dict[str, Any]) -> None:
                 os.rmdir(os.path.join(base, name))
 
 
+@contextlib.contextmanager
+def _holding_back(held_back: list[Callable[[], object]]) -> Iterator[None]:
+    """Keep what is imported meanwhile from doing in every program what is needed after a program's own fork alone.
+
+    `random` would draw a new seed, which is then fixed again, and `threading` looks for threads that are gone, of
+    which the zygote has none. Their hooks go to `held_back`, for programs that may fork.
+    """
+    register = os.register_at_fork
+
+    def register_or_hold(**hooks: Any) -> None:
+        hook = hooks.get("after_in_child")
+        if list(hooks) == ["after_in_child"] and getattr(hook, "__module__", "") in ("random", "threading"):
+            held_back.append(hooks["after_in_child"])
+        else:
+            register(**hooks)
+
+    os.register_at_fork = register_or_hold  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        os.register_at_fork = register
+
+
+def _rehearse(child: Any, codec: Any) -> None:
+    """Run a program of ours a few times, so that what an interpreter learns on the way is learnt once.
+
+    What a program's process is the first to write, it copies, a page at a time: that is most of what it costs.
+    """
+    host, program = socket.socketpair()
+    with host, program:
+        for _ in range(_NUM_REHEARSALS):
+            child._write_frame(host.fileno(), json.dumps(_REHEARSAL).encode())
+            child.serve(program.fileno(), codec)
+            host.recv(_MAX_MESSAGE)
+    del sys.modules["solution"]
+
+
 def _told(error: Exception) -> str:
     """One line where the kernel or an import said no; the whole story of anything else."""
     if isinstance(error, (OSError, ImportError)):
@@ -88,8 +139,16 @@ def _told(error: Exception) -> str:
     return traceback.format_exc()[-4000:]
 
 
-def _run(control: socket.socket, here: Any, request: dict[str, Any], fds: list[int], parts: dict[str, Any]) -> None:
+def _run(
+    control: socket.socket,
+    here: Any,
+    request: dict[str, Any],
+    fds: list[int],
+    parts: dict[str, Any],
+    held_back: list[Callable[[], object]],
+) -> None:
     confine = parts["confine"]
+    may_fork = here.tier == "process" or request["profile"] != "strict"
     confine.before_fork(here)
     pid = os.fork()
     if pid == 0:
@@ -97,6 +156,8 @@ def _run(control: socket.socket, here: Any, request: dict[str, Any], fds: list[i
         try:
             try:
                 confine.lock_down(here, request["limits"], request["profile"], fds, parts["landlock"])
+                for hook in held_back if may_fork else ():
+                    os.register_at_fork(after_in_child=hook)
             except BaseException:
                 # Received descriptors take the lowest numbers, so this is the result socket at any point.
                 os.write(confine.RESULT_FD, traceback.format_exc().encode())
@@ -113,14 +174,13 @@ def _run(control: socket.socket, here: Any, request: dict[str, Any], fds: list[i
     sweep(here, confine)
     confine.clear_scratch(here)
     cpu_seconds = usage.ru_utime + usage.ru_stime
-    may_not_fork = here.tier != "process" and request["profile"] == "strict"
     report = {
         "serial": request["serial"],
         "exit": os.waitstatus_to_exitcode(status),
         "cpu_seconds": cpu_seconds,
         "memory_kb": usage.ru_maxrss,
         # Processes of its own may have kept it waiting, and nobody counts those: then nobody else is to blame.
-        "queued_seconds": kept_waiting(queued, ran, cpu_seconds) if may_not_fork else 0.0,
+        "queued_seconds": 0.0 if may_fork else kept_waiting(queued, ran, cpu_seconds),
     }
     control.send(json.dumps(report).encode())
 
