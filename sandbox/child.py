@@ -31,6 +31,10 @@ MAX_TEXT = 500
 """Characters of an exception's text that are sent."""
 
 
+_LOADED = b'{"load": null}'
+_decode = json.JSONDecoder().raw_decode
+
+
 class _HostGone(BaseException):
     """The host closed the socket. A type of its own: an EOFError can be the program's, and tests catch Exception."""
 
@@ -45,7 +49,7 @@ def fix_randomness() -> None:
 def serve(fd: int, codec: Any) -> int:
     """Say that the lock-down is done, read the job and do it. Returns the exit status. The caller fixes randomness."""
     os.write(fd, LOCKED)
-    job = json.loads(_read_frame(fd))
+    job = _decode(_read_frame(fd).decode())[0]
     for name in ("exit", "quit"):
         setattr(builtins, name, sys.exit)  # the interpreter runs without `site`, which adds these two
     match job["mode"]:
@@ -66,12 +70,13 @@ def _load(fd: int, job: dict[str, Any]) -> dict[str, Any] | None:
     sys.modules["solution"] = module  # dataclasses and pickle look a class's module up
     names = module.__dict__
     try:
-        for title, source in (("<program>", job["source"]), ("<setup>", job["setup"])):
-            exec(compile(source, title, "exec", dont_inherit=True), names)
+        exec(compile(job["source"], "<program>", "exec", dont_inherit=True), names)
+        if job["setup"]:
+            exec(compile(job["setup"], "<setup>", "exec", dont_inherit=True), names)
     except BaseException as error:
         _send(fd, {"load": _described(error)})
         return None
-    _send(fd, {"load": None})
+    _write_frame(fd, _LOADED)
     return names
 
 

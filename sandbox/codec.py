@@ -125,7 +125,15 @@ def encode(value: object, refer: Refer | None = None) -> str:
         tree = _Encoder(refer=refer).tree(value, 0)
     except (CodecError, RuntimeError) as error:  # RuntimeError: a container changed while it was walked
         return _opaque_document(value, error)
-    return json.dumps(tree, allow_nan=False, separators=(",", ":"))
+    return _dumps(tree)
+
+
+def encode_tree(value: object) -> Any:
+    """Return what `parse` gives for the document of a value, without the way over the text."""
+    try:
+        return _Encoder().tree(value, 0)
+    except (CodecError, RuntimeError) as error:
+        return json.loads(_opaque_document(value, error))
 
 
 def _opaque_document(value: object, why: BaseException) -> str:
@@ -152,7 +160,7 @@ def encode_or_digest(value: object, *, keep_floats: bool = False) -> tuple[str, 
         try:
             # A document has more characters than values: more values than that need no counting.
             tree = _Encoder(MAX_DOCUMENT).tree(value, 0)
-            document = json.dumps(tree, allow_nan=False, separators=(",", ":"))
+            document = _dumps(tree)
             if len(document) <= MAX_DOCUMENT:
                 return "v", document
         except (CodecError, RuntimeError):
@@ -185,7 +193,8 @@ def parse(document: str | bytes) -> Any:
     if num_parts(document) > MAX_PARTS:
         raise CodecError(f"more than {MAX_NODES} values")
     try:
-        return json.loads(document, parse_constant=_refuse_constant)
+        text = document if isinstance(document, str) else document.decode(json.detect_encoding(document), "surrogatepass")
+        return _loads(text)
     except (ValueError, RecursionError, MemoryError) as error:
         raise CodecError(f"no JSON document: {type(error).__name__}: {error}"[:200]) from None
 
@@ -215,6 +224,11 @@ def decode_tree(tree: Any, resolve: Resolve | None = None) -> object:
 
 def _refuse_constant(name: str) -> Any:
     raise CodecError(f"{name} is no JSON: nan and inf are tagged")
+
+
+# Made once: `json.dumps` and `json.loads` with arguments make one per call, which takes longer than a small value.
+_dumps = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+_loads = json.JSONDecoder(parse_constant=_refuse_constant).decode
 
 
 class _Encoder:

@@ -105,6 +105,10 @@ _ZYGOTE_PRCTL = (1, 4, _PR_SET_SECCOMP, 38)
 """Death signal, dumpable, seccomp, no_new_privs."""
 
 
+_prctl = ctypes.CDLL(None, use_errno=True).prctl
+_prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
+
+
 class FilterError(OSError):
     """libseccomp is missing, or a filter could not be built."""
 
@@ -136,14 +140,13 @@ class Filter:
         self._code = (_Instruction * self.num_instructions).from_buffer_copy(code)
         self._pids = [index for index, instruction in enumerate(self._code) if instruction.k == _PID]
         self._program = _Program(self.num_instructions, self._code)
-        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._where = ctypes.c_ulong(ctypes.addressof(self._program))
 
     def load(self) -> None:
         """Put this process under the filter, for good; it must have no_new_privs. OSError when refused."""
         for index in self._pids:
             self._code[index].k = os.getpid()
-        where = ctypes.c_ulong(ctypes.addressof(self._program))
-        if self._libc.prctl(_PR_SET_SECCOMP, ctypes.c_ulong(_MODE_FILTER), where, 0, 0) != 0:
+        if _prctl(_PR_SET_SECCOMP, _MODE_FILTER, self._where, 0, 0) != 0:
             number = ctypes.get_errno()
             raise OSError(number, f"load a seccomp filter: {os.strerror(number)}")
 

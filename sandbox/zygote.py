@@ -18,6 +18,7 @@ import os
 import select
 import signal
 import socket
+import struct
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -25,12 +26,15 @@ from typing import Any
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _MAX_MESSAGE = 16_384
+_FDS_SPACE = socket.CMSG_LEN(3 * struct.calcsize("i"))
 _NOT_LOCKED_DOWN = 70
 _MAX_SWEEPS = 1000
 """How often what a program left running is looked for: a chain of processes that fork faster goes on."""
 
 # What programs usually import, so that their import statements cost nothing; the rest is read from the disk.
+_decode = json.JSONDecoder().raw_decode
 _NUM_REHEARSALS = 20
+"""The interpreter adapts a function to what it works on after some calls, up to a dozen."""
 _REHEARSAL = {
     "mode": "calls",
     "source": "import math\nfrom typing import List\n\ndef f(x: int) -> List[int]:\n    return [n for n in range(x)]\n",
@@ -171,18 +175,16 @@ def _run(
         os.close(fd)
     queued, ran = _wait(control, here, pid, request["serial"], confine)
     _, status, usage = os.wait4(pid, 0)
-    sweep(here, confine)
-    confine.clear_scratch(here)
+    if here.tier == "process":
+        sweep(here, confine)
+        confine.clear_scratch(here)
     cpu_seconds = usage.ru_utime + usage.ru_stime
-    report = {
-        "serial": request["serial"],
-        "exit": os.waitstatus_to_exitcode(status),
-        "cpu_seconds": cpu_seconds,
-        "memory_kb": usage.ru_maxrss,
-        # Processes of its own may have kept it waiting, and nobody counts those: then nobody else is to blame.
-        "queued_seconds": 0.0 if may_fork else kept_waiting(queued, ran, cpu_seconds),
-    }
-    control.send(json.dumps(report).encode())
+    # Processes of its own may have kept it waiting, and nobody counts those: then nobody else is to blame.
+    queued_seconds = 0.0 if may_fork else kept_waiting(queued, ran, cpu_seconds)
+    control.send(
+        f'{{"serial": {request["serial"]}, "exit": {os.waitstatus_to_exitcode(status)}, "cpu_seconds": {cpu_seconds}, '
+        f'"memory_kb": {usage.ru_maxrss}, "queued_seconds": {queued_seconds}}}'.encode()
+    )
 
 
 def sweep(here: Any, confine: Any) -> None:
@@ -214,9 +216,9 @@ def _wait(control: socket.socket, here: Any, pid: int, serial: int, confine: Any
     poll.register(control, select.POLLIN)
     try:
         while True:
-            ready = {fd for fd, _ in poll.poll()}
-            if pidfd in ready:
-                return waited
+            for fd, _ in poll.poll():
+                if fd == pidfd:
+                    return waited
             request = _receive(control)
             if request is None:
                 poll.unregister(control)
@@ -238,8 +240,10 @@ def _kill(pid: int) -> None:
 
 
 def _receive(control: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
-    data, fds, _, _ = socket.recv_fds(control, _MAX_MESSAGE, 3)
-    return (json.loads(data), list(fds)) if data else None
+    # Not `recv_fds` and `loads`: what those two do besides is a good part of what a program costs its zygote.
+    data, received, _, _ = control.recvmsg(_MAX_MESSAGE, _FDS_SPACE)
+    fds = [fd for _, _, numbers in received for (fd,) in struct.iter_unpack("i", numbers)]
+    return (_decode(data.decode())[0], fds) if data else None
 
 
 def _load(name: str) -> Any:
