@@ -193,7 +193,9 @@ def parse(document: str | bytes) -> Any:
     if num_parts(document) > MAX_PARTS:
         raise CodecError(f"more than {MAX_NODES} values")
     try:
-        text = document if isinstance(document, str) else document.decode(json.detect_encoding(document), "surrogatepass")
+        text = (
+            document if isinstance(document, str) else document.decode(json.detect_encoding(document), "surrogatepass")
+        )
         return _loads(text)
     except (ValueError, RecursionError, MemoryError) as error:
         raise CodecError(f"no JSON document: {type(error).__name__}: {error}"[:200]) from None

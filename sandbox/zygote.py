@@ -65,6 +65,7 @@ def main(control_fd: int, settings: dict[str, Any]) -> None:
                 sys.path.append(here.packages)
             for name in settings["preload"]:
                 importlib.import_module(name)
+            gc.collect()  # before the rehearsal: it gives back what was laid by for the next
             _rehearse(parts["child"], parts["codec"])
             # Once for all programs: nothing draws a number between here and there. A package may load its generator
             # only now.
@@ -82,7 +83,6 @@ def main(control_fd: int, settings: dict[str, Any]) -> None:
         "notes": here.notes,
     }
     control.send(json.dumps(hello).encode())
-    gc.collect()
     gc.freeze()  # a collection in a program must not touch, and so copy, the pages it shares with us
     try:
         while (request := _receive(control)) is not None:
