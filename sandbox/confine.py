@@ -62,6 +62,7 @@ _HOST_NAME = b"sandbox"
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _SCRATCH_OPTIONS = "mode=0777,size=64m,nr_inodes=4096"
 _SHARED_MEMORY_OPTIONS = "mode=0777,size=16m,nr_inodes=64"
+_HOSTS = "/dev/shm/.hosts"
 _PROC_FLAGS = _MS_RDONLY | _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
 _READ_ONLY_TREES = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
 _READ_ONLY_FILES = ("/etc/ld.so.cache", "/etc/localtime")
@@ -341,6 +342,9 @@ def _own_namespaces(here: Confinement, profile: str) -> None:
         _mount("proc", "/proc", "proc", _PROC_FLAGS, "subset=pid")
     if profile == "compat":
         _mount("tmpfs", "/dev/shm", "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, _SHARED_MEMORY_OPTIONS)
+        fd = os.open(_HOSTS, os.O_WRONLY | os.O_CREAT, 0o644)
+        os.write(fd, b"127.0.0.1 localhost\n::1 localhost\n")
+        os.close(fd)
         _loopback_up()
 
 
@@ -379,6 +383,8 @@ def _private_root(here: Confinement, base: str, packages: list[str]) -> None:
         _show(path, f"{base}{PACKAGES}/{os.path.basename(path)}")
     for path in ("/tmp", "/proc", "/dev/shm"):
         os.makedirs(base + path, mode=0o755, exist_ok=True)
+    # A program that has a /dev/shm, which are those of `compat`, finds the names of its loopback there.
+    os.symlink(_HOSTS, f"{base}/etc/hosts")
     try:
         # The lower one stays, unseen: the kernel shows a user namespace a new /proc only where it has one already.
         _mount("proc", f"{base}/proc", "proc", _PROC_FLAGS)

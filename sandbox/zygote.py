@@ -115,7 +115,7 @@ def _holding_back(held_back: list[Callable[[], object]]) -> Iterator[None]:
         else:
             register(**hooks)
 
-    os.register_at_fork = register_or_hold  # type: ignore[assignment]
+    os.register_at_fork = register_or_hold
     try:
         yield
     finally:
