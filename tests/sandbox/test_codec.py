@@ -22,7 +22,9 @@ from coupled.sandbox.codec import (
     decode_tree,
     digest,
     encode,
+    encode_tree,
     num_parts,
+    parse,
     range_length,
 )
 
@@ -49,6 +51,11 @@ def _typed(value: Any) -> Any:
     if isinstance(value, set | frozenset):
         return kind, sorted(repr(_typed(item)) for item in value)
     return kind, repr(value) if not isinstance(value, int) else value
+
+
+@pytest.mark.parametrize("value", [*VALUES, VALUES, math.nan, object(), [0] * MAX_NODES], ids=lambda value: type(value))
+def test_a_tree_is_what_the_document_says(value: object) -> None:
+    assert repr(encode_tree(value)) == repr(parse(encode(value)))
 
 
 def test_documents_are_written_as_published() -> None:
