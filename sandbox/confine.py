@@ -384,6 +384,7 @@ def _private_root(here: Confinement, base: str, packages: list[str]) -> None:
     for path in ("/tmp", "/proc", "/dev/shm"):
         os.makedirs(base + path, mode=0o755, exist_ok=True)
     # A program that has a /dev/shm, which are those of `compat`, finds the names of its loopback there.
+    os.makedirs(f"{base}/etc", mode=0o755, exist_ok=True)
     os.symlink(_HOSTS, f"{base}/etc/hosts")
     try:
         # The lower one stays, unseen: the kernel shows a user namespace a new /proc only where it has one already.

@@ -70,6 +70,10 @@ def main(control_fd: int, settings: dict[str, Any]) -> None:
             # Once for all programs: nothing draws a number between here and there. A package may load its generator
             # only now.
             parts["child"].fix_randomness()
+        if "threading" in sys.modules and sys.modules["threading"].active_count() > 1:
+            for hook in held_back:  # a package has started threads, and no program has them
+                if hook.__module__ == "threading":
+                    os.register_at_fork(after_in_child=hook)
         confine.clear_scratch(here)
         confine.seal(here, parts["seccomp"])
     except Exception as error:  # the border: whatever went wrong is told to the host, which refuses to start
