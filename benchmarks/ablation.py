@@ -31,7 +31,7 @@ from coupled.rl.evaluate import Evaluation
 from coupled.rl.rundir import read_rows
 
 COMMON = (
-    "num_steps=24",
+    "num_steps=20",
     "num_threads=1",
     "model.compute_dtype=bfloat16",
     "sandbox.num_workers=1",
@@ -65,7 +65,7 @@ ARMS = (
     Arm(name="antithetic", part=WEIGHTS, num_views=4, settings=("estimator.weights=antithetic",)),
     Arm(name="unit", part=WEIGHTS, num_views=4, settings=("estimator.weights=unit",)),
     Arm(name="t in .05–.95", part=WEIGHTS, num_views=5, settings=("estimator.mask_ratio=[0.05,0.95]",)),
-    Arm(name="full_mask, 36 steps", part=QUESTION, num_views=1, settings=("estimator.name=full_mask", "num_steps=36")),
+    Arm(name="full_mask, 32 steps", part=QUESTION, num_views=1, settings=("estimator.name=full_mask", "num_steps=32")),
     Arm(name="coupled, 64", part=QUESTION, num_views=5, settings=("rollout.num_prompts=8",)),
     Arm(name="unit, 64", part=QUESTION, num_views=4, settings=("estimator.weights=unit", "rollout.num_prompts=8")),
     Arm(name="coupled, half rate", part=QUESTION, num_views=5, settings=("optimizer.learning_rate=4e-5",)),
