@@ -18,11 +18,17 @@ import re
 import warnings
 from dataclasses import dataclass
 
-MAX_CODE = 200_000
-"""Characters; a longer program is not parsed and counts as one that does not parse."""
+MAX_CODE = 100_000
+"""Characters; a longer program is not parsed and counts as one that does not parse. Parsing happens on the host, where
+no limit of time holds it, and can cost time that grows with the square of the text: half a second at this length."""
+MAX_NAME = 300
+"""Characters beyond ASCII in one name, and parts in one dotted name. Putting a longer one together would cost minutes:
+such a program counts as one that does not parse."""
 
 _FENCE = re.compile(r"^ {0,3}```([^`\n]*)$", re.MULTILINE)
 _CLOSE = re.compile(r"^[ \t]*```", re.MULTILINE)
+_DOTTED = re.compile(rf"(?:\.[\s\\]*+\w++[\s\\]*+){{{MAX_NAME}}}")
+_FOREIGN = re.compile(rf"[^\x00-\x7f]{{{MAX_NAME}}}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +59,7 @@ def extract(completion: str) -> Extraction:
 
 def has_program(code: str) -> bool:
     """True when the text parses as Python and has at least one statement."""
-    if len(code) > MAX_CODE:
+    if len(code) > MAX_CODE or _DOTTED.search(code) or (_FOREIGN.search(code) and _has_endless_name(code)):
         return False
     with warnings.catch_warnings():
         # An odd escape in a string is a warning; a caller that turns warnings into errors must get the same
@@ -63,3 +69,13 @@ def has_program(code: str) -> bool:
             return bool(ast.parse(code).body)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             return False
+
+
+def _has_endless_name(code: str) -> bool:
+    """True when more than MAX_NAME characters in a row are beyond ASCII and could be of one name."""
+    length = 0
+    for character in code:
+        length = length + 1 if not character.isascii() and f"a{character}".isidentifier() else 0
+        if length > MAX_NAME:
+            return True
+    return False

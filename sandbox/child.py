@@ -80,10 +80,12 @@ def _answer_calls(fd: int, job: dict[str, Any], codec: Any) -> None:
     names = _load(fd, job)
     if names is None:
         return
-    for index, (function, args, kwargs, may_digest, keep_floats) in enumerate(job["calls"]):
+    for index, (function, args, kwargs, may_digest, keep_floats, items) in enumerate(job["calls"]):
         try:
             target = _resolve(names, function)
             value = target(*codec.decode_tree(args), **codec.decode_tree(kwargs))
+            if items:
+                value = codec.listed(value, is_counted=items == "counted")
             kind, document = "v", ""
             if may_digest:
                 kind, document = codec.encode_or_digest(value, keep_floats=keep_floats)

@@ -194,6 +194,8 @@ def _program_rules(profile: str, is_alone: bool) -> Iterator[_Rule]:
     for option in _ZYGOTE_PRCTL:
         yield _Rule(fail, "prctl", ((0, _EQ, option, 0),))
     yield _Rule(fail, "ioctl", ((1, _EQ, _SIOCSIFFLAGS, 0),))
+    # It succeeds and does nothing: who yields without end on a busy machine would seem to be kept waiting by others.
+    yield _Rule(_FAIL, "sched_yield")
     if profile == "strict":
         for call in _COMPAT_ONLY.split():
             yield _Rule(fail, call)
