@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ast
 import re
+import unicodedata
 import warnings
 from dataclasses import dataclass
 
@@ -22,8 +23,8 @@ MAX_CODE = 100_000
 """Characters; a longer program is not parsed and counts as one that does not parse. Parsing happens on the host, where
 no limit of time holds it, and can cost time that grows with the square of the text: half a second at this length."""
 MAX_NAME = 300
-"""Characters beyond ASCII in one name, and parts in one dotted name. Putting a longer one together would cost minutes:
-such a program counts as one that does not parse."""
+"""Marks on one letter, and parts of one dotted name. Putting a longer name together would cost minutes: such a program
+counts as one that does not parse."""
 
 _FENCE = re.compile(r"^ {0,3}```([^`\n]*)$", re.MULTILINE)
 _CLOSE = re.compile(r"^[ \t]*```", re.MULTILINE)
@@ -72,10 +73,11 @@ def has_program(code: str) -> bool:
 
 
 def _has_endless_name(code: str) -> bool:
-    """True when more than MAX_NAME characters in a row are beyond ASCII and could be of one name."""
+    """True when more than MAX_NAME marks in a row follow one letter: python puts them in order, two by two."""
     length = 0
     for character in code:
-        length = length + 1 if not character.isascii() and f"a{character}".isidentifier() else 0
+        is_mark = all(map(unicodedata.combining, unicodedata.normalize("NFKD", character)))
+        length = length + 1 if is_mark else 0
         if length > MAX_NAME:
             return True
     return False

@@ -20,7 +20,7 @@ def holds(text: str, *values: object) -> bool:
 
 def test_a_test_becomes_calls_without_the_expected_value() -> None:
     test = parse_test("assert set(f([1, -2], key='a', d={1: (2,)})) == {1, 2}, 'message'", "f")
-    assert test.calls == (Call(function="f", args=([1, -2],), kwargs={"key": "a", "d": {1: (2,)}}),)
+    assert test.calls == (Call(function="f", args=([1, -2],), kwargs={"key": "a", "d": {1: (2,)}}, items="walked"),)
     assert test.holds(replies([2, 1, 1]))
     assert not test.holds(replies([2, 1, 3]))
 
