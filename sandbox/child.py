@@ -84,10 +84,12 @@ def _answer_calls(fd: int, job: dict[str, Any], codec: Any) -> None:
     names = _load(fd, job)
     if names is None:
         return
-    for index, (function, args, kwargs, may_digest, keep_floats) in enumerate(job["calls"]):
+    for index, (function, args, kwargs, may_digest, keep_floats, items) in enumerate(job["calls"]):
         try:
             target = _resolve(names, function)
             value = target(*codec.decode_tree(args), **codec.decode_tree(kwargs))
+            if items:
+                value = codec.listed(value, is_counted=items == "counted")
             kind, document = "v", ""
             if may_digest:
                 kind, document = codec.encode_or_digest(value, keep_floats=keep_floats)
@@ -189,7 +191,12 @@ _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, f
 # Kind, its module, what makes text of it and what makes it of the text. A datetime is a date too, so it comes first.
 _TEXTS: dict[str, tuple[str, Any, Any]] = {
     "Decimal": ("decimal", lambda base, value: base.__str__(value), lambda base, text: base(text)),
-    "Fraction": ("fractions", lambda base, value: base.__str__(value), lambda base, text: base(text)),
+    # Not `base(text)`, which would read "1e99999999" and compute that power.
+    "Fraction": (
+        "fractions",
+        lambda base, value: base.__str__(value),
+        lambda base, text: base(*map(int, text.split("/"))),
+    ),
     "datetime": ("datetime", lambda base, value: base.isoformat(value), lambda base, text: base.fromisoformat(text)),
     "date": ("datetime", lambda base, value: base.isoformat(value), lambda base, text: base.fromisoformat(text)),
     "time": ("datetime", lambda base, value: base.isoformat(value), lambda base, text: base.fromisoformat(text)),

@@ -23,6 +23,7 @@ This file is also loaded by path inside the sandbox, so it imports the standard 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -171,6 +172,19 @@ def encode_or_digest(value: object, *, keep_floats: bool = False) -> tuple[str, 
         return "v", _opaque_document(value, error)
 
 
+def listed(value: Any, *, is_counted: bool = False) -> Any:
+    """Return the list of what a value gives when it is of a type that does not travel; any other value as it is.
+
+    For a reply of which a test asks nothing but its items (`is_counted`: their number, which a generator does not
+    know). One that gives more than MAX_NODES stays what it is.
+    """
+    kind = type(value)
+    if issubclass(kind, _TRAVELS) or not hasattr(kind, "__len__" if is_counted else "__iter__"):
+        return value
+    items = list(itertools.islice(value, MAX_NODES + 1))
+    return value if len(items) > MAX_NODES else items
+
+
 def digest(value: object) -> str:
     """Return the sha256 of the canonical form, the same for values that python calls equal.
 
@@ -292,12 +306,15 @@ _FLATTEN: tuple[tuple[type, Callable[[Any], object]], ...] = (
     (complex, lambda value: complex(_part(value, "real"), _part(value, "imag"))),
     (str, str.__str__),
     (bytes, lambda value: bytes.__getitem__(value, slice(None))),
+    (bytearray, lambda value: bytes(bytearray.__getitem__(value, slice(None)))),
     (tuple, lambda value: tuple(tuple.__iter__(value))),
     (list, lambda value: list(list.__iter__(value))),
     (set, lambda value: set(set.__iter__(value))),
     (frozenset, lambda value: frozenset(frozenset.__iter__(value))),
     (dict, lambda value: dict(dict.items(value))),
 )
+
+_TRAVELS = (*(base for base, _ in _FLATTEN), range)
 
 
 def _foreign_number(value: Any) -> Any:

@@ -54,6 +54,7 @@ def encode_job(job: Job) -> bytes:
             codec.encode_tree(dict(call.kwargs)),
             call.may_digest,
             call.keep_floats,
+            call.items,
         ]
         for call in job.calls
     ]

@@ -35,11 +35,11 @@ _MAX_SWEEPS = 1000
 _decode = json.JSONDecoder().raw_decode
 _NUM_REHEARSALS = 20
 """The interpreter adapts a function to what it works on after some calls, up to a dozen."""
-_REHEARSAL = {
+_REHEARSAL = {  # as `outcome.encode_job` writes one
     "mode": "calls",
     "source": "import math\nfrom typing import List\n\ndef f(x: int) -> List[int]:\n    return [n for n in range(x)]\n",
     "setup": "",
-    "calls": [["f", {"t": [3]}, {"d": []}, False, False], ["f", {"t": [[1.5, "a"]]}, {"d": []}, True, False]],
+    "calls": [["f", {"t": [3]}, {"d": []}, False, False, ""], ["f", {"t": [4]}, {"d": []}, True, False, ""]],
 }
 _HEADER = """
     typing math cmath re heapq itertools collections collections.abc functools random string datetime json

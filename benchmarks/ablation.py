@@ -1,0 +1,297 @@
+"""Estimators against each other on the embedded model: equal rollouts, equal updates, several seeds.
+
+    python benchmarks/ablation.py --runs /tmp/ablation --seeds 0 1 2 3 4 --jobs 2
+    python benchmarks/ablation.py --runs /tmp/ablation --seeds 0 1 2 3 4 --jobs 0    # the page, from what is there
+
+Each run is one `coupled train recipes/quickstart.yaml` in a process of its own, with one thread and with `COMMON` and
+its arm's settings. A run that is finished is not run again, and one that was killed continues. Writes
+docs/results/ablation.json and .md and, with matplotlib (pip install -e '.[bench]'), .svg.
+
+All arms of a seed start from the same weights and see the same prompts in the same order, and the held-out problems and
+the random numbers of their completions are the same for all, so differences are taken seed by seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quickstart import ROOT, environment
+
+from coupled.rl.evaluate import Evaluation
+from coupled.rl.rundir import read_rows
+
+COMMON = (
+    "num_steps=20",
+    "num_threads=1",
+    "model.compute_dtype=bfloat16",
+    "sandbox.num_workers=1",
+    "evaluation.num_samples=2",
+)
+KINDS = ("sampled", "greedy")
+T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
+"""97.5 % quantile of Student's t for a mean of n values (n - 1 degrees of freedom)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """One setting of the recipe. `num_views` is how many masked inputs score one completion."""
+
+    name: str
+    part: str
+    num_views: int
+    settings: tuple[str, ...]
+
+
+ESTIMATORS, WEIGHTS, QUESTION = "Estimators", "Weights and mask ratio of the coupled estimator", "What makes the gain"
+BASE = "coupled"
+ARMS = (
+    Arm(name=BASE, part=ESTIMATORS, num_views=5, settings=()),
+    Arm(name="decoupled", part=ESTIMATORS, num_views=5, settings=("estimator.name=decoupled",)),
+    Arm(name="full_mask", part=ESTIMATORS, num_views=1, settings=("estimator.name=full_mask",)),
+    Arm(name="espo", part=ESTIMATORS, num_views=4, settings=("estimator.name=espo",)),
+    Arm(name="gdpo", part=ESTIMATORS, num_views=4, settings=("estimator.name=gdpo", "estimator.num_nodes=4")),
+    Arm(name="trajectory", part=ESTIMATORS, num_views=5, settings=("estimator.name=trajectory", "estimator.shrink=4")),
+    Arm(name="normalized", part=WEIGHTS, num_views=5, settings=("estimator.weights=normalized",)),
+    Arm(name="antithetic", part=WEIGHTS, num_views=4, settings=("estimator.weights=antithetic",)),
+    Arm(name="unit", part=WEIGHTS, num_views=4, settings=("estimator.weights=unit",)),
+    Arm(name="t in .05–.95", part=WEIGHTS, num_views=5, settings=("estimator.mask_ratio=[0.05,0.95]",)),
+    Arm(name="full_mask, 32 steps", part=QUESTION, num_views=1, settings=("estimator.name=full_mask", "num_steps=32")),
+    Arm(name="coupled, 64", part=QUESTION, num_views=5, settings=("rollout.num_prompts=8",)),
+    Arm(name="unit, 64", part=QUESTION, num_views=4, settings=("estimator.weights=unit", "rollout.num_prompts=8")),
+    Arm(name="coupled, half rate", part=QUESTION, num_views=5, settings=("optimizer.learning_rate=4e-5",)),
+    Arm(
+        name="unit, half rate",
+        part=QUESTION,
+        num_views=4,
+        settings=("estimator.weights=unit", "optimizer.learning_rate=4e-5"),
+    ),
+    Arm(name="coupled, negatives in full", part=QUESTION, num_views=5, settings=("loss.negative_weight=1",)),
+    Arm(
+        name="unit, negatives in full",
+        part=QUESTION,
+        num_views=4,
+        settings=("estimator.weights=unit", "loss.negative_weight=1"),
+    ),
+    Arm(name="coupled, one pair", part=QUESTION, num_views=3, settings=("estimator.num_pairs=1",)),
+    Arm(
+        name="unit, four pairs",
+        part=QUESTION,
+        num_views=8,
+        settings=("estimator.weights=unit", "estimator.num_pairs=4"),
+    ),
+)
+
+
+def run_name(arm: Arm, seed: int) -> str:
+    """A name that a recipe accepts. Example: "t in .05–.95", 3 → t-in-.05-.95_seed3."""
+    return f"{arm.name.replace(', ', '-').replace('–', '-').replace(' ', '-')}_seed{seed}"
+
+
+def train(arm: Arm, seed: int, runs: Path) -> None:
+    """Train one arm on one seed as a user would, unless that is done."""
+    name = run_name(arm, seed)
+    if is_finished(runs / f"{name}-001"):
+        return
+    command = [sys.executable, "-m", "coupled.rl.cli", "train", str(ROOT / "recipes" / "quickstart.yaml")]
+    settings = (*COMMON, *arm.settings, f"seed={seed}", f"name={name}", f"output_dir={runs}", "resume=auto")
+    with (runs / f"{name}.log").open("w") as log:
+        ended = subprocess.run([*command, *settings], stdout=log, stderr=subprocess.STDOUT, check=False)
+    print(f"{name}: {'done' if ended.returncode == 0 else f'failed, see {log.name}'}", flush=True)
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run was evaluated at its start and at its end."""
+    evaluations = folder / "evaluation.jsonl"
+    return evaluations.is_file() and len(read_rows(evaluations)) >= 2
+
+
+def result_of(arm: Arm, seed: int, folder: Path) -> dict[str, Any]:
+    """What one run gave, from its folder."""
+    rows = read_rows(folder / "metrics.jsonl")
+    evaluations = [Evaluation.from_row(row) for row in read_rows(folder / "evaluation.jsonl")]
+    result: dict[str, Any] = {
+        "arm": arm.name,
+        "seed": seed,
+        "curve": {name: [row[name] for row in rows] for name in ("step", "pass_rate", "kl", "grad_norm")},
+        "seconds": {
+            part: statistics.median(row[f"time/{part}_seconds"] for row in rows)
+            for part in ("rollout", "scoring", "update", "step")
+        },
+    }
+    for kind in KINDS:
+        result[kind] = [100 * getattr(point, kind).pass_at_1.mean for point in (evaluations[0], evaluations[-1])]
+    return result
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean over seeds and half the width of its 95 % interval (Student's t)."""
+    if len(values) < 2:
+        return statistics.fmean(values), math.inf
+    return statistics.fmean(values), T_975[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def differences(results: Sequence[dict[str, Any]], arm: str, base: str, kind: str) -> list[float]:
+    """Held-out pass@1 at the end, arm minus base, in points, for each seed that both have."""
+    ends = {(r["arm"], r["seed"]): r[kind][1] for r in results}
+    seeds = sorted(seed for name, seed in ends if name == arm and (base, seed) in ends)
+    return [ends[arm, seed] - ends[base, seed] for seed in seeds]
+
+
+def table(results: Sequence[dict[str, Any]], part: str) -> list[str]:
+    """One part's arms, a line each, with the base arm first."""
+    lines = [
+        "| arm | inputs | seeds | sampled | gain | against coupled | greedy | gain | against coupled | update time |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    base_cost = cost(results, BASE)
+    for arm in (a for a in ARMS if a.part == part or a.name == BASE):
+        mine = [r for r in results if r["arm"] == arm.name]
+        if not mine:
+            continue
+        cells = [arm.name, str(arm.num_views), str(len(mine))]
+        for kind in KINDS:
+            cells += [
+                _mean_cell([r[kind][1] for r in mine], "{:.1f}"),
+                _mean_cell([r[kind][1] - r[kind][0] for r in mine], "{:+.1f}"),
+                "" if arm.name == BASE else _difference_cell(differences(results, arm.name, BASE, kind)),
+            ]
+        cells.append(f"{cost(results, arm.name) / base_cost:.2f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def cost(results: Sequence[dict[str, Any]], arm: str) -> float:
+    """Median over the seeds of the seconds that scoring and update take in a step."""
+    return statistics.median(r["seconds"]["scoring"] + r["seconds"]["update"] for r in results if r["arm"] == arm)
+
+
+def _mean_cell(values: Sequence[float], form: str) -> str:
+    mean, half = interval(values)
+    return form.format(mean) + (f" ± {half:.1f}" if math.isfinite(half) else "")
+
+
+def _difference_cell(values: Sequence[float]) -> str:
+    """Bold where the 95 % interval leaves 0 out."""
+    mean, half = interval(values)
+    text = _mean_cell(values, "{:+.1f}")
+    return f"**{text}**" if abs(mean) > half else text
+
+
+def page(report: dict[str, Any], picture: str, reading: str) -> str:
+    """docs/results/ablation.md."""
+    environment, results = report["environment"], report["results"]
+    lines = [
+        "# Estimators at equal rollouts and updates",
+        "",
+        "Made by `benchmarks/ablation.py`; the curves of every run are in [ablation.json](ablation.json).",
+        "",
+        f"* command: `{environment['command']}`",
+        f"* commit of the runs: {report['runs_commit']}",
+        f"* hardware: {environment['cores']} cores of an {environment['processor']}, one for each run, no GPU; "
+        f"Python {environment['python']}, torch {environment['torch']}",
+        f"* recipe: `recipes/quickstart.yaml` with `{' '.join(COMMON)}`, and each arm's settings as listed at the end",
+        "",
+        reading.strip(),
+        "",
+        "## Numbers",
+        "",
+        "Held-out pass@1 in per cent: 300 problems, two completions each at the rollout temperature (sampled), one at",
+        "temperature 0 (greedy). ± is half of a 95 % interval over the seeds (Student's t). *Against coupled* is the",
+        "difference at the end, seed by seed; **bold** where its interval leaves out 0. With so many comparisons about",
+        "one in twenty would be bold by chance. *Inputs* is the number of masked inputs that score one completion;",
+        "*update time* the time of scoring and update, with coupled as 1.",
+    ]
+    for part in (ESTIMATORS, WEIGHTS, QUESTION):
+        if any(r["arm"] == a.name for r in results for a in ARMS if a.part == part):
+            lines += ["", f"### {part}", "", *table(results, part)]
+    lines += ["", f"![training and held-out results]({picture})", "", "## Settings of the arms", ""]
+    lines += [
+        f"* {arm.name}: `{' '.join(arm.settings) or '(none)'}`"
+        for arm in ARMS
+        if any(r["arm"] == arm.name for r in results)
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: Sequence[dict[str, Any]], to: Path) -> None:
+    """Training pass rates, mean over the seeds, and every seed's held-out result."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    parts = [part for part in (ESTIMATORS, WEIGHTS, QUESTION) if any(_of(results, a) for a in ARMS if a.part == part)]
+    figure, axes = plt.subplots(len(parts), 2, figsize=(11, 3.8 * len(parts)), squeeze=False)
+    for (left, right), part in zip(axes, parts, strict=True):
+        arms = [a for a in ARMS if (a.part == part or a.name == BASE) and _of(results, a)]
+        for place, arm in enumerate(arms):
+            runs = _of(results, arm)
+            colour = f"C{place}" if place < 10 else "black"
+            curves = [_smooth(r["curve"]["pass_rate"]) for r in runs]
+            mean = [100 * statistics.fmean(points) for points in zip(*curves, strict=True)]
+            left.plot(range(1, len(mean) + 1), mean, color=colour, label=arm.name)
+            for kind, shift, marker in (("sampled", -0.12, "o"), ("greedy", 0.12, "s")):
+                ends = [r[kind][1] for r in runs]
+                right.plot([place + shift] * len(ends), ends, marker, color=colour, ms=4, alpha=0.5)
+                right.plot([place + shift - 0.1, place + shift + 0.1], [statistics.fmean(ends)] * 2, color=colour)
+        left.set(xlabel="step", ylabel="rollouts that pass, %", title=f"{part}: training (mean of 5 steps)")
+        left.legend(frameon=False, fontsize=7)
+        right.set(ylabel="pass@1, %", title="held out at the end: sampled (o), greedy (squares); each seed")
+        right.set_xticks(range(len(arms)), [a.name for a in arms], rotation=25, ha="right", fontsize=7)
+        for axis in (left, right):
+            axis.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(to)
+
+
+def _of(results: Sequence[dict[str, Any]], arm: Arm) -> list[dict[str, Any]]:
+    return [r for r in results if r["arm"] == arm.name]
+
+
+def _smooth(values: Sequence[float], width: int = 5) -> list[float]:
+    """Mean of each value and those before it, at most `width`."""
+    return [statistics.fmean(values[max(0, i + 1 - width) : i + 1]) for i in range(len(values))]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--runs", type=Path, required=True, help="where the run folders go")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--arms", nargs="+", help="names of arms; all of them if none are given")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time; 0 only makes the page")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "ablation.json")
+    arguments = parser.parse_args()
+    arguments.runs.mkdir(parents=True, exist_ok=True)
+    arms = [arm for arm in ARMS if not arguments.arms or arm.name in arguments.arms]
+    commit_file = arguments.runs / "commit"
+    if arguments.jobs:
+        commit_file.write_text(environment()["commit"])
+        # Seed by seed: what is there when it is interrupted can be compared.
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            list(pool.map(lambda job: train(*job, arguments.runs), [(a, s) for s in arguments.seeds for a in arms]))
+    folders = [(arm, seed, arguments.runs / f"{run_name(arm, seed)}-001") for arm in ARMS for seed in arguments.seeds]
+    results = [result_of(arm, seed, folder) for arm, seed, folder in folders if is_finished(folder)]
+    report = {"environment": environment(), "runs_commit": commit_file.read_text().strip(), "results": results}
+    reading = arguments.out.with_suffix(".reading.md")
+    arguments.out.write_text(json.dumps(report) + "\n")
+    text = page(report, arguments.out.with_suffix(".svg").name, reading.read_text() if reading.is_file() else "")
+    arguments.out.with_suffix(".md").write_text(text)
+    print(f"wrote {arguments.out} from {len(results)} runs")
+    try:
+        draw(results, arguments.out.with_suffix(".svg"))
+    except ImportError:
+        print("no picture: matplotlib is not installed")
+
+
+if __name__ == "__main__":
+    main()
