@@ -145,13 +145,13 @@ def test_scores_are_zero_outside_the_valid_positions(tiny_policy: MakePolicy) ->
 def spy_on_rows(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows each forward pass has."""
     seen: list[int] = []
-    plain = policy.logits_at
+    plain = policy.hidden_at
 
     def counting(ids: Tensor, pad_lengths: Tensor, rows: Tensor) -> Tensor:
         seen.append(len(ids))
         return plain(ids, pad_lengths, rows)
 
-    monkeypatch.setattr(policy, "logits_at", counting)
+    monkeypatch.setattr(policy, "hidden_at", counting)
     return seen
 
 
