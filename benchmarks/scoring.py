@@ -370,14 +370,15 @@ def measure_memory(arm: Arm, size: Size, rounds: int, to: Path) -> dict[str, Any
         else:
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
             before = resident_mb("VmRSS")
-        seconds = []
+        seconds, processor = [], []
         for _ in range(rounds):
             fresh_gradients(policy)
             synchronize(size)
-            started = time.perf_counter()
+            clock, used = time.perf_counter(), time.process_time()
             found = task()
             synchronize(size)
-            seconds.append(time.perf_counter() - started)
+            seconds.append(time.perf_counter() - clock)
+            processor.append(time.process_time() - used)
         peak = torch.cuda.max_memory_allocated() / 2**20 if size.device == "cuda" else resident_mb("VmHWM")
     results = {"loss": torch.tensor(found.loss, dtype=torch.float64)}
     if arm.is_update:
@@ -390,13 +391,13 @@ def measure_memory(arm: Arm, size: Size, rounds: int, to: Path) -> dict[str, Any
     else:
         results["scores"] = found.scores.cpu()
     torch.save(results, to)
-    return {"before_mb": before, "peak_mb": peak - before, "seconds": seconds, **counted}
+    return {"before_mb": before, "peak_mb": peak - before, "seconds": seconds, "cpu_seconds": processor, **counted}
 
 
-def measure_time(arms: list[Arm], size: Size, rounds: int) -> dict[str, list[float]]:
+def measure_time(arms: list[Arm], size: Size, rounds: int) -> dict[str, dict[str, list[float]]]:
     """In this process, all arms in turn, so that a busy machine is unfair to all alike."""
     policy, batch = make_policy(size), make_batch(size)
-    seconds: dict[str, list[float]] = {arm.name: [] for arm in arms}
+    found: dict[str, dict[str, list[float]]] = {arm.name: {"seconds": [], "cpu_seconds": []} for arm in arms}
     for arm in arms:
         with prepared(arm, policy):
             warm_up(policy, arm, size)
@@ -405,10 +406,11 @@ def measure_time(arms: list[Arm], size: Size, rounds: int) -> dict[str, list[flo
             with prepared(arm, policy):
                 task = task_of(arm, policy, batch)
                 fresh_gradients(policy)
-                started = time.perf_counter()
+                clock, processor = time.perf_counter(), time.process_time()
                 task()
-                seconds[arm.name].append(time.perf_counter() - started)
-    return seconds
+                found[arm.name]["seconds"].append(time.perf_counter() - clock)
+                found[arm.name]["cpu_seconds"].append(time.process_time() - processor)
+    return found
 
 
 def in_child(what: str, size: Size, names: list[str], rounds: int, to: Path | None = None) -> Any:
@@ -454,16 +456,20 @@ def add_memory(report: dict[str, Any], size: Size, arms: list[Arm], rounds: int)
         for arm in arms:
             pair = [torch.load(files[name], weights_only=True) for name in (arm.name, BASELINE[arm.name])]
             rows[arm.name]["difference"] = largest_difference(*pair)
-            rows[arm.name]["base_seconds"] = rows[BASELINE[arm.name]]["seconds"]
+            rows[arm.name] |= _beside(rows, arm)
 
 
 def add_time(report: dict[str, Any], size: Size, arms: list[Arm], rounds: int) -> None:
     """Of some arms, beside the straightforward one in the same rounds."""
-    seconds = in_child("time", size, [arm.name for arm in arms], rounds)
+    found = in_child("time", size, [arm.name for arm in arms], rounds)
     for arm in arms:
-        row = report["rows"][arm.name]
-        row["seconds"], row["base_seconds"] = seconds[arm.name], seconds[BASELINE[arm.name]]
-        print(f"{arm.name:45} {statistics.median(seconds[arm.name]):9.1f} s", flush=True)
+        report["rows"][arm.name] |= found[arm.name] | _beside(found, arm)
+        print(f"{arm.name:45} {statistics.median(found[arm.name]['seconds']):9.1f} s", flush=True)
+
+
+def _beside(rows: dict[str, Any], arm: Arm) -> dict[str, list[float]]:
+    """The straightforward way's times of the same rounds."""
+    return {f"base_{field}": rows[BASELINE[arm.name]][field] for field in ("seconds", "cpu_seconds")}
 
 
 def count_distinct_inputs(num_groups: int, group: int) -> dict[str, Any]:
@@ -512,7 +518,10 @@ def ratios(rows: dict[str, Any], name: str) -> dict[str, list[float]]:
     row = rows[name]
     return {
         "memory": [row["peak_mb"] / rows[BASELINE[name]]["peak_mb"]],
-        "time": [mine / its for mine, its in zip(row["seconds"], row["base_seconds"], strict=True)],
+        **{
+            what: [mine / its for mine, its in zip(row[field], row[f"base_{field}"], strict=True)]
+            for what, field in (("time", "seconds"), ("processor time", "cpu_seconds"))
+        },
     }
 
 
@@ -539,6 +548,7 @@ def table(report: dict[str, Any]) -> list[str]:
         "of straightforward",
         "seconds, median (range)",
         "of straightforward, median (range)",
+        "processor time, of straightforward",
         "loss differs by",
         "gradient differs by",
     )
@@ -552,6 +562,7 @@ def table(report: dict[str, Any]) -> list[str]:
             f"| {name} | {row['inputs']} | {row['rows'] / size['group']:.1f} | {row['peak_mb']:.0f} | "
             f"{share['memory'][0]:.2f} | {statistics.median(seconds):.1f} ({min(seconds):.1f}–{max(seconds):.1f}) | "
             f"{statistics.median(share['time']):.2f} ({min(share['time']):.2f}–{max(share['time']):.2f}) | "
+            f"{statistics.median(share['processor time']):.2f} | "
             f"{told[0]} | {told[1]} |"
         )
     return lines

@@ -51,9 +51,10 @@ class OutputHead:
     def plain_weight(self) -> Tensor | None:
         """The weight [V, D], if the module is that and nothing more: no bias, no adapter, no hook, no shards."""
         module = self.module
-        is_plain = type(module) is nn.Linear and module.bias is None
+        if type(module) is not nn.Linear or module.bias is not None:
+            return None
         has_hook = bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-        return module.weight if is_plain and not has_hook else None
+        return None if has_hook else module.weight
 
 
 def project(head: OutputHead, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
@@ -92,7 +93,7 @@ def token_logp(
     weight = head.plain_weight
     if weight is None:
         return _recomputed_logp(head, hidden, line, targets, temperature, num_rows)
-    found: Tensor = _FusedLogp.apply(hidden, weight, line, targets, head, temperature, num_rows)  # type: ignore[no-untyped-call]
+    found: Tensor = _FusedLogp.apply(hidden, weight, line, targets, head, temperature, num_rows)
     return found
 
 
