@@ -9,9 +9,8 @@ full forward passes per completion, logits of every position, log-softmax, gathe
 leave one part of ours out.
 
 Memory is what an update adds to a process that holds weights and gradients. On a CPU: the resident-set high-water mark,
-each arm in a process of its own, with an allocator that gives freed blocks back at once (MALLOC_MMAP_THRESHOLD_). On a
-GPU: torch's allocator. Time on a CPU is taken elsewhere, in one process with the usual allocator in which the arms take
-turns; on a GPU in the process of the arm.
+with an allocator that gives freed blocks back at once (MALLOC_MMAP_THRESHOLD_). On a GPU: torch's allocator. Time on a
+CPU is taken in another process, with the usual allocator, in which the arms take turns.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -58,7 +56,7 @@ SHAPES = {
         "vocab_size": 32768,
         "hidden_size": 256,
         "intermediate_size": 768,
-        "num_hidden_layers": 12,
+        "num_hidden_layers": 8,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     },
@@ -99,14 +97,14 @@ class Arm:
 OURS, PLAIN = "ours", "straightforward"
 ARMS = (
     Arm(name=PLAIN, is_straightforward=True, has_checkpointing=False),
-    Arm(name=f"{PLAIN}, checkpointing", is_straightforward=True),
     Arm(name=OURS),
+    Arm(name="ours, no checkpointing", has_checkpointing=False),
     Arm(name="ours, two passes", has_two_passes=True),
     Arm(name="ours, two passes, no checkpointing", has_two_passes=True, has_checkpointing=False),
-    Arm(name="ours, no checkpointing", has_checkpointing=False),
     Arm(name="ours, logits not chunked", is_chunked=False),
     Arm(name="ours, logits of all rows", has_chosen_rows=False),
     Arm(name="ours, fully masked pass not shared", is_shared=False),
+    Arm(name=f"{PLAIN}, checkpointing", is_straightforward=True),
     Arm(name=f"scores alone: {PLAIN}", is_straightforward=True, has_checkpointing=False, is_update=False),
     Arm(name="scores alone: ours", is_update=False),
 )
@@ -303,25 +301,25 @@ def task_of(arm: Arm, policy: Policy, batch: TrainBatch) -> Callable[[], SimpleN
 
 
 def work(arm: Arm, policy: Policy, batch: TrainBatch) -> dict[str, int]:
-    """Masked inputs that one estimate of the group computes, and rows of logits made of them."""
-    inputs, rows = [], []
-    body = policy._base.model
-    handle = body.register_forward_pre_hook(lambda _, __, named: inputs.append(named["input_ids"]), with_kwargs=True)
-    plain = policy.hidden_at
+    """Masked inputs that one estimate of the group computes, and rows of logits made of them; by counting, for ours."""
+    if arm.is_straightforward:
+        return {"inputs": 3 * len(batch), "rows": 3 * batch.ids.numel()}
+    inputs, rows = 0, 0
+    body, plain = policy._base.model, policy.hidden_at
+    layers, body.layers = body.layers, torch.nn.ModuleList()  # what they compute does not matter here
 
-    def hidden_at(*arguments: Tensor) -> Tensor:
-        hidden = plain(*arguments)
-        rows.append(len(hidden))
-        return hidden
+    def hidden_at(ids: Tensor, pad_lengths: Tensor, places: Tensor) -> Tensor:
+        nonlocal inputs, rows
+        inputs, rows = inputs + len(ids), rows + int(places.sum())
+        return plain(ids, pad_lengths, places)
 
     policy.hidden_at = hidden_at  # type: ignore[method-assign]
     try:
         task_of(replace(arm, is_update=False), policy, batch)()
     finally:
-        handle.remove()
         del policy.hidden_at
-    num_inputs = sum(len(ids) for ids in inputs)
-    return {"inputs": num_inputs, "rows": num_inputs * batch.ids.shape[1] if arm.is_straightforward else sum(rows)}
+        body.layers = layers
+    return {"inputs": inputs, "rows": rows}
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -354,44 +352,61 @@ def warm_up(policy: Policy, arm: Arm, size: Size) -> None:
     policy.model.zero_grad(set_to_none=True)
 
 
-def measure_memory(arm: Arm, size: Size, rounds: int, to: Path) -> dict[str, Any]:
-    """In this process, `rounds` times. Writes the loss and the gradients, or the scores, to `to`."""
-    policy = make_policy(size)
-    with prepared(arm, policy):
-        batch = make_batch(size)
+def measure_memory(arms: list[Arm], size: Size, rounds: int) -> Iterator[dict[str, Any]]:
+    """In this process, arm after arm, `rounds` times each: what it adds, and how far it is from the baseline's numbers.
+
+    Memory of earlier arms is given back before, and what stays is part of the level that is subtracted.
+    """
+    policy, batch = make_policy(size), make_batch(size)
+    kept: dict[str, dict[str, Tensor]] = {}
+    for arm in arms:
         counted = work(arm, policy, batch)
-        warm_up(policy, arm, size)
-        fresh_gradients(policy)
-        task = task_of(arm, policy, batch)
-        synchronize(size)
-        if size.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated() / 2**20
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-            before = resident_mb("VmRSS")
-        seconds, processor = [], []
-        for _ in range(rounds):
+        with prepared(arm, policy):
+            warm_up(policy, arm, size)
+            task = task_of(arm, policy, batch)
             fresh_gradients(policy)
-            synchronize(size)
-            clock, used = time.perf_counter(), time.process_time()
-            found = task()
-            synchronize(size)
-            seconds.append(time.perf_counter() - clock)
-            processor.append(time.process_time() - used)
-        peak = torch.cuda.max_memory_allocated() / 2**20 if size.device == "cuda" else resident_mb("VmHWM")
+            before = level(size, starts_anew=True)
+            seconds, processor = [], []
+            for _ in range(rounds):
+                fresh_gradients(policy)
+                synchronize(size)
+                clock, used = time.perf_counter(), time.process_time()
+                found = task()
+                synchronize(size)
+                seconds.append(time.perf_counter() - clock)
+                processor.append(time.process_time() - used)
+            peak = level(size, starts_anew=False)
+        results = results_of(arm, policy, found)
+        if arm.name in BASELINE.values():
+            kept[arm.name] = results
+        row = {"before_mb": before, "peak_mb": peak - before, "seconds": seconds, "cpu_seconds": processor, **counted}
+        yield {"name": arm.name, **row, "difference": largest_difference(results, kept[BASELINE[arm.name]])}
+
+
+def level(size: Size, *, starts_anew: bool) -> float:
+    """Memory in use now, from where the high-water mark then starts anew; or else that mark. MB."""
+    if size.device == "cuda":
+        if not starts_anew:
+            return torch.cuda.max_memory_allocated() / 2**20
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**20
+    if starts_anew:
+        Path("/proc/self/clear_refs").write_text("5")
+    return resident_mb("VmRSS" if starts_anew else "VmHWM")
+
+
+def results_of(arm: Arm, policy: Policy, found: SimpleNamespace) -> dict[str, Tensor]:
+    """The loss with the gradients, or the scores, on the CPU."""
     results = {"loss": torch.tensor(found.loss, dtype=torch.float64)}
-    if arm.is_update:
-        total = sum(p.numel() for p in policy.trainable_parameters())
-        most = 2**24 if total < 2**27 else 2**14  # of each tensor: enough to compare
-        for name, parameter in policy.model.named_parameters():
-            if parameter.requires_grad:
-                assert parameter.grad is not None
-                results[name] = parameter.grad.flatten()[:most].cpu()
-    else:
-        results["scores"] = found.scores.cpu()
-    torch.save(results, to)
-    return {"before_mb": before, "peak_mb": peak - before, "seconds": seconds, "cpu_seconds": processor, **counted}
+    if not arm.is_update:
+        return results | {"scores": found.scores.cpu()}
+    total = sum(p.numel() for p in policy.trainable_parameters())
+    most = 2**24 if total < 2**27 else 2**14  # of each tensor: enough to compare
+    for name, parameter in policy.model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None
+            results[name] = parameter.grad.flatten()[:most].to("cpu", copy=True)
+    return results
 
 
 def measure_time(arms: list[Arm], size: Size, rounds: int) -> dict[str, dict[str, list[float]]]:
@@ -413,25 +428,31 @@ def measure_time(arms: list[Arm], size: Size, rounds: int) -> dict[str, dict[str
     return found
 
 
-def in_child(what: str, size: Size, names: list[str], rounds: int, to: Path | None = None) -> Any:
-    """This file in a process of its own; its last line of output is JSON."""
+def in_child(what: str, size: Size, arms: list[Arm], rounds: int) -> Iterator[Any]:
+    """This file in a process of its own; every line of its output is JSON."""
     environment = dict(os.environ)
     if what == "memory":
         environment["MALLOC_MMAP_THRESHOLD_"] = environment["MALLOC_TRIM_THRESHOLD_"] = str(2**16)
-    command = [sys.executable, __file__, "--child", what, json.dumps([asdict(size), names, rounds, str(to)])]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{what} of {names} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    names = [arm.name for arm in arms]
+    command = [sys.executable, __file__, "--child", what, json.dumps([asdict(size), names, rounds])]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as started:
+        assert started.stdout is not None
+        for line in started.stdout:
+            yield json.loads(line)
+    if started.returncode:
+        raise SystemExit(
+            f"measuring {what} ended with status {started.returncode}; where memory was short, take fewer --layers or "
+            "a smaller --group, or leave arms out with --arms"
+        )
 
 
 def child(what: str, given: str) -> None:
     """What `in_child` starts."""
-    size_values, names, rounds, to = json.loads(given)
+    size_values, names, rounds = json.loads(given)
     size, arms = Size(**size_values), [arm for arm in ARMS if arm.name in names]
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    found = measure_memory(arms[0], size, rounds, Path(to)) if what == "memory" else measure_time(arms, size, rounds)
-    print(json.dumps(found))
+    for found in measure_memory(arms, size, rounds) if what == "memory" else [measure_time(arms, size, rounds)]:
+        print(json.dumps(found), flush=True)
 
 
 def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, float]:
@@ -444,24 +465,21 @@ def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict
     }
 
 
-def add_memory(report: dict[str, Any], size: Size, arms: list[Arm], rounds: int) -> None:
-    """Of every arm: memory, counts, how far its numbers are from the straightforward ones; on a GPU seconds, too."""
+def add_memory(report: dict[str, Any], size: Size, arms: list[Arm], rounds: int) -> Iterator[None]:
+    """Arm by arm: memory, counts, seconds, how far its numbers are from the straightforward ones."""
     rows = report["rows"]
-    with tempfile.TemporaryDirectory() as folder:
-        files = {arm.name: Path(folder) / f"{i}.pt" for i, arm in enumerate(arms)}
-        for arm in arms:
-            times = 1 if size.device == "cpu" else rounds
-            rows[arm.name] = in_child("memory", size, [arm.name], times, files[arm.name])
-            print(f"{arm.name:45} {rows[arm.name]['peak_mb']:9.0f} MB", flush=True)
-        for arm in arms:
-            pair = [torch.load(files[name], weights_only=True) for name in (arm.name, BASELINE[arm.name])]
-            rows[arm.name]["difference"] = largest_difference(*pair)
-            rows[arm.name] |= _beside(rows, arm)
+    for row in in_child("memory", size, arms, rounds):
+        name = row.pop("name")
+        (arm,) = (arm for arm in arms if arm.name == name)
+        rows[name] = row
+        row |= _beside(rows, arm)
+        print(f"{arm.name:45} {row['peak_mb']:9.0f} MB {statistics.median(row['cpu_seconds']):9.1f} s", flush=True)
+        yield
 
 
 def add_time(report: dict[str, Any], size: Size, arms: list[Arm], rounds: int) -> None:
     """Of some arms, beside the straightforward one in the same rounds."""
-    found = in_child("time", size, [arm.name for arm in arms], rounds)
+    (found,) = in_child("time", size, arms, rounds)
     for arm in arms:
         report["rows"][arm.name] |= found[arm.name] | _beside(found, arm)
         print(f"{arm.name:45} {statistics.median(found[arm.name]['seconds']):9.1f} s", flush=True)
@@ -595,9 +613,8 @@ def page(report: dict[str, Any]) -> str:
             + (
                 "the most that torch's allocator held, less what it held before."
                 if has_gpu
-                else "the high-water mark of the resident set, less the resident set before, each arm in a process of "
-                "its own whose allocator gives freed blocks back (MALLOC_MMAP_THRESHOLD_=65536). Seconds are of "
-                "another process, with the usual allocator, in which the arms took turns."
+                else "the high-water mark of the resident set, less the resident set before, with an allocator that "
+                "gives freed blocks back at once (MALLOC_MMAP_THRESHOLD_=65536)."
             ),
             "",
             "How often the fully masked input is shared: in "
@@ -647,6 +664,7 @@ def main() -> None:
     wanted |= {BASELINE[name] for name in wanted}
     arms = [arm for arm in ARMS if arm.name in wanted]
     to = given.write.with_suffix(".json")
+    to.parent.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"size": asdict(size), "rows": {}, "runs": []}
     if given.only in ("time", "sharing"):
         report = json.loads(to.read_text())
@@ -655,13 +673,13 @@ def main() -> None:
     with torch.device("meta"):
         report["parameters"] = sum(p.numel() for p in Qwen2ForCausalLM(config_of(size)).parameters())
     if given.only in (None, "memory"):
-        add_memory(report, size, arms, given.rounds)
+        for _ in add_memory(report, size, arms, given.rounds):
+            to.write_text(json.dumps(report, indent=1) + "\n")
     if given.only == "time" or (given.only is None and size.device == "cpu"):
         add_time(report, size, arms, given.rounds)
     if given.only in (None, "sharing"):
         report["sharing"] = count_distinct_inputs(num_groups=32, group=given.group)
     report["runs"].append(environment())
-    to.parent.mkdir(parents=True, exist_ok=True)
     to.write_text(json.dumps(report, indent=1) + "\n")
     if "sharing" in report:
         given.write.with_suffix(".md").write_text(page(report))
