@@ -666,10 +666,11 @@ def main() -> None:
     to = given.write.with_suffix(".json")
     to.parent.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"size": asdict(size), "rows": {}, "runs": []}
-    if given.only in ("time", "sharing"):
+    if given.only is not None and to.is_file():
         report = json.loads(to.read_text())
         if report["size"] != asdict(size):
-            raise SystemExit(f"{to} is of another size: {report['size']}; measure memory first")
+            raise SystemExit(f"{to} is of another size: {report['size']}; write elsewhere with --write")
+    report["runs"].append(environment())
     with torch.device("meta"):
         report["parameters"] = sum(p.numel() for p in Qwen2ForCausalLM(config_of(size)).parameters())
     if given.only in (None, "memory"):
@@ -679,7 +680,6 @@ def main() -> None:
         add_time(report, size, arms, given.rounds)
     if given.only in (None, "sharing"):
         report["sharing"] = count_distinct_inputs(num_groups=32, group=given.group)
-    report["runs"].append(environment())
     to.write_text(json.dumps(report, indent=1) + "\n")
     if "sharing" in report:
         given.write.with_suffix(".md").write_text(page(report))
