@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import statistics
@@ -207,10 +208,12 @@ def make_recipe(arm: Arm) -> Recipe:
     )
 
 
-def reference_scores(batch: TrainBatch) -> Tensor:
-    """Stands for the frozen policy's: what matters here is that every arm has the same."""
+def reference_scores(size: Size, batch: TrainBatch, pair: MaskPair) -> Tensor:
+    """Stands for the frozen policy's: those of a policy that finds all tokens alike, with noise of a nat."""
     stream = torch.Generator().manual_seed(3)
-    return (torch.randn(batch.valid.shape, generator=stream) - 15.0).to(batch.ids.device)
+    noise = torch.randn(batch.valid.shape, generator=stream).to(batch.ids.device)
+    weight = torch.where(pair.first, 1 / pair.ratio[:, None], 1 / (1 - pair.ratio[:, None]))
+    return noise - 0.5 * (1 + weight) * math.log(SHAPES[size.shape]["vocab_size"])
 
 
 # --- the straightforward way, from the equations ----------------------------------------------------------------------
@@ -271,7 +274,7 @@ def prepared(arm: Arm, policy: Policy) -> Iterator[None]:
             vars(layer).pop("forward", None)
 
 
-def task_of(arm: Arm, policy: Policy, batch: TrainBatch) -> Callable[[], SimpleNamespace]:
+def task_of(arm: Arm, policy: Policy, size: Size, batch: TrainBatch) -> Callable[[], SimpleNamespace]:
     """A function that does the arm's work once: `loss`, and `scores` where only they are computed."""
     recipe = make_recipe(arm)
     (pair,) = pairs = draw_pairs(batch, recipe.estimator, (0, "mask", 1, 0))
@@ -279,7 +282,7 @@ def task_of(arm: Arm, policy: Policy, batch: TrainBatch) -> Callable[[], SimpleN
     if not arm.is_shared:
         full = replace(draw.forwards[0][0], is_shared=False)
         draw = MaskDraw(forwards=((full,), *draw.forwards[1:]), total=draw.total)
-    reference = reference_scores(batch)
+    reference = reference_scores(size, batch, pair)
     anchor = Anchor(old=None, reference=reference)
     denominator = loss_denominator(batch.valid, recipe.loss.norm)
 
@@ -300,7 +303,7 @@ def task_of(arm: Arm, policy: Policy, batch: TrainBatch) -> Callable[[], SimpleN
     return update if arm.is_update else scores
 
 
-def work(arm: Arm, policy: Policy, batch: TrainBatch) -> dict[str, int]:
+def work(arm: Arm, policy: Policy, size: Size, batch: TrainBatch) -> dict[str, int]:
     """Masked inputs that one estimate of the group computes, and rows of logits made of them; by counting, for ours."""
     if arm.is_straightforward:
         return {"inputs": 3 * len(batch), "rows": 3 * batch.ids.numel()}
@@ -315,7 +318,7 @@ def work(arm: Arm, policy: Policy, batch: TrainBatch) -> dict[str, int]:
 
     policy.hidden_at = hidden_at  # type: ignore[method-assign]
     try:
-        task_of(replace(arm, is_update=False), policy, batch)()
+        task_of(replace(arm, is_update=False), policy, size, batch)()
     finally:
         del policy.hidden_at
         body.layers = layers
@@ -348,7 +351,7 @@ def synchronize(size: Size) -> None:
 def warm_up(policy: Policy, arm: Arm, size: Size) -> None:
     """Threads, libraries and, on a GPU, kernels: on a canvas of four."""
     small = make_batch(replace(size, group=2, prompt=4, canvas=4))
-    task_of(arm, policy, small)()
+    task_of(arm, policy, size, small)()
     policy.model.zero_grad(set_to_none=True)
 
 
@@ -360,10 +363,10 @@ def measure_memory(arms: list[Arm], size: Size, rounds: int) -> Iterator[dict[st
     policy, batch = make_policy(size), make_batch(size)
     kept: dict[str, dict[str, Tensor]] = {}
     for arm in arms:
-        counted = work(arm, policy, batch)
+        counted = work(arm, policy, size, batch)
         with prepared(arm, policy):
             warm_up(policy, arm, size)
-            task = task_of(arm, policy, batch)
+            task = task_of(arm, policy, size, batch)
             fresh_gradients(policy)
             before = level(size, starts_anew=True)
             seconds, processor = [], []
@@ -419,7 +422,7 @@ def measure_time(arms: list[Arm], size: Size, rounds: int) -> dict[str, dict[str
     for _ in range(rounds):
         for arm in arms:
             with prepared(arm, policy):
-                task = task_of(arm, policy, batch)
+                task = task_of(arm, policy, size, batch)
                 fresh_gradients(policy)
                 clock, processor = time.perf_counter(), time.process_time()
                 task()
