@@ -210,7 +210,19 @@ class Optimizer(Section):
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay; 0 is none")
     max_grad_norm: float = Field(default=0.2, gt=0, description="gradients are scaled down to this global norm")
     micro_batch_size: Positive = Field(
-        default=16, description="rows per backward pass; the gradient does not depend on it"
+        default=16,
+        description="rows per backward pass; the gradient does not depend on it. A multiple of rollout.group_size lets "
+        "whole groups share their fully masked pass",
+    )
+    has_two_passes: bool = Field(
+        default=False,
+        description="score without gradients first, then backpropagate one masked input at a time: the memory of one, "
+        "however many the estimator has, for one more forward pass",
+    )
+    has_gradient_checkpointing: bool = Field(
+        default=False,
+        description="keep only the inputs of the layers and recompute the rest in the backward pass: less memory, for "
+        "one more forward pass",
     )
 
 

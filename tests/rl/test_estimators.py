@@ -245,13 +245,13 @@ def test_old_reference_and_new_read_the_same_masked_inputs(
     policy, batch, estimator = tiny_policy(), five(), VARIANTS[name]
     run = open_toy_run(policy, tmp_path, estimator, loss={"kl_beta": 0.1}, optimizer={"micro_batch_size": 2})
     inputs: list[Tensor] = []
-    plain = policy.logits_at
+    plain = policy.hidden_at
 
     def recording(ids: Tensor, pad_lengths: Tensor, rows: Tensor) -> Tensor:
         inputs.append(ids.clone())
         return plain(ids, pad_lengths, rows)
 
-    monkeypatch.setattr(policy, "logits_at", recording)
+    monkeypatch.setattr(policy, "hidden_at", recording)
     draw = draw_masks(batch, estimator, KEY)
     anchor = run.anchor(batch, draw, is_first=False)
     run.update(1, batch, draw, anchor)

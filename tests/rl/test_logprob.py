@@ -145,13 +145,13 @@ def test_scores_are_zero_outside_the_valid_positions(tiny_policy: MakePolicy) ->
 def spy_on_rows(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows each forward pass has."""
     seen: list[int] = []
-    plain = policy.logits_at
+    plain = policy.hidden_at
 
     def counting(ids: Tensor, pad_lengths: Tensor, rows: Tensor) -> Tensor:
         seen.append(len(ids))
         return plain(ids, pad_lengths, rows)
 
-    monkeypatch.setattr(policy, "logits_at", counting)
+    monkeypatch.setattr(policy, "hidden_at", counting)
     return seen
 
 
@@ -185,6 +185,39 @@ def test_only_equal_inputs_share_their_fully_masked_pass(
     assert seen == [3], "rows 0 and 2 are full; rows 1 and 3 keep different tails"
     full_mask_logp(policy, batch, "mask")
     assert seen == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("post_eos", "lengths", "shared"),
+    [
+        ("kept", [6] * 10, 1),
+        ("mask", [6] * 10, 1),
+        ("mask", [6, 5, 4, 3, 2, 1, 6, 5, 4, 2], 1),
+        ("kept", [6, 5, 6, 3], 3),
+    ],
+)
+@torch.no_grad()
+def test_a_group_costs_two_masked_inputs_a_completion_and_the_shared_ones(
+    tiny_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch, post_eos: str, lengths: list[int], shared: int
+) -> None:
+    """2 G + 1 inputs where the fully masked one is common to all, and C + C/G rows of logits a completion."""
+    policy, estimator = tiny_policy(), Estimator(post_eos=post_eos)
+    batch = make_batch([4] * len(lengths), lengths, shared_prompt=True)
+    inputs, rows = 0, 0
+    plain = policy.hidden_at
+
+    def counting(ids: Tensor, pad_lengths: Tensor, places: Tensor) -> Tensor:
+        nonlocal inputs, rows
+        inputs, rows = inputs + len(ids), rows + int(places.sum())
+        return plain(ids, pad_lengths, places)
+
+    monkeypatch.setattr(policy, "hidden_at", counting)
+    scores = estimate_logp(policy, batch, draw_masks(batch, estimator, KEY), estimator)
+    assert inputs == 2 * len(lengths) + shared
+    if shared == 1:
+        assert rows == sum(lengths) + max(lengths), "with lengths of C: G · C + C"
+    expected = equation_4(policy, batch, draw_pairs(batch, estimator, KEY), post_eos)
+    torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-5)
 
 
 @torch.no_grad()
