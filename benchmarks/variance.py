@@ -193,7 +193,7 @@ def sample(make: Callable[[int], MaskDraw], num_draws: int, step: Callable[..., 
 
 
 def jackknife(statistic: Callable[[np.ndarray], float], num_draws: int) -> tuple[float, float]:
-    """The statistic of all draws, and its standard error: √((n-1)/n · Σ (θ_(i) - mean)²) over n leave-one-out values."""
+    """The statistic of all draws, and its standard error √((n-1)/n · Σ (θ_(i) - mean)²), θ_(i) without the i-th."""
     everything = np.arange(num_draws)
     left_out = np.array([statistic(np.delete(everything, i)) for i in everything])
     error = math.sqrt((num_draws - 1) / num_draws * float(((left_out - left_out.mean()) ** 2).sum()))
@@ -311,12 +311,13 @@ def page(report: dict[str, Any], picture: str, reading: str) -> str:
         f"Python {made['python']}, torch {made['torch']}, float32",
         "",
         f"{setting['num_completions']} completions ({setting['num_prompts']} prompts × {setting['group_size']}, "
-        f"{setting['mean_length']:.1f} tokens on average) of the embedded model, rolled out as the quickstart does and",
-        "judged by their hidden tests; prompts whose completions all have one reward are left out, because they have no",
-        "gradient. Weights and completions never change: only the masks are drawn again and again, as training draws",
-        "them. λ = 2 and t in [0.2, 0.8] unless the row says otherwise. ± is one standard error, by jackknife over draws.",
+        f"{setting['mean_length']:.1f} tokens on average) of the embedded model, rolled out as the quickstart",
+        "does and judged by their hidden tests; prompts whose completions all have one reward are left out, because",
+        "they have no gradient. Weights and completions never change: only the masks are drawn again and again, as",
+        "training draws them. λ = 2 and t in [0.2, 0.8] unless the row says otherwise. ± is one standard error, by",
+        "jackknife over draws.",
         "",
-        "* **forwards**: masked inputs that score something, per completion. The fully masked one counts as 1, although",
+        "* **forwards**: masked inputs that score something, per completion. The fully masked one counts as 1, though",
         "  completions of a prompt may share it.",
         "* **mean Σ s**: over completions and draws, in nats. "
         f"The ELBO is {setting['elbo'][0]:.2f} ± {setting['elbo'][1]:.2f}.",
