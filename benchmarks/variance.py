@@ -307,7 +307,7 @@ def page(report: dict[str, Any], picture: str, reading: str) -> str:
         "",
         f"* command: `{made['command']}`",
         f"* commit: {made['commit']}",
-        f"* hardware: one core of an {made['processor']}, {report['seconds'] / 60:.0f} minutes; "
+        f"* hardware: one thread on an {made['processor']}, no GPU; "
         f"Python {made['python']}, torch {made['torch']}, float32",
         "",
         f"{setting['num_completions']} completions ({setting['num_prompts']} prompts × {setting['group_size']}, "
@@ -326,7 +326,8 @@ def page(report: dict[str, Any], picture: str, reading: str) -> str:
         f"  second column is for {NUM_FORWARDS} forwards (n draws averaged have 1/n of it).",
         "* **share**: how much of the gradient's variance is the masks', in a batch of this size whose prompts and",
         "  completions are drawn again, too. Estimated from the spread over the prompts here.",
-        "* **cosine**: between E g and the gradient of the ELBO, or that of the rollout's own trajectory.",
+        "* **cosine**: between E g and the gradient of the ELBO, or that of the rollout's own trajectory. By unbiased",
+        "  moments, so that chance may take it above 1.",
         "",
         reading,
         "",

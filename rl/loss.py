@@ -88,8 +88,9 @@ def coupled_grpo_loss(
     The sums in the result are over the rows given here; those of tokens are counts, whatever the norm.
     """
     advantage = torch.where(advantages < 0, config.negative_weight * advantages, advantages)[:, None]
+    sums: dict[str, float] = {}
     if config.objective == "likelihood":
-        per_token, sums = -advantage * new, {}
+        per_token = -advantage * new
     else:
         per_token, sums = _clipped(new, old, advantage, valid, config)
     sums |= {"tokens": float(valid.sum()), "kl": 0.0}

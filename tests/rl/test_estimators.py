@@ -45,7 +45,7 @@ VARIANTS = {
     "espo": Estimator(name="espo", num_pairs=2),
     "gdpo": Estimator(name="gdpo"),
     "trajectory": Estimator(name="trajectory"),
-    "trajectory shrunk and sampled": Estimator(name="trajectory", shrink=2, num_sampled_steps=2),
+    "trajectory shrunk and sampled": Estimator(name="trajectory", shrink=4, num_sampled_steps=1),
     "ar_order": Estimator(name="ar_order"),
     "coupled, tail excluded": Estimator(num_pairs=2, post_eos="excluded"),
     "full_mask, tail excluded, hidden prompt": Estimator(
@@ -246,7 +246,7 @@ CHANGED = {
     "draw": "exact_count",
     "num_pairs": 3,
     "num_nodes": 2,
-    "shrink": 2,
+    "shrink": 4,
     "num_sampled_steps": 1,
 }
 
