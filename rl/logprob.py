@@ -76,6 +76,12 @@ def _terms(
     forwards: tuple[tuple[View, ...], ...],
 ) -> Iterator[tuple[Float[Tensor, "B C"], ...]]:
     """ℓ_k(hidden) / divisor at the scored positions of each view and 0 elsewhere, forward pass by forward pass."""
+    if estimator.post_eos == "excluded":
+        ended, moved = without_tail(batch, replace(draw, forwards=forwards), policy.mask_id)
+        kept = estimator.model_copy(update={"post_eos": "kept"})
+        for terms in _terms(policy, ended, moved, kept, temperature, moved.forwards):
+            yield tuple(with_tail(term, batch.valid) for term in terms)
+        return
     batch = _without_shared_padding(batch)
     ids = canvas_for_scoring(batch, policy.mask_id, estimator.post_eos)
     if draw.hidden_prompt is not None:
@@ -126,6 +132,44 @@ def canvas_for_scoring(batch: TrainBatch, mask_id: int, post_eos: str) -> Int[Te
     ids = batch.ids.clone()
     ids[:, -batch.canvas_length :][~batch.valid] = mask_id
     return ids
+
+
+def without_tail(batch: TrainBatch, draw: MaskDraw, mask_id: int) -> tuple[TrainBatch, MaskDraw]:
+    """The same completions with nothing after their ends: each row moves right, and its tail becomes padding.
+
+    Padding is never attended and positions count from the first real token, so a row is scored as if its canvas had
+    L positions. Example: a prompt p and the canvas [a, end, x, y] → 2 more positions of padding, then [p, a, end].
+    """
+    tail = batch.canvas_length - batch.valid.sum(-1)
+    ids = batch.ids
+    if draw.hidden_prompt is not None:  # the prompt is about to move
+        ids = _with_hidden_prompt(ids, draw.hidden_prompt, batch, mask_id)
+    moved = replace(
+        batch,
+        ids=_moved_right(ids, tail, mask_id),
+        pad_lengths=batch.pad_lengths + tail,
+        valid=_moved_right(batch.valid, tail, False),
+    )
+    forwards = tuple(
+        tuple(
+            replace(view, hidden=_moved_right(view.hidden, tail, False), scored=_moved_right(view.scored, tail, False))
+            for view in views
+        )
+        for views in draw.forwards
+    )
+    return moved, replace(draw, forwards=forwards, hidden_prompt=None)
+
+
+def with_tail(scores: Float[Tensor, "B C"], valid: Bool[Tensor, "B C"]) -> Float[Tensor, "B C"]:
+    """Scores of `without_tail` back at the positions of the canvas; 0 after the end."""
+    tail = valid.shape[1] - valid.sum(-1)
+    place = torch.arange(valid.shape[1], device=valid.device)
+    return scores.gather(1, (place + tail[:, None]).clamp(max=valid.shape[1] - 1)) * valid
+
+
+def _moved_right(rows: Tensor, by: Int[Tensor, " B"], filler: int | bool) -> Tensor:
+    source = torch.arange(rows.shape[1], device=rows.device) - by[:, None]
+    return rows.gather(1, source.clamp(min=0)).masked_fill(source < 0, filler)
 
 
 def masked_logp(
@@ -185,8 +229,8 @@ def _with_hidden_prompt(
 
 
 def _without_shared_padding(batch: TrainBatch) -> TrainBatch:
-    """Cut the leading columns that are padding in every row: they cost time and change nothing."""
-    shared = int(batch.pad_lengths.min())
+    """Cut the leading columns before the canvas that are padding in every row: they cost time and change nothing."""
+    shared = min(int(batch.pad_lengths.min()), batch.ids.shape[1] - batch.canvas_length)
     if shared == 0:
         return batch
     return replace(batch, ids=batch.ids[:, shared:], pad_lengths=batch.pad_lengths - shared)

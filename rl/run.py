@@ -167,10 +167,10 @@ class Run:
         """Scores under the rollout policy and the reference, before any weight moves.
 
         For the first update the rollout policy *is* the policy: its scores are taken from the update's own forward
-        pass instead of a second one.
+        pass instead of a second one. So they are where the loss makes no use of them.
         """
         with self._clock("scoring"):
-            old = None if is_first else self._scores(self.policy, batch, masks)
+            old = None if is_first or not self.recipe.loss.has_old else self._scores(self.policy, batch, masks)
             reference = None
             if self.recipe.loss.kl_beta > 0 and self.recipe.loss.reference != "old":
                 with self.policy.reference() as frozen:
