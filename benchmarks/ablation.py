@@ -25,13 +25,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quickstart import ROOT, environment
+from common import ROOT, environment
 
 from coupled.rl.evaluate import Evaluation
 from coupled.rl.rundir import read_rows
 
 COMMON = (
-    "num_steps=24",
+    "num_steps=20",
     "num_threads=1",
     "model.compute_dtype=bfloat16",
     "sandbox.num_workers=1",
@@ -54,18 +54,26 @@ class Arm:
 
 ESTIMATORS, WEIGHTS, QUESTION = "Estimators", "Weights and mask ratio of the coupled estimator", "What makes the gain"
 BASE = "coupled"
+NO_PAIRS = "estimator.num_pairs=1"
+"""The recipe's two pairs taken back, for estimators that have none."""
+ONE_MASK = ("estimator.name=full_mask", NO_PAIRS)
 ARMS = (
     Arm(name=BASE, part=ESTIMATORS, num_views=5, settings=()),
     Arm(name="decoupled", part=ESTIMATORS, num_views=5, settings=("estimator.name=decoupled",)),
-    Arm(name="full_mask", part=ESTIMATORS, num_views=1, settings=("estimator.name=full_mask",)),
+    Arm(name="full_mask", part=ESTIMATORS, num_views=1, settings=ONE_MASK),
     Arm(name="espo", part=ESTIMATORS, num_views=4, settings=("estimator.name=espo",)),
-    Arm(name="gdpo", part=ESTIMATORS, num_views=4, settings=("estimator.name=gdpo", "estimator.num_nodes=4")),
-    Arm(name="trajectory", part=ESTIMATORS, num_views=5, settings=("estimator.name=trajectory", "estimator.shrink=4")),
+    Arm(name="gdpo", part=ESTIMATORS, num_views=4, settings=("estimator.name=gdpo", "estimator.num_nodes=4", NO_PAIRS)),
+    Arm(
+        name="trajectory",
+        part=ESTIMATORS,
+        num_views=5,
+        settings=("estimator.name=trajectory", "estimator.shrink=4", NO_PAIRS),
+    ),
     Arm(name="normalized", part=WEIGHTS, num_views=5, settings=("estimator.weights=normalized",)),
     Arm(name="antithetic", part=WEIGHTS, num_views=4, settings=("estimator.weights=antithetic",)),
     Arm(name="unit", part=WEIGHTS, num_views=4, settings=("estimator.weights=unit",)),
     Arm(name="t in .05–.95", part=WEIGHTS, num_views=5, settings=("estimator.mask_ratio=[0.05,0.95]",)),
-    Arm(name="full_mask, 36 steps", part=QUESTION, num_views=1, settings=("estimator.name=full_mask", "num_steps=36")),
+    Arm(name="full_mask, 32 steps", part=QUESTION, num_views=1, settings=(*ONE_MASK, "num_steps=32")),
     Arm(name="coupled, 64", part=QUESTION, num_views=5, settings=("rollout.num_prompts=8",)),
     Arm(name="unit, 64", part=QUESTION, num_views=4, settings=("estimator.weights=unit", "rollout.num_prompts=8")),
     Arm(name="coupled, half rate", part=QUESTION, num_views=5, settings=("optimizer.learning_rate=4e-5",)),

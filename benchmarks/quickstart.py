@@ -11,8 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -20,12 +18,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
+from common import ROOT, environment
 
 from coupled.rl.evaluate import Evaluation, paired_gain
 from coupled.rl.rundir import read_rows
 
-ROOT = Path(__file__).parents[1]
 PARTS = ("rollout", "sandbox", "scoring", "update", "sync")
 
 
@@ -67,20 +64,6 @@ def summary(seed: int, folder: Path, seconds: float) -> dict[str, Any]:
         gain = paired_gain(getattr(before, kind), getattr(after, kind))
         result[f"gain_{kind}"] = [gain.mean, gain.low, gain.high]
     return result
-
-
-def environment() -> dict[str, Any]:
-    """Commit, processor and versions, for the record."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "commit": commit.strip(),
-        "processor": model[0].split(":")[1].strip() if model else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "command": " ".join(["python", *sys.argv]),
-    }
 
 
 def draw(results: list[dict[str, Any]], to: Path) -> None:

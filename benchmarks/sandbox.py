@@ -3,20 +3,27 @@
     python benchmarks/sandbox.py                 # a table; writes docs/results/sandbox.json and .md; under four minutes
     python benchmarks/sandbox.py --soak 5000     # a soak instead: growth, leftovers and changing verdicts end it with 1
 
+A row needs what it measures: `bwrap` for bubblewrap (or `--bwrap PATH`); an environment with `evalplus` 0.3.1 for its
+checker: `python -m venv /tmp/e && /tmp/e/bin/pip install evalplus==0.3.1`, then `--evalplus-python /tmp/e/bin/python`.
+
 As root, the tiers `landlock` and `process` need an interpreter that everybody may read; where this one is not, name
 another of the same version: `--python /usr/bin/python3`. All methods use it.
 
 A job is one program with five tests. The methods take turns, round by round, so that a busy machine is unfair to all
 alike; figures are medians over the rounds, with the smallest and the largest. Processor time counts everything that
-works for a method: this process, the zygotes, what they run, and every process that was waited for.
+works for a method: this process, the zygotes, what they run, and every process that was waited for. Bubblewrap does not
+wait for the first process of its pid namespace; this one adopts such orphans and waits for them.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -51,9 +58,22 @@ PROGRAMS = {
 EXPECTED = [sum(n * n for n in range(x)) + 7 for x in range(1, NUM_TESTS + 1)]
 BARS = {
     "python -c per test": {"trivial": 15, "usual imports": 30, "numpy": 80},
-    "namespaces and python per program": {"trivial": 3, "usual imports": 7, "numpy": 20},
+    "bubblewrap and python per program": {"trivial": 3, "usual imports": 7, "numpy": 20},
 }
 """At least how many times the processor time of ours."""
+_PR_SET_CHILD_SUBREAPER = 36
+_EVALPLUS = """
+import json, sys
+from evalplus.eval import PASS, untrusted_check
+print("ready", flush=True)
+for line in sys.stdin:
+    source, count, inputs, expected = json.loads(line)
+    for _ in range(count):
+        status, _ = untrusted_check("humaneval", source, inputs, "f", expected, 0, [1.0] * len(inputs))
+        if status != PASS:
+            sys.exit(f"evalplus gave {status}")
+    print("done", flush=True)
+"""
 PROGRAMS_PER_SECOND = 200
 
 _ASSERTS = [f"assert f({x}) == {value}" for x, value in enumerate(EXPECTED, 1)]
@@ -82,8 +102,16 @@ class Method:
 
 def cpu_seconds(roots: Sequence[int]) -> float:
     """Processor time so far of this process, of all it has waited for, and of `roots` with their descendants."""
-    own = os.times()
-    return own.user + own.system + own.children_user + own.children_system + sum(map(_family_seconds, roots))
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used) + sum(map(_family_seconds, roots))
+
+
+def _wait_for_orphans(known: set[int]) -> None:
+    """Wait for every child of this process but the known ones, so that their time is charged to it."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    for pid in set(map(int, children)) - known:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
 
 
 def _family_seconds(pid: int) -> float:
@@ -128,47 +156,64 @@ def commands(name: str, prefix: Sequence[str], *, is_per_test: bool = False, num
     return Method(name=name, run=run, num_jobs=num_jobs)
 
 
-def evalplus() -> Method | str:
-    try:
-        from evalplus.eval import PASS, untrusted_check  # type: ignore[import-not-found,import-untyped,unused-ignore]
-    except ImportError:
-        return "evalplus' own checker: not installed"
+def evalplus(python: str, stack: ExitStack) -> Method:
+    """The checker of the package evalplus, in the interpreter that has it: a fork per program, no isolation."""
+    process = stack.enter_context(
+        subprocess.Popen([python, "-c", _EVALPLUS], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    )
+    stdin, stdout = process.stdin, process.stdout
+    assert stdin is not None
+    assert stdout is not None
+    stack.callback(stdin.close)
+
+    def expect(word: str) -> None:
+        if (said := stdout.readline().strip()) != word:
+            raise RuntimeError(f"evalplus in {python} was to say {word!r}; it said {said!r}")
 
     def run(source: str, count: int) -> None:
         inputs = [[x] for x in range(1, NUM_TESTS + 1)]
-        for _ in range(count):
-            status, _details = untrusted_check("humaneval", source, inputs, "f", EXPECTED, 0, [1.0] * NUM_TESTS)
-            if status != PASS:
-                raise RuntimeError(f"evalplus gave {status}")
+        print(json.dumps([source, count, inputs, EXPECTED]), file=stdin, flush=True)
+        expect("done")
 
-    return Method(name="evalplus' own checker (fork, no isolation)", run=run, num_jobs=20)
+    expect("ready")
+    return Method(name="evalplus' own checker (fork, no isolation)", run=run, num_jobs=20, roots=lambda: [process.pid])
 
 
-def in_namespaces() -> tuple[Method | None, str]:
-    """A fresh interpreter per program inside namespaces made for it by `unshare`.
-
-    Not by bubblewrap: it does not wait for what it started, so the system charges nobody whom we could ask.
-    """
-    if unshare := shutil.which("unshare"):
-        user = [] if os.getuid() == 0 else ["--user", "--map-current-user"]
-        prefix = [unshare, *user, "--mount", "--pid", "--ipc", "--net", "--uts", "--fork", "--mount-proc"]
-        if subprocess.run([*prefix, "true"], capture_output=True).returncode == 0:
-            note = (
-                "made by `unshare`, which builds no root and is lighter than bubblewrap, whose time cannot be counted"
-            )
-            return commands("namespaces and python per program", prefix), note
-    return None, "no `unshare` that works"
+def in_namespaces(bwrap: str | None) -> tuple[list[Method], list[str]]:
+    """A fresh interpreter per program in namespaces made for it, by bubblewrap and by `unshare`."""
+    methods, notes = [], []
+    user = [] if os.getuid() == 0 else ["--user", "--map-current-user"]
+    spaces = ["--mount", "--pid", "--ipc", "--net", "--uts", "--fork", "--mount-proc"]
+    view = ["--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "--tmpfs", "/tmp"]
+    for name, prefix in {
+        "bubblewrap": [bwrap or "bwrap", "--unshare-all", *view],
+        "unshare": [shutil.which("unshare") or "unshare", *user, *spaces],
+    }.items():
+        try:
+            subprocess.run([*prefix, "true"], capture_output=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            notes.append(f"{name} and python per program: not measured, {error}")
+        else:
+            methods.append(commands(f"{name} and python per program", prefix))
+    notes.append(
+        "bubblewrap (`--unshare-all`, the host's / read-only, new /dev, /proc and /tmp) does not wait for the first "
+        "process of its pid namespace: this benchmark adopts it (PR_SET_CHILD_SUBREAPER) and waits for it"
+    )
+    return methods, notes
 
 
 def measure(methods: Sequence[Method], programs: dict[str, str], rounds: int) -> dict[str, dict[str, Figure]]:
     """Milliseconds of processor time per program: method -> program -> figure."""
     seen: dict[tuple[str, str], list[float]] = {}
+    if ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, ctypes.c_ulong(1), 0, 0, 0) != 0:
+        raise OSError("orphans cannot be adopted, so bubblewrap's time would be lost: use Linux 3.4 or newer")
     for number in range(rounds + 1):
         for kind, source in programs.items():
             for method in methods:
                 count = method.num_jobs if number else 1  # the first round warms caches and is not counted
                 before = cpu_seconds(method.roots())
                 method.run(source, count)
+                _wait_for_orphans({pid for other in methods for pid in other.roots()})
                 spent = cpu_seconds(method.roots()) - before
                 if number:
                     seen.setdefault((method.name, kind), []).append(1000 * spent / count)
@@ -246,7 +291,7 @@ def markdown(report: dict[str, object], table: dict[str, dict[str, Figure]], lin
     return "\n".join(parts)
 
 
-def benchmark(rounds: int, output: Path) -> bool:
+def benchmark(rounds: int, output: Path, bwrap: str | None, evalplus_python: str | None) -> bool:
     """Measure, print and write; True when every bar that applies was held."""
     notes: list[str] = []
     tiers: list[str] = []
@@ -260,20 +305,19 @@ def benchmark(rounds: int, output: Path) -> bool:
                 notes.append(f"tier {tier}: {error}".splitlines()[0])
         methods.append(commands("python -c per test", [], is_per_test=True, num_jobs=2))
         methods.append(commands("one python per program", []))
-        confined, how = in_namespaces()
-        notes.append(f"namespaces and python per program: {how}")
-        if confined is not None:
-            methods.append(confined)
-        checker = evalplus()
-        if isinstance(checker, str):
-            notes.append(checker)
+        confined, how = in_namespaces(bwrap)
+        methods += confined
+        notes += how
+        if evalplus_python is None:
+            notes.append("evalplus' own checker: not measured; see the head of benchmarks/sandbox.py")
         else:
-            methods.append(checker)
+            methods.append(evalplus(evalplus_python, stack))
+            notes.append("evalplus 0.3.1: its process has its imports loaded before the first program, as ours have")
         table = measure(methods, PROGRAMS, rounds)
     rates = {tier: throughput(tier, rounds) for tier in tiers}
     held = verdicts(table, rates)
     report: dict[str, object] = {
-        "command": f"python benchmarks/sandbox.py --rounds {rounds}{_chosen()}",
+        "command": " ".join(["python", "benchmarks/sandbox.py", *sys.argv[1:]]),
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
         "machine": f"{platform.machine()}, {os.cpu_count()} processors, {_processor()}",
         "system": platform.platform(),
@@ -290,10 +334,6 @@ def benchmark(rounds: int, output: Path) -> bool:
     (output / "sandbox.json").write_text(json.dumps(report, indent=2) + "\n")
     (output / "sandbox.md").write_text(page)
     return not any("MISSED" in line for line in held)
-
-
-def _chosen() -> str:
-    return "" if sys.executable == workers.PYTHON else f" --python {workers.PYTHON}"
 
 
 def _version(python: str) -> str:
@@ -397,11 +437,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7, help="how often every method takes its turn")
     parser.add_argument("--soak", type=int, default=0, metavar="N", help="run N mixed programs per tier instead")
     parser.add_argument("--python", default=workers.PYTHON, help="the interpreter that programs run in")
+    parser.add_argument("--bwrap", help="bubblewrap, where it is not on the path")
+    parser.add_argument("--evalplus-python", metavar="PATH", help="an interpreter that has evalplus 0.3.1")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results", help="where the results go")
     options = parser.parse_args()
     workers.PYTHON = options.python
     if not options.soak:
-        sys.exit(0 if benchmark(options.rounds, options.output) else 1)
+        sys.exit(0 if benchmark(options.rounds, options.output, options.bwrap, options.evalplus_python) else 1)
     failed = False
     for tier in (name for name in TIERS if name != "auto"):
         try:

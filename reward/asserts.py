@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from coupled.reward.expressions import FAILURES, FUNCTIONS, Slot, Unsupported, evaluate, function_name
+from coupled.reward.expressions import FAILURES, FUNCTIONS, NoReply, Slot, Unsupported, evaluate, function_name
 from coupled.reward.programs import bound_by, library_names, looks_like_a_class, unclear_names
 from coupled.reward.types import Task, UnsupportedTest
 from coupled.sandbox import Call, CallResult
@@ -73,7 +73,8 @@ def parse_test(text: str, entry_point: str | None, setup: str = "") -> ParsedTes
     if not splitter.calls:
         raise _unsupported(text, "it calls nothing of the program, so it would pass without one")
     calls = tuple(
-        replace(call, may_digest=_is_only_compared(index, checks)) for index, call in enumerate(splitter.calls)
+        replace(call, may_digest=_is_only_compared(index, checks), items=_use_of_items(index, checks))
+        for index, call in enumerate(splitter.calls)
     )
     return ParsedTest(text=text, calls=calls, checks=tuple(checks))
 
@@ -90,6 +91,21 @@ def _is_only_compared(index: int, checks: Sequence[ast.expr]) -> bool:
                 and slots[0] in (check.left, check.comparators[0])
             )
     return False
+
+
+_WALKERS = ("list", "tuple", "set", "frozenset", "sorted", "sum", "min", "max", "all", "any")
+
+
+def _use_of_items(index: int, checks: Sequence[ast.expr]) -> str:
+    """Return `walked` or `counted` when that is all a test does with a reply, as in `list(f(3))`; else nothing."""
+    for node in (node for check in checks for node in ast.walk(check)):
+        match node:
+            case ast.Call(func=function, args=[Slot() as slot]) if slot.index == index:
+                name = function_name(function)
+                return "walked" if name in _WALKERS else "counted" if name == "len" else ""
+            case ast.Compare(ops=[ast.In() | ast.NotIn()], comparators=[Slot() as slot]) if slot.index == index:
+                return "walked"
+    return ""
 
 
 class _Splitter(ast.NodeTransformer):
@@ -150,16 +166,33 @@ def _check_supported(node: ast.AST) -> None:
     if isinstance(node, ast.expr) and not isinstance(node, Slot | ast.Slice):
         try:
             evaluate(node, ())
-        except Unsupported:
-            raise
-        except FAILURES:
-            pass
+        except (NoReply, Unsupported) as error:
+            if isinstance(error, Unsupported):
+                raise
+        except FAILURES as error:
+            # Whatever the program replies, it would fail: too large for this evaluator, if the test is no nonsense.
+            raise Unsupported(f"{ast.unparse(node)[:80]!r} cannot be evaluated: {error}") from None
+    if isinstance(node, ast.BinOp) and any(isinstance(node.op, op) and _has_kind(node, kinds) for op, kinds in _OTHERS):
+        raise Unsupported(f"{type(node.op).__name__} of anything but numbers: {ast.unparse(node)[:80]!r}")
     if isinstance(node, ast.Attribute):
         return  # evaluating it has looked the whole name up
     for child in ast.iter_child_nodes(node):
         if isinstance(node, ast.Call) and child is node.func:
             continue  # a function's name is no value; evaluating the call has looked it up
         _check_supported(child)
+
+
+_OTHERS = ((ast.Mod, (ast.Constant, ast.JoinedStr)), (ast.BitOr, (ast.Dict, ast.DictComp)))
+"""Operators that python has for more than numbers and sets, and what gives that away."""
+
+
+def _has_kind(node: ast.BinOp, kinds: tuple[type[ast.expr], ...]) -> bool:
+    """True when the left operand (of `|`, either) is of these kinds and, if a constant, a text."""
+    sides = [node.left] if isinstance(node.op, ast.Mod) else [node.left, node.right]
+    return any(
+        isinstance(side, kinds) and not (isinstance(side, ast.Constant) and not isinstance(side.value, str | bytes))
+        for side in sides
+    )
 
 
 def _unsupported(text: str, reason: str) -> UnsupportedTest:

@@ -15,14 +15,21 @@ from __future__ import annotations
 
 import ast
 import re
+import unicodedata
 import warnings
 from dataclasses import dataclass
 
-MAX_CODE = 200_000
-"""Characters; a longer program is not parsed and counts as one that does not parse."""
+MAX_CODE = 100_000
+"""Characters; a longer program is not parsed and counts as one that does not parse. Parsing happens on the host, where
+no limit of time holds it, and can cost time that grows with the square of the text: half a second at this length."""
+MAX_NAME = 300
+"""Marks on one letter, and parts of one dotted name. Putting a longer name together would cost minutes: such a program
+counts as one that does not parse."""
 
 _FENCE = re.compile(r"^ {0,3}```([^`\n]*)$", re.MULTILINE)
 _CLOSE = re.compile(r"^[ \t]*```", re.MULTILINE)
+_DOTTED = re.compile(rf"(?:\.[\s\\]*+\w++[\s\\]*+){{{MAX_NAME}}}")
+_FOREIGN = re.compile(rf"[^\x00-\x7f]{{{MAX_NAME}}}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +60,7 @@ def extract(completion: str) -> Extraction:
 
 def has_program(code: str) -> bool:
     """True when the text parses as Python and has at least one statement."""
-    if len(code) > MAX_CODE:
+    if len(code) > MAX_CODE or _DOTTED.search(code) or (_FOREIGN.search(code) and _has_endless_name(code)):
         return False
     with warnings.catch_warnings():
         # An odd escape in a string is a warning; a caller that turns warnings into errors must get the same
@@ -63,3 +70,14 @@ def has_program(code: str) -> bool:
             return bool(ast.parse(code).body)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
             return False
+
+
+def _has_endless_name(code: str) -> bool:
+    """True when more than MAX_NAME marks in a row follow one letter: python puts them in order, two by two."""
+    length = 0
+    for character in code:
+        is_mark = all(map(unicodedata.combining, unicodedata.normalize("NFKD", character)))
+        length = length + 1 if is_mark else 0
+        if length > MAX_NAME:
+            return True
+    return False

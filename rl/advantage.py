@@ -18,8 +18,9 @@ def group_advantages(rewards: Float[Tensor, "P G"], kind: str) -> Float[Tensor, 
     mean:  A_i = r_i - mean(r)
     loo:   A_i = r_i - mean of the others = (r_i - mean(r)) · n / (n - 1)
     z:     A_i = (r_i - mean(r)) / (std(r) + 1e-4), std with n - 1
+    softmax:  A_i = exp(r_i) / Σ_j exp(r_j) - exp(-r_i) / Σ_j exp(-r_j), the weights w⁺ - w⁻ of wd1
 
-    Example: rewards [0, 1, 2] → mean [-1, 0, 1], loo [-1.5, 0, 1.5], z [-1, 0, 1] / 1.0001.
+    Example: rewards [0, 1, 2] → mean [-1, 0, 1], loo [-1.5, 0, 1.5], z [-1, 0, 1] / 1.0001, softmax [-.575, 0, .575].
     A group with fewer than two verdicts has nothing to compare: its advantages are 0.
     """
     known = ~rewards.isnan()
@@ -31,8 +32,12 @@ def group_advantages(rewards: Float[Tensor, "P G"], kind: str) -> Float[Tensor, 
     elif kind == "z":
         variance = centred.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)
         centred = centred / (variance.sqrt() + EPSILON)
+    elif kind == "softmax":
+        # The softmax does not change when the mean is taken off first.
+        weights = [torch.where(known, sign * centred, -torch.inf).softmax(-1) for sign in (1, -1)]
+        centred = torch.where(known, weights[0] - weights[1], 0.0)
     elif kind != "mean":
-        raise ValueError(f"advantage must be mean, loo or z; got {kind!r}")
+        raise ValueError(f"advantage must be mean, loo, z or softmax; got {kind!r}")
     return torch.where(count >= 2, centred, 0.0)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from coupled.rl.checkpoint import open_policy, read_checkpoint, use_threads, write_checkpoint
 from coupled.rl.data import load_rows, render_prompt, rows_of_step
 from coupled.rl.errors import DataError
+from coupled.rl.gradient_checkpointing import checkpoint_gradients
 from coupled.rl.noise import bernoulli_mask, diffusion_loss, stratified_ratios
 from coupled.rl.optimizer import apply_step, learning_rate, make_optimizer
 from coupled.rl.policy import Policy
@@ -57,6 +58,8 @@ def fit(recipe: Recipe, resume: str = "never") -> Path:
     policy = open_policy(recipe.model, recipe.seed)
     examples = load_examples(recipe, policy)
     optimizer = make_optimizer(policy, recipe.optimizer)
+    if recipe.optimizer.has_gradient_checkpointing:
+        checkpoint_gradients(policy)
     run = open_run_dir(recipe, resume)
     done = 0
     if (latest := run.latest()) is not None:

@@ -15,7 +15,7 @@ from coupled.sandbox import (
     SandboxUnavailable,
     open_executor,
 )
-from coupled.sandbox.executor import require_runnable
+from coupled.sandbox.pool import require_runnable
 
 
 class Grader:

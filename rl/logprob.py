@@ -15,6 +15,7 @@ Shapes: B rows, C canvas positions, S prompt + canvas, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -41,15 +42,57 @@ def estimate_logp(
     An estimate E of the completion as a whole is spread evenly, s_k = E/L: the ratio of every token is then
     exp((E - E_old)/L), and the k2 penalties ½ (s_k - s_k^ref)² of a completion add up to ½ (E - E_ref)²/L [ESPO].
     """
+    scores = torch.zeros(batch.valid.shape, device=batch.ids.device)
+    for terms in _terms(policy, batch, draw, estimator, temperature, _that_score(draw.forwards)):
+        for term in terms:
+            scores = scores + term
+    return _estimate_of(scores, batch, draw)
+
+
+def backward_by_view(
+    policy: Policy,
+    batch: TrainBatch,
+    draw: MaskDraw,
+    estimator: Estimator,
+    slope: Float[Tensor, "B C"],
+    temperature: float = 1.0,
+) -> None:
+    """Add Σ_k slope_k · ∂s_k/∂θ to the gradients, one view at a time: no two of them are in memory together.
+
+    A loss is not linear in s, but s is linear in the views. So with slope = ∂loss/∂s, taken at the s of a pass without
+    gradients, each view adds its own share to ∂loss/∂θ, however many there are.
+    """
+    forwards = _that_score(tuple((view,) for view in draw.views))
+    for terms in _terms(policy, batch, draw, estimator, temperature, forwards):
+        (_estimate_of(terms[0], batch, draw) * slope).sum().backward()
+
+
+def _terms(
+    policy: Policy,
+    batch: TrainBatch,
+    draw: MaskDraw,
+    estimator: Estimator,
+    temperature: float,
+    forwards: tuple[tuple[View, ...], ...],
+) -> Iterator[tuple[Float[Tensor, "B C"], ...]]:
+    """ℓ_k(hidden) / divisor at the scored positions of each view and 0 elsewhere, forward pass by forward pass."""
+    if estimator.post_eos == "excluded":
+        ended, moved = without_tail(batch, replace(draw, forwards=forwards), policy.mask_id)
+        kept = estimator.model_copy(update={"post_eos": "kept"})
+        for terms in _terms(policy, ended, moved, kept, temperature, moved.forwards):
+            yield tuple(with_tail(term, batch.valid) for term in terms)
+        return
     batch = _without_shared_padding(batch)
     ids = canvas_for_scoring(batch, policy.mask_id, estimator.post_eos)
     if draw.hidden_prompt is not None:
         ids = _with_hidden_prompt(ids, draw.hidden_prompt, batch, policy.mask_id)
-    scores = torch.zeros(batch.valid.shape, device=ids.device)
-    for views in _that_score(draw.forwards):
-        for view, logp in zip(views, _view_logp(policy, ids, batch, views, temperature), strict=True):
-            scores = scores + logp / view.divisor.to(logp.dtype)[:, None]
-    scores = scores / draw.total
+    for views in forwards:
+        found = _view_logp(policy, ids, batch, views, temperature)
+        yield tuple(logp / view.divisor.to(logp.dtype)[:, None] for view, logp in zip(views, found, strict=True))
+
+
+def _estimate_of(terms: Float[Tensor, "B C"], batch: TrainBatch, draw: MaskDraw) -> Float[Tensor, "B C"]:
+    scores = terms / draw.total
     return spread_over_tokens(scores.sum(-1), batch.valid) if draw.is_sequence else scores
 
 
@@ -91,6 +134,44 @@ def canvas_for_scoring(batch: TrainBatch, mask_id: int, post_eos: str) -> Int[Te
     return ids
 
 
+def without_tail(batch: TrainBatch, draw: MaskDraw, mask_id: int) -> tuple[TrainBatch, MaskDraw]:
+    """The same completions with nothing after their ends: each row moves right, and its tail becomes padding.
+
+    Padding is never attended and positions count from the first real token, so a row is scored as if its canvas had
+    L positions. Example: a prompt p and the canvas [a, end, x, y] → 2 more positions of padding, then [p, a, end].
+    """
+    tail = batch.canvas_length - batch.valid.sum(-1)
+    ids = batch.ids
+    if draw.hidden_prompt is not None:  # the prompt is about to move
+        ids = _with_hidden_prompt(ids, draw.hidden_prompt, batch, mask_id)
+    moved = replace(
+        batch,
+        ids=_moved_right(ids, tail, mask_id),
+        pad_lengths=batch.pad_lengths + tail,
+        valid=_moved_right(batch.valid, tail, False),
+    )
+    forwards = tuple(
+        tuple(
+            replace(view, hidden=_moved_right(view.hidden, tail, False), scored=_moved_right(view.scored, tail, False))
+            for view in views
+        )
+        for views in draw.forwards
+    )
+    return moved, replace(draw, forwards=forwards, hidden_prompt=None)
+
+
+def with_tail(scores: Float[Tensor, "B C"], valid: Bool[Tensor, "B C"]) -> Float[Tensor, "B C"]:
+    """Scores of `without_tail` back at the positions of the canvas; 0 after the end."""
+    tail = valid.shape[1] - valid.sum(-1)
+    place = torch.arange(valid.shape[1], device=valid.device)
+    return scores.gather(1, (place + tail[:, None]).clamp(max=valid.shape[1] - 1)) * valid
+
+
+def _moved_right(rows: Tensor, by: Int[Tensor, " B"], filler: int | bool) -> Tensor:
+    source = torch.arange(rows.shape[1], device=rows.device) - by[:, None]
+    return rows.gather(1, source.clamp(min=0)).masked_fill(source < 0, filler)
+
+
 def masked_logp(
     policy: Policy,
     ids: Int[Tensor, "B S"],
@@ -130,12 +211,11 @@ def fully_masked_logp(
     needed[:, -canvas:] = torch.zeros_like(needed[:, -canvas:], dtype=torch.int64).index_add_(
         0, which, batch.valid.long()
     ).bool()  # fmt: skip
-    logits = policy.without_mask_token(policy.logits_at(distinct[:, 1:], distinct[:, 0], needed))
-    logp = torch.log_softmax(logits / temperature, dim=-1)
     place = torch.full(needed.shape, -1, device=ids.device)
-    place[needed] = torch.arange(len(logits), device=ids.device)
+    place[needed] = torch.arange(int(needed.sum()), device=ids.device)
     line = place[which][:, -canvas:][batch.valid]
-    picked = logp[line, batch.ids[:, -canvas:][batch.valid]]
+    targets = batch.ids[:, -canvas:][batch.valid]
+    picked = policy.logp_of(distinct[:, 1:], distinct[:, 0], needed, line, targets, temperature)
     return picked.new_zeros(batch.valid.shape).masked_scatter(batch.valid, picked)
 
 
@@ -149,8 +229,8 @@ def _with_hidden_prompt(
 
 
 def _without_shared_padding(batch: TrainBatch) -> TrainBatch:
-    """Cut the leading columns that are padding in every row: they cost time and change nothing."""
-    shared = int(batch.pad_lengths.min())
+    """Cut the leading columns before the canvas that are padding in every row: they cost time and change nothing."""
+    shared = min(int(batch.pad_lengths.min()), batch.ids.shape[1] - batch.canvas_length)
     if shared == 0:
         return batch
     return replace(batch, ids=batch.ids[:, shared:], pad_lengths=batch.pad_lengths - shared)

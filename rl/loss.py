@@ -81,25 +81,19 @@ def coupled_grpo_loss(
     likelihood, lowering it may only loosen the bound, so what it says against a completion is worth less [SPG].
     There, too, `dual_clip` c bounds the term: max(min(…), c · A_i) [Ye et al. 2020], for min(…) has no lower bound.
 
+    With `objective: likelihood` the first term is `-A_i · s_k`: there is no ratio, nothing is clipped, and `old` plays
+    no part in it [wd1, whose A_i is `advantage: softmax`]. At θ = θ_old its gradient is that of the clipped term.
+
     T is the `denominator` of the whole batch (`loss_denominator`); with `norm: sequence` the sum over k is a mean.
     The sums in the result are over the rows given here; those of tokens are counts, whatever the norm.
     """
-    log_ratio = policy_log_ratio(new, old, valid, config.ratio).clamp(-config.max_log_ratio, config.max_log_ratio)
-    ratio = log_ratio.exp()
-    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
     advantage = torch.where(advantages < 0, config.negative_weight * advantages, advantages)[:, None]
-    per_token = -torch.minimum(ratio * advantage, clipped * advantage)
-    sums = {
-        "tokens": float(valid.sum()),
-        "ratio": float((ratio.detach() * valid).sum()),
-        "clip_low": float(((ratio < 1 - config.clip_low) & (advantage < 0) & valid).sum()),
-        "clip_high": float(((ratio > 1 + config.clip_high) & (advantage > 0) & valid).sum()),
-        "kl": 0.0,
-    }
-    if config.dual_clip is not None:
-        bounded = torch.minimum(per_token, -config.dual_clip * advantage)
-        per_token = torch.where(advantage < 0, bounded, per_token)
-        sums["clip_dual"] = float(((ratio > config.dual_clip) & (advantage < 0) & valid).sum())
+    sums: dict[str, float] = {}
+    if config.objective == "likelihood":
+        per_token = -advantage * new
+    else:
+        per_token, sums = _clipped(new, old, advantage, valid, config)
+    sums |= {"tokens": float(valid.sum()), "kl": 0.0}
     if reference is not None:
         kl = kl_estimate(new, reference, config.max_log_ratio, config.kl)
         per_token = per_token + config.kl_beta * kl
@@ -110,3 +104,27 @@ def coupled_grpo_loss(
     loss = counted.sum() / denominator
     sums["loss"] = float(loss.detach())
     return LossOutput(loss=loss, sums=sums)
+
+
+def _clipped(
+    new: Float[Tensor, "B C"],
+    old: Float[Tensor, "B C"],
+    advantage: Float[Tensor, "B 1"],
+    valid: Bool[Tensor, "B C"],
+    config: Loss,
+) -> tuple[Float[Tensor, "B C"], dict[str, float]]:
+    """The clipped term of each token, and the sums of what was clipped."""
+    log_ratio = policy_log_ratio(new, old, valid, config.ratio).clamp(-config.max_log_ratio, config.max_log_ratio)
+    ratio = log_ratio.exp()
+    clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+    per_token = -torch.minimum(ratio * advantage, clipped * advantage)
+    sums = {
+        "ratio": float((ratio.detach() * valid).sum()),
+        "clip_low": float(((ratio < 1 - config.clip_low) & (advantage < 0) & valid).sum()),
+        "clip_high": float(((ratio > 1 + config.clip_high) & (advantage > 0) & valid).sum()),
+    }
+    if config.dual_clip is not None:
+        bounded = torch.minimum(per_token, -config.dual_clip * advantage)
+        per_token = torch.where(advantage < 0, bounded, per_token)
+        sums["clip_dual"] = float(((ratio > config.dual_clip) & (advantage < 0) & valid).sum())
+    return per_token, sums

@@ -84,12 +84,12 @@ class StepMetrics:
     def of_update(self, sums: dict[str, float], grad_norm: float, rate: float) -> None:
         """Sums of an update's micro-batches, divided by its tokens here."""
         tokens = max(1.0, sums.get("tokens", 0.0))
+        of_ratios = {"ratio": "ratio", "clip_low": "clip_fraction_low", "clip_high": "clip_fraction_high"}
         update = {
             "loss": sums.get("loss", 0.0),
             "kl": sums.get("kl", 0.0) / tokens,  # as loss.kl estimates it, nats per token
-            "ratio": sums.get("ratio", 0.0) / tokens,
-            "clip_fraction_low": sums.get("clip_low", 0.0) / tokens,
-            "clip_fraction_high": sums.get("clip_high", 0.0) / tokens,
+            # Absent where the objective has no ratio.
+            **{of_ratios[name]: sums[name] / tokens for name in of_ratios if name in sums},
             "grad_norm": grad_norm,  # before clipping
             "learning_rate": rate,
         }

@@ -25,6 +25,7 @@ from coupled.rl.errors import CheckpointError
 from coupled.rl.families import Family, family_of
 from coupled.rl.keys import integer_seed
 from coupled.rl.shapes import Bool, Float, Int
+from coupled.rl.vocabulary import OutputHead, forbid, project, token_logp
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -93,8 +94,41 @@ class Policy:
         """Rows of the output head that the tokenizer can name; a padded head has more."""
         return len(self.tokenizer)
 
+    @property
+    def layers(self) -> Iterator[nn.Module]:
+        """The blocks of the body, from the input to the output."""
+        yield from self._base.model.layers
+
     def trainable_parameters(self) -> list[nn.Parameter]:
         return [p for p in self.model.parameters() if p.requires_grad]
+
+    @property
+    def head(self) -> OutputHead:
+        """The projection onto the vocabulary."""
+        return OutputHead(
+            module=self._base.lm_head,
+            mask_id=self.mask_id,
+            num_tokens=self.num_vocabulary,
+            compute_dtype=self.compute_dtype,
+        )
+
+    def hidden_at(
+        self,
+        ids: Int[Tensor, "B S"],
+        pad_lengths: Int[Tensor, " B"],
+        rows: Bool[Tensor, "B S"],
+    ) -> Float[Tensor, "N D"]:
+        """The states that predict the tokens *at* the positions `rows`, aligned whatever the family's shift.
+
+        Padding (the first `pad_lengths` positions of a row) is never attended, and positions count from the first
+        real token.
+        """
+        hidden = self._hidden(ids, pad_lengths)
+        source = rows
+        if self.family.shift:
+            source = torch.zeros_like(rows)
+            source[:, : -self.family.shift] = rows[:, self.family.shift :]
+        return hidden[source]
 
     def logits_at(
         self,
@@ -102,19 +136,8 @@ class Policy:
         pad_lengths: Int[Tensor, " B"],
         rows: Bool[Tensor, "B S"],
     ) -> Float[Tensor, "N V"]:
-        """Logits for the tokens *at* the positions `rows`, aligned whatever the family's shift.
-
-        The vocabulary is projected at those positions only: [B, S, V] never exists. Padding (the first
-        `pad_lengths` positions of a row) is never attended, and positions count from the first real token.
-        """
-        hidden = self._hidden(ids, pad_lengths)
-        source = rows
-        if self.family.shift:
-            source = torch.zeros_like(rows)
-            source[:, : -self.family.shift] = rows[:, self.family.shift :]
-        with self._autocast():
-            logits = self._base.lm_head(hidden[source])
-        return logits.float()
+        """Logits for the tokens at the positions `rows`. They are projected there only: [B, S, V] never exists."""
+        return project(self.head, self.hidden_at(ids, pad_lengths, rows))
 
     def logp_at(
         self,
@@ -125,15 +148,24 @@ class Policy:
         temperature: float = 1.0,
     ) -> Float[Tensor, " N"]:
         """log p(targets | ids) at the positions `rows`, in nats, fp32; MASK has probability zero."""
-        logits = self.without_mask_token(self.logits_at(ids, pad_lengths, rows))
-        return torch.log_softmax(logits / temperature, dim=-1).gather(-1, targets[rows][:, None])[:, 0]
+        line = torch.arange(int(rows.sum()), device=ids.device)
+        return self.logp_of(ids, pad_lengths, rows, line, targets[rows], temperature)
+
+    def logp_of(
+        self,
+        ids: Int[Tensor, "B S"],
+        pad_lengths: Int[Tensor, " B"],
+        rows: Bool[Tensor, "B S"],
+        line: Int[Tensor, " M"],
+        targets: Int[Tensor, " M"],
+        temperature: float = 1.0,
+    ) -> Float[Tensor, " M"]:
+        """As `logp_at`, for any number of tokens at a position: token m is scored at the `line_m`-th of `rows`."""
+        return token_logp(self.head, self.hidden_at(ids, pad_lengths, rows), line, targets, temperature)
 
     def without_mask_token(self, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
         """Forbid MASK (a completion never contains it) and head rows that no token names."""
-        forbidden = torch.zeros(logits.shape[-1], dtype=torch.bool, device=logits.device)
-        forbidden[self.mask_id] = True
-        forbidden[self.num_vocabulary :] = True
-        return logits.masked_fill(forbidden, float("-inf"))
+        return forbid(self.head, logits)
 
     def _hidden(self, ids: Int[Tensor, "B S"], pad_lengths: Int[Tensor, " B"]) -> Float[Tensor, "B S D"]:
         length = ids.shape[1]

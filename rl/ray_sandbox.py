@@ -19,7 +19,7 @@ from coupled.rl.grading import open_local_sandbox
 from coupled.rl.ray_cluster import alive_nodes, close_ray, on_node, open_ray
 from coupled.rl.recipe import Recipe
 from coupled.sandbox import Execution, Isolation, Job, Outcome, SandboxUnavailable
-from coupled.sandbox.executor import require_runnable
+from coupled.sandbox.pool import require_runnable
 
 MAX_ATTEMPTS = 3
 """A program that could not be run is tried so often, on another supervisor if there is one."""

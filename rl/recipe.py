@@ -108,6 +108,18 @@ class Rollout(Section):
     batch_size: Positive = Field(default=64, description="rows per forward pass; also what one actor gets at a time")
 
 
+READ_BY = {
+    "weights": ("coupled", "decoupled"),
+    "mask_ratio": ("coupled", "decoupled", "random_mask"),
+    "draw": ("coupled", "decoupled", "random_mask"),
+    "num_pairs": ("coupled", "decoupled", "random_mask", "espo"),
+    "num_nodes": ("gdpo",),
+    "shrink": ("trajectory",),
+    "num_sampled_steps": ("trajectory",),
+}
+"""Fields of `Estimator` that some estimators do not read; those not listed matter to all of them."""
+
+
 class Estimator(Section):
     name: Literal["coupled", "decoupled", "full_mask", "random_mask", "espo", "gdpo", "trajectory", "ar_order"] = Field(
         default="coupled",
@@ -143,10 +155,10 @@ class Estimator(Section):
         default=None,
         description="of the scored distribution; none takes rollout.temperature, which makes it the one sampled from",
     )
-    post_eos: Literal["kept", "mask"] = Field(
+    post_eos: Literal["kept", "mask", "excluded"] = Field(
         default="kept",
-        description="positions after the end token: as the sampler left them, or all MASK (lets a group share its "
-        "fully masked pass)",
+        description="positions after the end token: as the sampler left them; all MASK (lets a group share its fully "
+        "masked pass); or not attended to, as if the canvas ended there",
     )
 
     @model_validator(mode="after")
@@ -159,8 +171,24 @@ class Estimator(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _says_nothing_in_vain(self) -> Estimator:
+        for field, readers in READ_BY.items():
+            value, default = getattr(self, field), type(self).model_fields[field].default
+            if self.name not in readers and value != default:
+                raise ValueError(
+                    f"{field}={_plain(value)} has no effect with name={self.name}: it is read by {', '.join(readers)}. "
+                    f"Leave it out, or set it to its default ({field}={_plain(default)}), or choose another estimator"
+                )
+        return self
+
 
 class Loss(Section):
+    objective: Literal["clipped", "likelihood"] = Field(
+        default="clipped",
+        description="clipped: of the ratio to the policy that rolled out; likelihood: the score times its advantage, "
+        "without a ratio (wd1: with advantage=softmax, estimator.name=full_mask and kl_beta=0)",
+    )
     clip_low: float = Field(default=0.5, ge=0, lt=1, description="ratios below 1 - clip_low stop counting")
     clip_high: float = Field(default=0.5, ge=0, description="ratios above 1 + clip_high stop counting")
     dual_clip: Annotated[float, Field(gt=1)] | None = Field(
@@ -200,6 +228,22 @@ class Loss(Section):
         default=5.0, gt=0, description="log-ratios are clamped to ± this: k3 is exponential in them"
     )
 
+    @model_validator(mode="after")
+    def _clips_a_ratio(self) -> Loss:
+        for field in ("clip_low", "clip_high", "dual_clip", "ratio"):
+            value, default = getattr(self, field), type(self).model_fields[field].default
+            if self.objective == "likelihood" and value != default:
+                raise ValueError(
+                    f"{field}={_plain(value)} has no effect with objective=likelihood, which has no ratio. Leave it "
+                    f"out, or set it to its default ({field}={_plain(default)}), or use objective=clipped"
+                )
+        return self
+
+    @property
+    def has_old(self) -> bool:
+        """Whether the scores of the policy that rolled out enter the loss."""
+        return self.objective == "clipped" or (self.kl_beta > 0 and self.reference == "old")
+
 
 class Optimizer(Section):
     learning_rate: float = Field(default=1e-6, gt=0, description="peak, AdamW")
@@ -210,7 +254,19 @@ class Optimizer(Section):
     weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay; 0 is none")
     max_grad_norm: float = Field(default=0.2, gt=0, description="gradients are scaled down to this global norm")
     micro_batch_size: Positive = Field(
-        default=16, description="rows per backward pass; the gradient does not depend on it"
+        default=16,
+        description="rows per backward pass; the gradient does not depend on it. A multiple of rollout.group_size lets "
+        "whole groups share their fully masked pass",
+    )
+    has_two_passes: bool = Field(
+        default=False,
+        description="score without gradients first, then backpropagate one masked input at a time: the memory of one, "
+        "however many the estimator has, for one more forward pass",
+    )
+    has_gradient_checkpointing: bool = Field(
+        default=False,
+        description="keep only the inputs of the layers and recompute the rest in the backward pass: less memory, for "
+        "one more forward pass",
     )
 
 
@@ -299,8 +355,10 @@ class Recipe(Section):
     seed: int = Field(default=0, ge=0, description="the root of every random draw")
     num_steps: Positive = Field(default=100, description="optimizer steps (sft, pretrain) or rollout steps (rl)")
     num_updates: Positive = Field(default=2, description="optimizer updates per rollout step, each with fresh masks")
-    advantage: Literal["mean", "loo", "z"] = Field(
-        default="mean", description="reward minus the group's mean; leave-one-out mean; or standardised"
+    advantage: Literal["mean", "loo", "z", "softmax"] = Field(
+        default="mean",
+        description="reward minus the group's mean; leave-one-out mean; standardised; or the softmax of the rewards "
+        "over the group minus that of their negatives (wd1)",
     )
     group_filter: Literal["none", "zero_std", "accuracy"] = Field(
         default="none",
@@ -421,6 +479,11 @@ def json_schema() -> str:
     schema = Recipe.model_json_schema()
     schema["title"] = "coupled recipe"
     return json.dumps(schema, indent=1, sort_keys=True) + "\n"
+
+
+def _plain(value: Any) -> str:
+    """A value as it is written in a recipe. Example: (0.2, 0.8) → [0.2, 0.8], None → null."""
+    return json.dumps(value).strip('"')
 
 
 def _from(folder: Path, value: str) -> str:

@@ -24,9 +24,10 @@ from coupled.rl.denoise import Request
 from coupled.rl.engine import InlineEngine, RolloutEngine
 from coupled.rl.errors import DataError, RecipeError
 from coupled.rl.evaluate import Evaluation, evaluate, sampler_of
+from coupled.rl.gradient_checkpointing import checkpoint_gradients
 from coupled.rl.grading import Grader, open_grader
 from coupled.rl.logprob import estimate_logp
-from coupled.rl.loss import coupled_grpo_loss, loss_denominator
+from coupled.rl.loss import loss_denominator
 from coupled.rl.metrics import StepMetrics, add_sums
 from coupled.rl.optimizer import apply_step, learning_rate, make_optimizer
 from coupled.rl.parity import check_parity, prompts_to_check, sampler_for_parity
@@ -36,6 +37,7 @@ from coupled.rl.recipe import Recipe
 from coupled.rl.rollout_log import write_rollouts
 from coupled.rl.rundir import RunDir, open_run_dir
 from coupled.rl.types import Anchor, Group, MaskDraw, Prompt, Rollout, TrainBatch
+from coupled.rl.update import add_gradient
 
 
 class Run:
@@ -66,6 +68,8 @@ class Run:
         self._temperature = recipe.rollout.temperature if scored_at is None else scored_at
         if recipe.loss.kl_beta > 0 and recipe.loss.reference != "old":
             policy.freeze_reference(is_moving=recipe.loss.reference == "synced")
+        if recipe.optimizer.has_gradient_checkpointing:
+            checkpoint_gradients(policy)
         self._done = 0
         if (latest := folder.latest()) is not None:
             self._done = int(read_checkpoint(latest, policy, self._optimizer)["step"])
@@ -163,10 +167,10 @@ class Run:
         """Scores under the rollout policy and the reference, before any weight moves.
 
         For the first update the rollout policy *is* the policy: its scores are taken from the update's own forward
-        pass instead of a second one.
+        pass instead of a second one. So they are where the loss makes no use of them.
         """
         with self._clock("scoring"):
-            old = None if is_first else self._scores(self.policy, batch, masks)
+            old = None if is_first or not self.recipe.loss.has_old else self._scores(self.policy, batch, masks)
             reference = None
             if self.recipe.loss.kl_beta > 0 and self.recipe.loss.reference != "old":
                 with self.policy.reference() as frozen:
@@ -177,18 +181,15 @@ class Run:
         """One clipped optimizer step on the whole batch, in micro-batches whose gradients add up to the joint one."""
         recipe = self.recipe
         denominator = loss_denominator(batch.valid, recipe.loss.norm)
-        pulls_to_old = recipe.loss.kl_beta > 0 and recipe.loss.reference == "old"
         sums: dict[str, float] = {}
         with self._clock("update"):
             for rows in micro_batches(len(batch), recipe.optimizer.micro_batch_size):
                 part, part_anchor = batch.rows(rows), anchor.rows(rows)
                 if not part.valid.any():
                     continue
-                new = self._estimate(self.policy, batch, masks, rows)
-                old = new.detach() if part_anchor.old is None else part_anchor.old
-                reference = old if pulls_to_old else part_anchor.reference
-                output = coupled_grpo_loss(new, old, reference, part.advantages, part.valid, denominator, recipe.loss)
-                output.loss.backward()
+                output = add_gradient(
+                    self.policy, part, masks.rows(rows), part_anchor, recipe, self._temperature, denominator
+                )
                 add_sums(sums, output.sums)
             rate = learning_rate(step - 1, recipe.num_steps, recipe.optimizer)
             norm = apply_step(self._optimizer, self.policy, rate, recipe.optimizer.max_grad_norm)

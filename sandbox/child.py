@@ -31,6 +31,10 @@ MAX_TEXT = 500
 """Characters of an exception's text that are sent."""
 
 
+_LOADED = b'{"load": null}'
+_decode = json.JSONDecoder().raw_decode
+
+
 class _HostGone(BaseException):
     """The host closed the socket. A type of its own: an EOFError can be the program's, and tests catch Exception."""
 
@@ -43,10 +47,9 @@ def fix_randomness() -> None:
 
 
 def serve(fd: int, codec: Any) -> int:
-    """Say that the lock-down is done, read the job and do it. Returns the exit status."""
-    fix_randomness()
+    """Say that the lock-down is done, read the job and do it. Returns the exit status. The caller fixes randomness."""
     os.write(fd, LOCKED)
-    job = json.loads(_read_frame(fd))
+    job = _decode(_read_frame(fd).decode())[0]
     for name in ("exit", "quit"):
         setattr(builtins, name, sys.exit)  # the interpreter runs without `site`, which adds these two
     match job["mode"]:
@@ -67,12 +70,13 @@ def _load(fd: int, job: dict[str, Any]) -> dict[str, Any] | None:
     sys.modules["solution"] = module  # dataclasses and pickle look a class's module up
     names = module.__dict__
     try:
-        for title, source in (("<program>", job["source"]), ("<setup>", job["setup"])):
-            exec(compile(source, title, "exec", dont_inherit=True), names)
+        exec(compile(job["source"], "<program>", "exec", dont_inherit=True), names)
+        if job["setup"]:
+            exec(compile(job["setup"], "<setup>", "exec", dont_inherit=True), names)
     except BaseException as error:
         _send(fd, {"load": _described(error)})
         return None
-    _send(fd, {"load": None})
+    _write_frame(fd, _LOADED)
     return names
 
 
@@ -80,10 +84,12 @@ def _answer_calls(fd: int, job: dict[str, Any], codec: Any) -> None:
     names = _load(fd, job)
     if names is None:
         return
-    for index, (function, args, kwargs, may_digest, keep_floats) in enumerate(job["calls"]):
+    for index, (function, args, kwargs, may_digest, keep_floats, items) in enumerate(job["calls"]):
         try:
             target = _resolve(names, function)
             value = target(*codec.decode_tree(args), **codec.decode_tree(kwargs))
+            if items:
+                value = codec.listed(value, is_counted=items == "counted")
             kind, document = "v", ""
             if may_digest:
                 kind, document = codec.encode_or_digest(value, keep_floats=keep_floats)
@@ -185,7 +191,12 @@ _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, f
 # Kind, its module, what makes text of it and what makes it of the text. A datetime is a date too, so it comes first.
 _TEXTS: dict[str, tuple[str, Any, Any]] = {
     "Decimal": ("decimal", lambda base, value: base.__str__(value), lambda base, text: base(text)),
-    "Fraction": ("fractions", lambda base, value: base.__str__(value), lambda base, text: base(text)),
+    # Not `base(text)`, which would read "1e99999999" and compute that power.
+    "Fraction": (
+        "fractions",
+        lambda base, value: base.__str__(value),
+        lambda base, text: base(*map(int, text.split("/"))),
+    ),
     "datetime": ("datetime", lambda base, value: base.isoformat(value), lambda base, text: base.fromisoformat(text)),
     "date": ("datetime", lambda base, value: base.isoformat(value), lambda base, text: base.fromisoformat(text)),
     "time": ("datetime", lambda base, value: base.isoformat(value), lambda base, text: base.fromisoformat(text)),

@@ -23,6 +23,7 @@ This file is also loaded by path inside the sandbox, so it imports the standard 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -125,7 +126,15 @@ def encode(value: object, refer: Refer | None = None) -> str:
         tree = _Encoder(refer=refer).tree(value, 0)
     except (CodecError, RuntimeError) as error:  # RuntimeError: a container changed while it was walked
         return _opaque_document(value, error)
-    return json.dumps(tree, allow_nan=False, separators=(",", ":"))
+    return _dumps(tree)
+
+
+def encode_tree(value: object) -> Any:
+    """Return what `parse` gives for the document of a value, without the way over the text."""
+    try:
+        return _Encoder().tree(value, 0)
+    except (CodecError, RuntimeError) as error:
+        return json.loads(_opaque_document(value, error))
 
 
 def _opaque_document(value: object, why: BaseException) -> str:
@@ -152,7 +161,7 @@ def encode_or_digest(value: object, *, keep_floats: bool = False) -> tuple[str, 
         try:
             # A document has more characters than values: more values than that need no counting.
             tree = _Encoder(MAX_DOCUMENT).tree(value, 0)
-            document = json.dumps(tree, allow_nan=False, separators=(",", ":"))
+            document = _dumps(tree)
             if len(document) <= MAX_DOCUMENT:
                 return "v", document
         except (CodecError, RuntimeError):
@@ -161,6 +170,19 @@ def encode_or_digest(value: object, *, keep_floats: bool = False) -> tuple[str, 
         return "d", json.dumps(digest(value))
     except (CodecError, RuntimeError) as error:
         return "v", _opaque_document(value, error)
+
+
+def listed(value: Any, *, is_counted: bool = False) -> Any:
+    """Return the list of what a value gives when it is of a type that does not travel; any other value as it is.
+
+    For a reply of which a test asks nothing but its items (`is_counted`: their number, which a generator does not
+    know). One that gives more than MAX_NODES stays what it is.
+    """
+    kind = type(value)
+    if issubclass(kind, _TRAVELS) or not hasattr(kind, "__len__" if is_counted else "__iter__"):
+        return value
+    items = list(itertools.islice(value, MAX_NODES + 1))
+    return value if len(items) > MAX_NODES else items
 
 
 def digest(value: object) -> str:
@@ -185,7 +207,10 @@ def parse(document: str | bytes) -> Any:
     if num_parts(document) > MAX_PARTS:
         raise CodecError(f"more than {MAX_NODES} values")
     try:
-        return json.loads(document, parse_constant=_refuse_constant)
+        text = (
+            document if isinstance(document, str) else document.decode(json.detect_encoding(document), "surrogatepass")
+        )
+        return _loads(text)
     except (ValueError, RecursionError, MemoryError) as error:
         raise CodecError(f"no JSON document: {type(error).__name__}: {error}"[:200]) from None
 
@@ -215,6 +240,11 @@ def decode_tree(tree: Any, resolve: Resolve | None = None) -> object:
 
 def _refuse_constant(name: str) -> Any:
     raise CodecError(f"{name} is no JSON: nan and inf are tagged")
+
+
+# Made once: `json.dumps` and `json.loads` with arguments make one per call, which takes longer than a small value.
+_dumps = json.JSONEncoder(allow_nan=False, separators=(",", ":")).encode
+_loads = json.JSONDecoder(parse_constant=_refuse_constant).decode
 
 
 class _Encoder:
@@ -276,12 +306,15 @@ _FLATTEN: tuple[tuple[type, Callable[[Any], object]], ...] = (
     (complex, lambda value: complex(_part(value, "real"), _part(value, "imag"))),
     (str, str.__str__),
     (bytes, lambda value: bytes.__getitem__(value, slice(None))),
+    (bytearray, lambda value: bytes(bytearray.__getitem__(value, slice(None)))),
     (tuple, lambda value: tuple(tuple.__iter__(value))),
     (list, lambda value: list(list.__iter__(value))),
     (set, lambda value: set(set.__iter__(value))),
     (frozenset, lambda value: frozenset(frozenset.__iter__(value))),
     (dict, lambda value: dict(dict.items(value))),
 )
+
+_TRAVELS = (*(base for base, _ in _FLATTEN), range)
 
 
 def _foreign_number(value: Any) -> Any:

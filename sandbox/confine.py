@@ -33,6 +33,8 @@ from typing import Any
 
 FIRST_SERVICE_FD = 200
 """The zygote's own descriptors lie above, so that placing a program's at 0..3 cannot overwrite one."""
+_ASIDE_FD = FIRST_SERVICE_FD - 10
+"""Where a program's descriptors wait for their places: above those that are received, which take the lowest numbers."""
 RESULT_FD = 3
 PACKAGES = "/opt/packages"
 """Where asked-for packages are found in a private root."""
@@ -60,13 +62,31 @@ _HOST_NAME = b"sandbox"
 _PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 _SCRATCH_OPTIONS = "mode=0777,size=64m,nr_inodes=4096"
 _SHARED_MEMORY_OPTIONS = "mode=0777,size=16m,nr_inodes=64"
+_HOSTS = "/dev/shm/.hosts"
 _PROC_FLAGS = _MS_RDONLY | _MS_NOSUID | _MS_NODEV | _MS_NOEXEC
 _READ_ONLY_TREES = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64")
 _READ_ONLY_FILES = ("/etc/ld.so.cache", "/etc/localtime")
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+_LIMITED = (
+    *(resource.RLIMIT_CPU, resource.RLIMIT_AS, resource.RLIMIT_DATA, resource.RLIMIT_FSIZE, resource.RLIMIT_NOFILE),
+    *(resource.RLIMIT_NPROC, resource.RLIMIT_CORE, resource.RLIMIT_MEMLOCK, resource.RLIMIT_MSGQUEUE),
+    resource.RLIMIT_SIGPENDING,
+)
 _SIOCGIFFLAGS, _SIOCSIFFLAGS, _IFF_UP = 0x8913, 0x8914, 1
 
+# Made once, because making a type of ctypes costs more than the call.
+_CAPABILITY_VERSION, _NO_CAPABILITIES = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+
 _libc = ctypes.CDLL(None, use_errno=True)
+# Looked up here, once: a program's process would look up for itself what the zygote has not called.
+for _name, _arguments in {
+    "capset": [ctypes.c_void_p] * 2,
+    "mount": [ctypes.c_char_p] * 3 + [ctypes.c_ulong, ctypes.c_char_p],
+    "prctl": [ctypes.c_int] + [ctypes.c_ulong] * 4,
+    "setns": [ctypes.c_int] * 2,
+    "unshare": [ctypes.c_int],
+}.items():
+    getattr(_libc, _name).argtypes = _arguments
 
 
 @dataclass(slots=True, kw_only=True)
@@ -98,6 +118,8 @@ class Confinement:
     base_as: int = 0
     """Address space of the zygote, in bytes; limits of a program come on top."""
     base_data: int = 0
+    most: dict[int, int] = field(default_factory=dict)
+    """The zygote's own hard limit of each kind, which no program's is above."""
 
 
 def enter(tier: str, base: str, uid: int, packages: list[str], landlock: Any) -> Confinement:
@@ -132,6 +154,7 @@ def seal(here: Confinement, seccomp: Any) -> None:
     Raises OSError when the filters cannot be built or loaded.
     """
     here.base_as, here.base_data = _own_memory(here)
+    here.most = {name: resource.getrlimit(name)[1] for name in _LIMITED}
     if here.tier == "process":
         return
     profiles = ("strict", "compat") if here.tier == "namespaces" else ("strict",)
@@ -164,9 +187,10 @@ def lock_down(here: Confinement, limits: dict[str, Any], profile: str, fds: list
     null = os.open("/dev/null", os.O_RDWR)
     stdin, stderr = (fds[2], null) if len(fds) == 3 else (null, output)
     # Two steps, because a received number may be one of the targets.
-    placed = [service(fd) for fd in (stdin, output, stderr, result)]
-    for target, fd in enumerate(placed):
-        os.dup2(fd, target)
+    for target, fd in enumerate((stdin, output, stderr, result)):
+        os.dup2(fd, _ASIDE_FD + target)
+    for target in range(RESULT_FD + 1):
+        os.dup2(_ASIDE_FD + target, target)
     ruleset = os.dup2(here.ruleset, RESULT_FD + 1) if here.ruleset >= 0 else RESULT_FD
     os.closerange(ruleset + 1, 1 << 30)
     if here.tier == "namespaces":
@@ -251,8 +275,11 @@ def service(fd: int) -> int:
 
 def unshare(*names: str) -> None:
     """Enter new namespaces of the given kinds; OSError when refused."""
-    flags = sum(_CLONE[name] for name in names)
-    _check(_libc.unshare(flags), f"unshare {' and '.join(names)} namespace")
+    flags = 0
+    for name in names:
+        flags |= _CLONE[name]
+    if _libc.unshare(flags) != 0:
+        _check(-1, f"unshare {' and '.join(names)} namespace")
 
 
 def _enter_namespaces(here: Confinement, base: str, packages: list[str]) -> None:
@@ -315,6 +342,9 @@ def _own_namespaces(here: Confinement, profile: str) -> None:
         _mount("proc", "/proc", "proc", _PROC_FLAGS, "subset=pid")
     if profile == "compat":
         _mount("tmpfs", "/dev/shm", "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, _SHARED_MEMORY_OPTIONS)
+        fd = os.open(_HOSTS, os.O_WRONLY | os.O_CREAT, 0o644)
+        os.write(fd, b"127.0.0.1 localhost\n::1 localhost\n")
+        os.close(fd)
         _loopback_up()
 
 
@@ -353,6 +383,9 @@ def _private_root(here: Confinement, base: str, packages: list[str]) -> None:
         _show(path, f"{base}{PACKAGES}/{os.path.basename(path)}")
     for path in ("/tmp", "/proc", "/dev/shm"):
         os.makedirs(base + path, mode=0o755, exist_ok=True)
+    # A program that has a /dev/shm, which are those of `compat`, finds the names of its loopback there.
+    os.makedirs(f"{base}/etc", mode=0o755, exist_ok=True)
+    os.symlink(_HOSTS, f"{base}/etc/hosts")
     try:
         # The lower one stays, unseen: the kernel shows a user namespace a new /proc only where it has one already.
         _mount("proc", f"{base}/proc", "proc", _PROC_FLAGS)
@@ -406,14 +439,9 @@ def _show(path: str, target: str) -> None:
 
 
 def _mount(source: str, target: str, kind: str | None, flags: int, options: str = "") -> None:
-    done = _libc.mount(
-        source.encode(),
-        target.encode(),
-        kind.encode() if kind else None,
-        ctypes.c_ulong(flags),
-        options.encode(),
-    )
-    _check(done, f"mount {source} on {target}")
+    done = _libc.mount(source.encode(), target.encode(), kind.encode() if kind else None, flags, options.encode())
+    if done != 0:
+        _check(done, f"mount {source} on {target}")
 
 
 def _set_limits(here: Confinement, limits: dict[str, Any]) -> None:
@@ -432,7 +460,7 @@ def _set_limits(here: Confinement, limits: dict[str, Any]) -> None:
         resource.RLIMIT_SIGPENDING: 64,
     }
     for name, value in wanted.items():
-        _, hard = resource.getrlimit(name)
+        hard = here.most[name]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(name, (value, value))
 
@@ -471,12 +499,12 @@ def _read(directory: int, name: str) -> str:
 
 
 def _drop_capabilities() -> None:
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
-    _check(_libc.capset(header, (ctypes.c_uint32 * 6)()), "drop capabilities")
+    _check(_libc.capset(_CAPABILITY_VERSION, _NO_CAPABILITIES), "drop capabilities")
 
 
 def _prctl(option: int, value: int) -> None:
-    _check(_libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0), f"prctl {option}")
+    if _libc.prctl(option, value, 0, 0, 0) != 0:
+        _check(-1, f"prctl {option}")
 
 
 def _check(status: int, what: str) -> None:

@@ -27,29 +27,23 @@ programs together.
 from __future__ import annotations
 
 import os
-import queue
 import sys
 import time
 import warnings
 import weakref
-from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol
 
 from coupled.sandbox import worker as workers
-from coupled.sandbox.canary import Slot, run_watched
 from coupled.sandbox.check import self_check
 from coupled.sandbox.outcome import Reading, encode_job, read_calls, read_stdio
+from coupled.sandbox.pool import Pool
 from coupled.sandbox.relay import run_tests
 from coupled.sandbox.types import CallResult, Execution, Isolation, Job, Outcome, SandboxUnavailable, Usage
 from coupled.sandbox.worker import Worker, WorkerDied
 
-REMOTE = "remote"
-"""The tier of a server, see `remote`."""
 _NUM_RETRIES = 2
 _NUM_STARTS = 3
 _PAUSE_SECONDS = 0.5
@@ -75,7 +69,7 @@ class Executor(Protocol):
         ...
 
 
-class LocalExecutor:
+class LocalExecutor(Pool[Worker]):
     """`num_workers` zygotes of one tier on this machine, each running one program at a time. A context manager.
 
     Programs may import the standard library and the packages named in `preload`, which are loaded beforehand; no
@@ -85,97 +79,23 @@ class LocalExecutor:
     """
 
     def __init__(self, tier: str, *, num_workers: int = 1, preload: Sequence[str] = ()) -> None:
-        if num_workers < 1:
-            raise ValueError(f"an executor needs at least one worker; received num_workers={num_workers}")
         if not sys.platform.startswith("linux"):
             raise SandboxUnavailable(
                 f"untrusted programs run on Linux only; this is {sys.platform}: use a Linux machine"
             )
         self.notes: tuple[str, ...] = ()
         """Lines that `isolation` adds: why a better tier was not taken."""
-        self._owner = os.getpid()
-        self._workers: list[Worker] = []
-        self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
-        self._is_closed = False
-        try:
-            for _ in range(num_workers):
-                self._workers.append(Worker(tier, preload))
-        except BaseException:
-            self.close()
-            raise
-        for worker in self._workers:
-            self._idle.put(worker)
+        super().__init__(num_workers, lambda: Worker(tier, preload), run_job)
         _open.add(self)
-
-    def run(self, jobs: Sequence[Job]) -> list[Execution]:
-        """Return one execution per job, in order.
-
-        RuntimeError when closed, or in a fork of the owner. SandboxUnavailable for a job that this tier cannot
-        run, before anything runs, or when a worker that ended cannot be started again.
-        """
-        if self._is_closed:
-            raise RuntimeError("an executor runs nothing after close(): open another")
-        if os.getpid() != self._owner:
-            raise RuntimeError(f"an executor belongs to the process that opened it ({self._owner}): open one here")
-        for job in jobs:
-            require_runnable(job, self._workers[0].tier)
-        slots = [Slot(job) for job in jobs]
-        todo = deque(slots)
-        if len(jobs) <= 1 or len(self._workers) == 1:
-            self._serve(todo)
-        else:
-            size = min(len(jobs), len(self._workers))
-            with ThreadPoolExecutor(size, "sandbox") as pool:
-                for served in [pool.submit(self._serve, todo) for _ in range(size)]:
-                    served.result()
-        return [slot.result for slot in slots]
 
     def isolation(self) -> Isolation:
         """Return what took effect for the workers; all of them start alike."""
         found = self._workers[0].isolation
         return replace(found, notes=found.notes + self.notes)
 
-    def close(self) -> None:
-        """End every worker; waits for a few milliseconds each. Harmless when repeated."""
-        self._is_closed = True
-        if os.getpid() == self._owner:
-            for worker in self._workers:
-                worker.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def __del__(self) -> None:
         if hasattr(self, "_workers"):
             self.close()
-
-    def _serve(self, todo: deque[Slot]) -> None:
-        """Have idle workers take jobs until none is left; a worker is given back as soon as it has proven itself."""
-        while todo:
-            worker = self._idle.get()
-            try:
-                run_watched(worker, todo, run_job)
-            finally:
-                self._idle.put(worker)
-
-
-def require_runnable(job: Job, tier: str) -> None:
-    """Raise SandboxUnavailable when the tier cannot run such a job, whatever its program is."""
-    if tier == REMOTE and job.tests is not None:
-        raise SandboxUnavailable(
-            f"a server runs calls and programs that read stdin; job {job.uid!r} has tests that must speak with the "
-            "program while both run\nremedy: choose another sandbox.tier, or tests that are calls of literal arguments"
-        )
-    if tier not in (REMOTE, "namespaces") and job.profile != "strict":
-        raise SandboxUnavailable(
-            f"profile {job.profile!r} is available in tier 'namespaces' only; job {job.uid!r} needs it and the tier is "
-            f"{tier!r}\nremedy: `coupled doctor` says what keeps this machine from tier 'namespaces'; or leave it out"
-        )
 
 
 def run_job(worker: Worker, job: Job) -> Execution:

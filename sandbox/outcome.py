@@ -50,10 +50,11 @@ def encode_job(job: Job) -> bytes:
     calls = [
         [
             call.function,
-            codec.parse(codec.encode(call.args)),
-            codec.parse(codec.encode(dict(call.kwargs))),
+            codec.encode_tree(call.args),
+            codec.encode_tree(dict(call.kwargs)),
             call.may_digest,
             call.keep_floats,
+            call.items,
         ]
         for call in job.calls
     ]

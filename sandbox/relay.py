@@ -8,6 +8,7 @@ shares the interpreter with its tests and can say what it likes; the caller labe
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from coupled.sandbox import codec
@@ -63,7 +64,7 @@ def run_tests(worker: Worker, job: Job) -> tuple[Reading, Usage, str]:
             ends += [talk.finish() for talk in talks[1:]]
     outcome = over.outcome
     if outcome is None:
-        outcome = silence(ends[-1] if over.is_tests_end else ends[0], job.limits)
+        outcome = silence(_without_each_other(ends)[-1 if over.is_tests_end else 0], job.limits)
     elif outcome is Outcome.SANDBOX_ERROR:
         return not_started(ends[-1]), _usage(ends), ""
     if outcome in (Outcome.PROTOCOL, Outcome.LOAD_ERROR):
@@ -160,6 +161,12 @@ def _attend(program: Conversation, spec: TestProgram, results: list[CallResult])
             seen = []
         else:
             raise Breach(f"a value that was seen, or the end of part {len(results)}, was due")
+
+
+def _without_each_other(ends: list[Finished]) -> list[Finished]:
+    """The same, but for how long the two kept each other waiting: that is nobody else's doing."""
+    cpu_seconds = sum(end.cpu_seconds for end in ends)
+    return [replace(end, queued_seconds=max(0.0, end.queued_seconds - (cpu_seconds - end.cpu_seconds))) for end in ends]
 
 
 def _usage(ends: list[Finished]) -> Usage:

@@ -20,23 +20,18 @@ import dataclasses
 import http.client
 import json
 import math
-import os
-import queue
 import re
 import secrets
 import signal
 import struct
 import time
 import urllib.parse
-from collections import deque
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self, cast
+from typing import Any, cast
 
-from coupled.sandbox.canary import Slot, run_watched
-from coupled.sandbox.executor import REMOTE, require_runnable, run_job
+from coupled.sandbox.executor import run_job
+from coupled.sandbox.pool import REMOTE, Pool
 from coupled.sandbox.types import Call, Execution, Isolation, Job, Limits, Outcome, SandboxUnavailable
 from coupled.sandbox.worker import LOCKED, Finished, Worker, WorkerDied
 
@@ -62,7 +57,7 @@ class _TooMuch(Exception):
     """The answer is larger than any that is read, which only the program's output can bring about."""
 
 
-class RemoteExecutor:
+class RemoteExecutor(Pool["_Connection"]):
     """Runs programs on a SandboxFusion-compatible server, `num_workers` at a time. A context manager.
 
     May be used by several threads. Raises SandboxUnavailable when there is no such server at `url`, ValueError
@@ -70,62 +65,12 @@ class RemoteExecutor:
     """
 
     def __init__(self, url: str, *, num_workers: int = 1) -> None:
-        if num_workers < 1:
-            raise ValueError(f"an executor needs at least one worker; received num_workers={num_workers}")
-        self._owner = os.getpid()
-        self._is_closed = False
-        self._workers = [_Connection(url) for _ in range(num_workers)]
-        self._idle: queue.SimpleQueue[_Connection] = queue.SimpleQueue()
+        super().__init__(num_workers, lambda: _Connection(url), _run_job)
         self._isolation = _isolation(url, self._try_out(url))
-        for worker in self._workers:
-            self._idle.put(worker)
-
-    def run(self, jobs: Sequence[Job]) -> list[Execution]:
-        """Return one execution per job, in order.
-
-        RuntimeError when closed, or in a fork of the owner. SandboxUnavailable, before anything runs, for a job
-        with tests, which a server cannot run.
-        """
-        if self._is_closed:
-            raise RuntimeError("an executor runs nothing after close(): open another")
-        if os.getpid() != self._owner:
-            raise RuntimeError(f"an executor belongs to the process that opened it ({self._owner}): open one here")
-        for job in jobs:
-            require_runnable(job, REMOTE)
-        slots = [Slot(job) for job in jobs]
-        todo = deque(slots)
-        size = min(len(jobs), len(self._workers))
-        with ThreadPoolExecutor(max(size, 1), "remote") as pool:
-            for served in [pool.submit(self._serve, todo) for _ in range(size)]:
-                served.result()
-        return [slot.result for slot in slots]
 
     def isolation(self) -> Isolation:
         """Return what is known to hold: next to nothing, since the server does not say how it isolates."""
         return self._isolation
-
-    def close(self) -> None:
-        """Close the connections; harmless when repeated."""
-        self._is_closed = True
-        if os.getpid() == self._owner:
-            for worker in self._workers:
-                worker.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def _serve(self, todo: deque[Slot]) -> None:
-        while todo:
-            connection = self._idle.get()
-            try:
-                run_watched(connection, todo, _run_job)
-            finally:
-                self._idle.put(connection)
 
     def _try_out(self, url: str) -> str:
         """Prove that calls and stdin work there; return the version of its Python."""

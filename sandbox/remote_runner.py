@@ -37,6 +37,7 @@ def main() -> None:
 
     child._write_frame, child._read_frame = write_frame, read_frame
     _limit()
+    child.fix_randomness()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # from here on it would be the program's to fill
     os.write(CHANNEL_FD, b"\n" + marker + b" ")  # the byte LOCKED of `serve` ends this line
     status = 70

@@ -42,6 +42,7 @@ _SOCKETS = (
     *((family, _SOCK_DGRAM, protocol) for family in (_AF_INET, _AF_INET6) for protocol in (0, 17)),
 )
 """Family, type, protocol: UNIX, TCP and UDP. Any other might have the kernel load a module."""
+_SOL_SOCKET, _SO_PEERPIDFD = 1, 77
 _SIOCGIFFLAGS, _SIOCSIFFLAGS = 0x8913, 0x8914
 _PID = 0x5EED5EE1
 """Stands for the program's own pid in a compiled filter, which `load` puts in its place."""
@@ -105,6 +106,10 @@ _ZYGOTE_PRCTL = (1, 4, _PR_SET_SECCOMP, 38)
 """Death signal, dumpable, seccomp, no_new_privs."""
 
 
+_prctl = ctypes.CDLL(None, use_errno=True).prctl
+_prctl.argtypes = [ctypes.c_int, *[ctypes.c_ulong] * 4]
+
+
 class FilterError(OSError):
     """libseccomp is missing, or a filter could not be built."""
 
@@ -136,14 +141,13 @@ class Filter:
         self._code = (_Instruction * self.num_instructions).from_buffer_copy(code)
         self._pids = [index for index, instruction in enumerate(self._code) if instruction.k == _PID]
         self._program = _Program(self.num_instructions, self._code)
-        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._where = ctypes.c_ulong(ctypes.addressof(self._program))
 
     def load(self) -> None:
         """Put this process under the filter, for good; it must have no_new_privs. OSError when refused."""
         for index in self._pids:
             self._code[index].k = os.getpid()
-        where = ctypes.c_ulong(ctypes.addressof(self._program))
-        if self._libc.prctl(_PR_SET_SECCOMP, ctypes.c_ulong(_MODE_FILTER), where, 0, 0) != 0:
+        if _prctl(_PR_SET_SECCOMP, _MODE_FILTER, self._where, 0, 0) != 0:
             number = ctypes.get_errno()
             raise OSError(number, f"load a seccomp filter: {os.strerror(number)}")
 
@@ -194,6 +198,10 @@ def _program_rules(profile: str, is_alone: bool) -> Iterator[_Rule]:
     for option in _ZYGOTE_PRCTL:
         yield _Rule(fail, "prctl", ((0, _EQ, option, 0),))
     yield _Rule(fail, "ioctl", ((1, _EQ, _SIOCSIFFLAGS, 0),))
+    # Of a socket's other end, which is the host's: a handle of a process has no use that is the program's business.
+    yield _Rule(fail, "getsockopt", ((1, _EQ, _SOL_SOCKET, 0), (2, _EQ, _SO_PEERPIDFD, 0)))
+    # It succeeds and does nothing: who yields without end on a busy machine would seem to be kept waiting by others.
+    yield _Rule(_FAIL, "sched_yield")
     if profile == "strict":
         for call in _COMPAT_ONLY.split():
             yield _Rule(fail, call)

@@ -90,6 +90,9 @@ class Call:
     digest, because it is equal to nothing, as an opaque value."""
     keep_floats: bool = False
     """True: floats, and lists and tuples of floats alone, come as they are all the same."""
+    items: str = ""
+    """What the test does with a reply besides nothing else: `walked` (as `list` does) or `counted` (as `len` does). One
+    of a type that does not travel, such as a generator or a deque, then comes as the list of what it gives."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

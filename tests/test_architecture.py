@@ -26,9 +26,12 @@ CORE = (
     "batch",
     "noise",
     "denoise",
+    "vocabulary",
     "policy",
     "families",
     "optimizer",
+    "gradient_checkpointing",
+    "update",
     "parity",
 )
 ABSENT = ("ray", "datasets", "trl", "vllm", "evalplus", "tensorboard", "pyarrow", "typer", "jaxtyping", "peft")

@@ -99,7 +99,7 @@ def test_a_run_leaves_recipe_metrics_rollouts_checkpoint_and_tensorboard(tmp_pat
     "overrides",
     [
         ("estimator.name=decoupled",),
-        ("estimator.name=full_mask", "advantage=z"),
+        ("estimator.name=full_mask", "estimator.num_pairs=1", "advantage=z"),
         ("estimator.num_pairs=2", "advantage=loo", "estimator.post_eos=mask"),
         ("loss.kl_beta=0", "num_updates=1"),
         ("loss.kl_beta=0", "num_updates=2"),
@@ -107,6 +107,16 @@ def test_a_run_leaves_recipe_metrics_rollouts_checkpoint_and_tensorboard(tmp_pat
         ("model.adapter.rank=4", "optimizer.learning_rate=1e-3"),
         ("loss.reference=synced", "loss.sync_every=1", "loss.kl=k2", "loss.norm=fixed"),
         ("loss.reference=old", "loss.kl=k1", "loss.dual_clip=3", "group_filter=zero_std"),
+        # wd1
+        (
+            "loss.objective=likelihood",
+            "advantage=softmax",
+            "estimator.name=full_mask",
+            "estimator.num_pairs=1",
+            "estimator.prompt_mask_probability=0.15",
+            "loss.kl_beta=0",
+        ),
+        ("estimator.post_eos=excluded", "rollout.top_p=0.9"),
         ("loss.ratio=sequence", "loss.norm=sequence", "rollout.top_p=0.9"),
         ("model.compute_dtype=bfloat16", "rollout.order=maskgit", "rollout.top_p=0.9"),
     ],

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from coupled.rl.metrics import DETERMINISTIC_EXCEPT
 from coupled.rl.recipe import load_recipe
 from coupled.rl.rundir import read_rows
 from coupled.rl.train import train
@@ -62,3 +63,21 @@ def test_every_estimator_trains_and_moves_the_weights(
     (file,) = result.checkpoint.glob("*.safetensors")
     moved = load_file(file)
     assert any(not torch.equal(moved[name], base[name]) for name in base)
+
+
+def test_a_run_that_saves_memory_learns_the_same(tmp_path: Path) -> None:
+    """Two passes and recomputed layers change rounding at most."""
+    rows = []
+    for has_it in ("false", "true"):
+        settings = (
+            *TINY,
+            f"output_dir={tmp_path}",
+            "reward.functions=[{name: format}]",
+            f"optimizer.has_two_passes={has_it}",
+            f"optimizer.has_gradient_checkpointing={has_it}",
+        )
+        result = train(load_recipe(ROOT / "recipes" / "quickstart.yaml", settings))
+        rows += read_rows(result.path / "metrics.jsonl")
+    one_pass, two_passes = ({k: v for k, v in row.items() if not k.startswith(DETERMINISTIC_EXCEPT)} for row in rows)
+    assert one_pass["grad_norm"] > 0
+    assert two_passes == pytest.approx(one_pass, rel=1e-4, abs=1e-6)

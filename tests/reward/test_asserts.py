@@ -20,7 +20,7 @@ def holds(text: str, *values: object) -> bool:
 
 def test_a_test_becomes_calls_without_the_expected_value() -> None:
     test = parse_test("assert set(f([1, -2], key='a', d={1: (2,)})) == {1, 2}, 'message'", "f")
-    assert test.calls == (Call(function="f", args=([1, -2],), kwargs={"key": "a", "d": {1: (2,)}}),)
+    assert test.calls == (Call(function="f", args=([1, -2],), kwargs={"key": "a", "d": {1: (2,)}}, items="walked"),)
     assert test.holds(replies([2, 1, 1]))
     assert not test.holds(replies([2, 1, 3]))
 
@@ -138,6 +138,9 @@ def test_these_calls_go_to_the_program(text: str, entry_point: str | None, funct
         ("assert f(1) == __import__('os').system('id')", "call of"),
         ("assert set().union(f(1)) == {1}", "call of"),
         ("assert f(1) << 70 == 0", "BinOp"),
+        ("assert '%.2f' % f(1) == '0.33'", "Mod of anything but numbers"),
+        ("assert f(1) | {1: 2} == {1: 2}", "BitOr of anything but numbers"),
+        ("assert f(1) == 3 ** 100_000 % 7", "a power this large"),
         # Names that the program could give another meaning, or that only some right programs have.
         ("assert f(3) == list(range(3))", "call of 'range'"),
         ("assert f(2) == pow(2, 3)", "call of 'pow'"),
@@ -232,3 +235,22 @@ def test_a_setup_that_does_not_parse_or_hides_its_names_is_refused() -> None:
     for setup, reason in (("def ref(", "does not parse"), ("from numpy import *", "imports \\* from 'numpy'")):
         with pytest.raises(UnsupportedTest, match=reason):
             parse_test("assert f(1) == 1", "f", setup)
+
+
+@pytest.mark.parametrize(
+    ("text", "items"),
+    [
+        ("assert list(f(1)) == [1]", "walked"),
+        ("assert 3 == max(f(1))", "walked"),
+        ("assert 3 in f(1)", "walked"),
+        ("assert len(f(1)) == 2", "counted"),
+        ("assert f(1) == [1]", ""),
+        ("assert f(1) in [1]", ""),
+        ("assert max(f(1), 3) == 3", ""),
+        ("assert abs(f(1)) == 3", ""),
+        ("assert f(1)", ""),
+    ],
+)
+def test_a_reply_of_which_only_the_items_are_asked_may_come_as_its_items(text: str, items: str) -> None:
+    (call,) = parse_test(text, "f").calls
+    assert call.items == items

@@ -63,11 +63,20 @@ def test_a_completion_has_this_code_and_this_format(completion: str, code: str |
         "1" + "+1" * 50_000,
         "lambda:" * 20_000,
         "x = 1\n" * 100_000,
+        "a" + "\u0315\u0300" * 45_000 + " = 1",
+        "import " + "a." * 45_000 + "a",
+        "from " + "a . \\\n" * 15_000 + "a import b",
     ],
-    ids=["parentheses", "minus", "attributes", "plus", "lambda", "too long"],
+    ids=["parentheses", "minus", "attributes", "plus", "lambda", "too long", "marks", "parts", "parts on lines"],
 )
 def test_code_that_would_exhaust_the_parser_is_code_that_does_not_parse(code: str) -> None:
     assert extract(f"```python\n{code}\n```").format == 0.5
+
+
+def test_long_texts_and_chains_are_a_program() -> None:
+    text = "仮名交じり文、" * 200
+    code = f"# {'漢字' * 200}\ns = '{text}'\nx = a{'.b()' * 80}\nimport a.b.c\nñandú = 1"
+    assert extract(f"```python\n{code}\n```").format == 1.0
 
 
 def test_the_format_does_not_depend_on_how_the_caller_treats_warnings() -> None:

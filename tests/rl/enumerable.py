@@ -7,11 +7,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from coupled.rl.families import Family
 from coupled.rl.policy import Policy
 from coupled.rl.types import TrainBatch
+from coupled.rl.vocabulary import OutputHead
 
 CANVAS, WORDS, TOY_MASK = 4, 3, 3
 
@@ -22,12 +23,18 @@ class Toy(Policy):
     def __init__(self, seed: int = 0) -> None:
         self.family = Family(name="toy", model_type="none", shift=0)
         self.mask_id = TOY_MASK
+        self.compute_dtype = torch.float32
         self.tokenizer: Any = range(WORDS + 1)
         stream = np.random.default_rng(seed)
         self.table = torch.from_numpy(stream.normal(size=((WORDS + 1) ** CANVAS, CANVAS, WORDS + 1)))
         self.num_rows = 0
 
-    def logits_at(self, ids: Tensor, pad_lengths: Tensor, rows: Tensor) -> Tensor:
+    @property
+    def head(self) -> OutputHead:
+        return OutputHead(module=nn.Identity(), mask_id=TOY_MASK, num_tokens=WORDS + 1)
+
+    def hidden_at(self, ids: Tensor, pad_lengths: Tensor, rows: Tensor) -> Tensor:
+        """The logits themselves, for a head that leaves them as they are."""
         self.num_rows += len(ids)
         state = (ids[:, -CANVAS:] * (WORDS + 1) ** torch.arange(CANVAS)).sum(-1)
         return self.table[state][rows[:, -CANVAS:]]

@@ -24,6 +24,8 @@ def near(rows: list[list[float]]) -> list[object]:
         # 0 - (1+2+5)/3, 1 - (0+2+5)/3, 2 - (0+1+5)/3, 5 - (0+1+2)/3
         ("loo", [-2.6666667, -1.3333333, 0.0, 4.0]),
         ("z", [-0.9257772, -0.4628886, 0.0, 1.3886658]),
+        # e^r: 1, 2.7182818, 7.3890561, 148.4131591 of 159.5204970; e^-r: 1, .3678794, .1353353, .0067379 of 1.5099527
+        ("softmax", [-0.6560036, -0.2265961, -0.0433084, 0.9259083]),
     ],
 )
 def test_advantages_match_the_hand_computation(kind: str, expected: list[float]) -> None:
@@ -35,7 +37,7 @@ def test_the_standardised_advantage_has_its_epsilon_outside_the_root() -> None:
     assert advantages([[0.0, 2e-4]], "z") == near([[-0.4142136, 0.4142136]])
 
 
-@pytest.mark.parametrize("kind", ["mean", "loo", "z"])
+@pytest.mark.parametrize("kind", ["mean", "loo", "z", "softmax"])
 def test_groups_do_not_influence_each_other(kind: str) -> None:
     rows = [[0.0, 1.0, 2.0], [5.0, 5.0, 8.0], [1.0, 1.0, 1.0]]
     together = advantages(rows, kind)
@@ -52,26 +54,28 @@ def test_groups_do_not_influence_each_other(kind: str) -> None:
         ("loo", [-1.0, 0.0, 1.0]),
         # std of [0, 1] is 0.70710678
         ("z", [-0.7070068, 0.0, 0.7070068]),
+        # (e - 1) / (e + 1)
+        ("softmax", [-0.4621172, 0.0, 0.4621172]),
     ],
 )
 def test_a_missing_verdict_is_left_out_and_gets_zero(kind: str, expected: list[float]) -> None:
     assert advantages([[0.0, NAN, 1.0]], kind) == near([expected])
 
 
-@pytest.mark.parametrize("kind", ["mean", "loo", "z"])
+@pytest.mark.parametrize("kind", ["mean", "loo", "z", "softmax"])
 @pytest.mark.parametrize("row", [[NAN, 3.0, NAN], [NAN, NAN, NAN], [3.0]])
 def test_a_group_with_fewer_than_two_verdicts_has_nothing_to_compare(kind: str, row: list[float]) -> None:
     assert advantages([row], kind) == [[0.0] * len(row)]
 
 
-@pytest.mark.parametrize("kind", ["mean", "loo", "z"])
+@pytest.mark.parametrize("kind", ["mean", "loo", "z", "softmax"])
 def test_advantages_of_a_group_add_up_to_zero(kind: str) -> None:
     rewards = torch.randn((20, 7), generator=torch.Generator().manual_seed(0))
     assert group_advantages(rewards, kind).sum(-1).abs().max() < 1e-5
 
 
 def test_an_unknown_kind_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match="mean, loo or z; got 'median'"):
+    with pytest.raises(ValueError, match="mean, loo, z or softmax; got 'median'"):
         group_advantages(torch.zeros(1, 2), "median")
 
 
@@ -117,7 +121,7 @@ def test_equal_rewards_are_dropped_however_their_mean_rounds() -> None:
     assert filter_groups(rewards, rewards, "zero_std", (0.0, 1.0)).is_kept.tolist() == [False, False, True]
 
 
-@pytest.mark.parametrize("kind", ["mean", "loo", "z"])
+@pytest.mark.parametrize("kind", ["mean", "loo", "z", "softmax"])
 def test_what_zero_std_drops_has_no_advantage(kind: str) -> None:
     dropped = ~filter_groups(REWARDS, PASSED, "zero_std", (0.0, 1.0)).is_kept
     advantages = group_advantages(REWARDS, kind)

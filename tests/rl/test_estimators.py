@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 from toys import MakePolicy, global_random_states, make_batch, make_recipe, make_requests, plain_logits, row_parts
 
@@ -23,7 +24,7 @@ from coupled.rl.logprob import estimate_logp, spread_over_tokens
 from coupled.rl.loss import coupled_grpo_loss
 from coupled.rl.masking import draw_masks
 from coupled.rl.policy import Policy
-from coupled.rl.recipe import Estimator, Loss
+from coupled.rl.recipe import READ_BY, Estimator, Loss
 from coupled.rl.run import Run
 from coupled.rl.rundir import RunDir
 from coupled.rl.types import Anchor, Group, MaskDraw, Prompt, TrainBatch
@@ -44,10 +45,23 @@ VARIANTS = {
     "espo": Estimator(name="espo", num_pairs=2),
     "gdpo": Estimator(name="gdpo"),
     "trajectory": Estimator(name="trajectory"),
-    "trajectory shrunk and sampled": Estimator(name="trajectory", shrink=2, num_sampled_steps=2),
+    "trajectory shrunk and sampled": Estimator(name="trajectory", shrink=4, num_sampled_steps=1),
     "ar_order": Estimator(name="ar_order"),
+    "coupled, tail excluded": Estimator(num_pairs=2, post_eos="excluded"),
+    "full_mask, tail excluded, hidden prompt": Estimator(
+        name="full_mask", post_eos="excluded", prompt_mask_probability=0.3
+    ),
+    "espo, tail excluded": Estimator(name="espo", post_eos="excluded"),
+    "trajectory, tail excluded": Estimator(name="trajectory", post_eos="excluded"),
+    "ar_order, tail excluded": Estimator(name="ar_order", post_eos="excluded"),
 }
-WITHOUT_CHANCE = {"full_mask", "trajectory", "ar_order"}
+WITHOUT_CHANCE = {
+    "full_mask",
+    "trajectory",
+    "ar_order",
+    "trajectory, tail excluded",
+    "ar_order, tail excluded",
+}
 every_estimator = pytest.mark.parametrize("name", VARIANTS)
 FIVE = ([2, 6, 4, 3, 5], [6, 3, 5, 1, 2])
 
@@ -92,17 +106,19 @@ def test_every_estimator_of_the_recipe_is_in_the_matrix() -> None:
 # --- the matrix ----------------------------------------------------------------------------------------------------
 
 
-def token_by_token(policy: Policy, batch: TrainBatch, draw: MaskDraw) -> Tensor:
-    """Each term of the sum with an unpadded forward pass of its own, the family's shift undone by hand."""
+def token_by_token(policy: Policy, batch: TrainBatch, draw: MaskDraw, post_eos: str = "kept") -> Tensor:
+    """Each term of the sum with an unpadded forward pass of its own, the family's shift undone by hand. Where what
+    follows the end is excluded, the canvas is cut off there."""
     scores = torch.zeros(batch.valid.shape)
     for row in range(len(batch)):
         prompt, canvas = row_parts(batch, row)
         if draw.hidden_prompt is not None:
             is_hidden = draw.hidden_prompt[row].tolist()[int(batch.pad_lengths[row]) :]
             prompt = [MASK_ID if h else token for h, token in zip(is_hidden, prompt, strict=True)]
+        end = int(batch.valid[row].sum()) if post_eos == "excluded" else len(canvas)
         for view in draw.views:
             ids = [MASK_ID if h else token for h, token in zip(view.hidden[row].tolist(), canvas, strict=True)]
-            logp = plain_logits(policy, prompt + ids)[len(prompt) :].log_softmax(-1)
+            logp = plain_logits(policy, prompt + ids[:end])[len(prompt) :].log_softmax(-1)
             for k in view.scored[row].nonzero().flatten().tolist():
                 scores[row, k] += logp[k, canvas[k]] / float(view.divisor[row])
     scores = scores / draw.total
@@ -120,7 +136,7 @@ def test_every_estimator_scores_every_family(tiny_policy: MakePolicy, name: str,
     policy.family = replace(FAMILIES[family], shift=shift)
     draw = draw_masks(batch, estimator, KEY)
     scores = estimate_logp(policy, batch, draw, estimator)
-    expected = token_by_token(policy, batch, draw)
+    expected = token_by_token(policy, batch, draw, estimator.post_eos)
     torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-5)
     assert (scores[~batch.valid] == 0).all()
     assert float(scores.sum()) < -1, "a score that is zero would compare nothing"
@@ -200,6 +216,67 @@ def test_draws_are_a_function_of_the_key(name: str) -> None:
     assert global_random_states() == before
 
 
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+@every_estimator
+def test_ranks_draw_for_their_own_rows_what_one_process_draws_for_all(name: str, world_size: int) -> None:
+    batch, estimator = five(), VARIANTS[name]
+    joint = draw_masks(batch, estimator, KEY)
+    for rank in range(world_size):
+        mine = list(range(rank, 5, world_size))
+        own = draw_masks(in_order(batch, mine), estimator, KEY)
+        # Another rank's rows may need more forward passes (a longer trajectory); those score nothing here.
+        for place, view in enumerate(joint.views):
+            if place < len(own.views):
+                assert torch.equal(own.views[place].hidden, view.hidden[mine])
+                assert torch.equal(own.views[place].scored, view.scored[mine])
+                assert torch.equal(own.views[place].divisor, view.divisor[mine])
+            else:
+                assert not view.scored[mine].any()
+        if joint.hidden_prompt is not None:
+            assert own.hidden_prompt is not None
+            assert torch.equal(own.hidden_prompt, joint.hidden_prompt[mine])
+
+
+# --- which fields of the recipe an estimator reads ------------------------------------------------------------------
+
+
+CHANGED = {
+    "weights": "unit",
+    "mask_ratio": (0.4, 0.6),
+    "draw": "exact_count",
+    "num_pairs": 3,
+    "num_nodes": 2,
+    "shrink": 4,
+    "num_sampled_steps": 1,
+}
+
+
+def test_every_field_of_an_estimator_is_read_by_all_or_listed() -> None:
+    everyone_s = {"name", "prompt_mask_probability", "temperature", "post_eos"}
+    assert set(Estimator.model_fields) == everyone_s | set(READ_BY)
+    assert set(READ_BY) == set(CHANGED)
+
+
+@pytest.mark.parametrize("field", CHANGED)
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_field_changes_the_draw_of_those_that_read_it_and_is_refused_elsewhere(name: str, field: str) -> None:
+    def drawn(estimator: Estimator) -> tuple[object, ...]:
+        draw = draw_masks(batch, estimator, KEY)
+        views = [(v.hidden.tolist(), v.scored.tolist(), v.divisor.tolist()) for v in draw.views]
+        return draw.total, views
+
+    batch, plain = five(), Estimator(name=name)
+    # `model_copy` does not validate: it can say what a recipe may not.
+    changed = plain.model_copy(update={field: CHANGED[field]})
+    is_read = name in READ_BY[field]
+    assert (drawn(changed) != drawn(plain)) == is_read
+    if is_read:
+        assert drawn(Estimator(name=name, **{field: CHANGED[field]})) == drawn(changed)
+    else:
+        with pytest.raises(ValidationError, match=rf"{field}=.* has no effect with name={name}: it is read by"):
+            Estimator(name=name, **{field: CHANGED[field]})
+
+
 # --- old, reference and new ----------------------------------------------------------------------------------------
 
 
@@ -245,13 +322,13 @@ def test_old_reference_and_new_read_the_same_masked_inputs(
     policy, batch, estimator = tiny_policy(), five(), VARIANTS[name]
     run = open_toy_run(policy, tmp_path, estimator, loss={"kl_beta": 0.1}, optimizer={"micro_batch_size": 2})
     inputs: list[Tensor] = []
-    plain = policy.logits_at
+    plain = policy.hidden_at
 
     def recording(ids: Tensor, pad_lengths: Tensor, rows: Tensor) -> Tensor:
         inputs.append(ids.clone())
         return plain(ids, pad_lengths, rows)
 
-    monkeypatch.setattr(policy, "logits_at", recording)
+    monkeypatch.setattr(policy, "hidden_at", recording)
     draw = draw_masks(batch, estimator, KEY)
     anchor = run.anchor(batch, draw, is_first=False)
     run.update(1, batch, draw, anchor)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from toys import MakePolicy, global_random_states, make_batch, plain_logits, row
 
 from coupled.rl.batch import micro_batches
 from coupled.rl.estimators.coupled import draw_pairs, of_pairs
-from coupled.rl.logprob import estimate_logp, fully_masked_logp, masked_logp
+from coupled.rl.logprob import estimate_logp, fully_masked_logp, masked_logp, with_tail, without_tail
 from coupled.rl.masking import draw_masks
 from coupled.rl.policy import Policy
 from coupled.rl.recipe import Estimator
@@ -81,7 +82,7 @@ def test_where_the_context_does_not_matter_the_weights_add_up_as_documented(tiny
         torch.testing.assert_close(scores, factor * alone, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("post_eos", ["kept", "mask"])
+@pytest.mark.parametrize("post_eos", ["kept", "mask", "excluded"])
 @pytest.mark.parametrize("name", ["coupled", "decoupled", "full_mask"])
 @pytest.mark.parametrize("shift", [0, 1])
 @torch.no_grad()
@@ -145,13 +146,13 @@ def test_scores_are_zero_outside_the_valid_positions(tiny_policy: MakePolicy) ->
 def spy_on_rows(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many rows each forward pass has."""
     seen: list[int] = []
-    plain = policy.logits_at
+    plain = policy.hidden_at
 
     def counting(ids: Tensor, pad_lengths: Tensor, rows: Tensor) -> Tensor:
         seen.append(len(ids))
         return plain(ids, pad_lengths, rows)
 
-    monkeypatch.setattr(policy, "logits_at", counting)
+    monkeypatch.setattr(policy, "hidden_at", counting)
     return seen
 
 
@@ -185,6 +186,86 @@ def test_only_equal_inputs_share_their_fully_masked_pass(
     assert seen == [3], "rows 0 and 2 are full; rows 1 and 3 keep different tails"
     full_mask_logp(policy, batch, "mask")
     assert seen == [3, 1]
+
+
+@pytest.mark.parametrize(
+    ("post_eos", "lengths", "shared"),
+    [
+        ("kept", [6] * 10, 1),
+        ("mask", [6] * 10, 1),
+        ("mask", [6, 5, 4, 3, 2, 1, 6, 5, 4, 2], 1),
+        ("kept", [6, 5, 6, 3], 3),
+    ],
+)
+@torch.no_grad()
+def test_a_group_costs_two_masked_inputs_a_completion_and_the_shared_ones(
+    tiny_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch, post_eos: str, lengths: list[int], shared: int
+) -> None:
+    """2 G + 1 inputs where the fully masked one is common to all, and C + C/G rows of logits a completion."""
+    policy, estimator = tiny_policy(), Estimator(post_eos=post_eos)
+    batch = make_batch([4] * len(lengths), lengths, shared_prompt=True)
+    inputs, rows = 0, 0
+    plain = policy.hidden_at
+
+    def counting(ids: Tensor, pad_lengths: Tensor, places: Tensor) -> Tensor:
+        nonlocal inputs, rows
+        inputs, rows = inputs + len(ids), rows + int(places.sum())
+        return plain(ids, pad_lengths, places)
+
+    monkeypatch.setattr(policy, "hidden_at", counting)
+    scores = estimate_logp(policy, batch, draw_masks(batch, estimator, KEY), estimator)
+    assert inputs == 2 * len(lengths) + shared
+    if shared == 1:
+        assert rows == sum(lengths) + max(lengths), "with lengths of C: G · C + C"
+    expected = equation_4(policy, batch, draw_pairs(batch, estimator, KEY), post_eos)
+    torch.testing.assert_close(scores, expected, atol=1e-4, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_with_the_tail_left_out_completions_of_one_length_share_their_fully_masked_pass(
+    tiny_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = tiny_policy()
+    batch = make_batch([4] * 6, [6, 5, 6, 2, 5, 5], shared_prompt=True)
+    seen = spy_on_rows(policy, monkeypatch)
+    full_mask_logp(policy, batch, "excluded")
+    assert seen == [3], "lengths 6, 5 and 2"
+
+
+@pytest.mark.parametrize("name", ["coupled", "full_mask"])
+@torch.no_grad()
+def test_with_the_tail_left_out_a_wider_canvas_is_padding_on_the_right(tiny_policy: MakePolicy, name: str) -> None:
+    policy, batch, estimator = tiny_policy(), make_batch(), Estimator(name=name, post_eos="excluded")
+    draw = draw_masks(batch, estimator, KEY)
+    scores = estimate_logp(policy, batch, draw, estimator)
+    junk = torch.tensor([[9, 1, 2, 30]]).repeat(3, 1)
+    nothing = torch.zeros_like(junk, dtype=torch.bool)
+    wider = replace(batch, ids=torch.cat((batch.ids, junk), 1), valid=torch.cat((batch.valid, nothing), 1))
+    views = [
+        replace(v, hidden=torch.cat((v.hidden, ~nothing), 1), scored=torch.cat((v.scored, nothing), 1))
+        for v in draw.views
+    ]
+    wider_draw = replace(draw, forwards=tuple((view,) for view in views))
+    wide = estimate_logp(policy, wider, wider_draw, estimator)
+    torch.testing.assert_close(wide, torch.cat((scores, torch.zeros((3, 4))), 1), atol=1e-5, rtol=1e-5)
+    for other in ("kept", "mask"):
+        differs = estimate_logp(policy, batch, draw, estimator.model_copy(update={"post_eos": other}))
+        torch.testing.assert_close(differs[0], scores[0], atol=1e-5, rtol=1e-5)  # without a tail they agree
+        assert (differs - scores)[1:].abs().max() > 1e-2
+
+
+def test_leaving_the_tail_out_moves_rows_to_the_right_and_back() -> None:
+    """Prompts of 3, 5 and 2 tokens (padding 2, 0, 3), completions of 6, 4 and 2 of 6 positions."""
+    batch = make_batch()
+    moved, draw = without_tail(batch, draw_masks(batch, Estimator(name="ar_order"), KEY), MASK_ID)
+    assert moved.pad_lengths.tolist() == [2, 2, 7]
+    assert moved.ids[1].tolist() == [MASK_ID, MASK_ID, *batch.ids[1, :9].tolist()]
+    assert moved.ids[2, 7:].tolist() == batch.ids[2, 3:7].tolist()
+    assert moved.valid.int().tolist() == [[1] * 6, [0, 0, 1, 1, 1, 1], [0, 0, 0, 0, 1, 1]]
+    assert torch.equal(draw.views[1].scored, torch.tensor([[0, 1, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0], [0] * 5 + [1]]) == 1)
+    numbers = torch.arange(18.0).reshape(3, 6) + 1
+    expected = [[1, 2, 3, 4, 5, 6], [9, 10, 11, 12, 0, 0], [17, 18, 0, 0, 0, 0]]
+    assert with_tail(numbers, batch.valid).tolist() == expected
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 from toys import MakePolicy, make_batch, make_recipe
 
 from coupled.rl import run as run_module
+from coupled.rl.advantage import group_advantages
 from coupled.rl.batch import micro_batches
 from coupled.rl.engine import InlineEngine
 from coupled.rl.grading import Grader
@@ -187,7 +189,7 @@ def open_toy_run(recipe: Recipe, policy: Policy, folder: Path) -> Run:
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 6])
-@pytest.mark.parametrize("post_eos", ["kept", "mask"])
+@pytest.mark.parametrize("post_eos", ["kept", "mask", "excluded"])
 def test_the_gradient_of_any_micro_batch_split_is_the_joint_gradient(
     tiny_policy: MakePolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, post_eos: str
 ) -> None:
@@ -237,7 +239,10 @@ def scored_gradient(policy: Policy, batch: TrainBatch, estimator: Estimator) -> 
     return new.detach(), gradient(policy)
 
 
-def test_a_token_after_the_end_changes_nothing_when_what_follows_is_masked(tiny_policy: MakePolicy) -> None:
+@pytest.mark.parametrize("post_eos", ["mask", "excluded"])
+def test_a_token_after_the_end_changes_nothing_when_what_follows_is_masked_or_left_out(
+    tiny_policy: MakePolicy, post_eos: str
+) -> None:
     policy, batch = tiny_policy(), make_batch()
     changed = TrainBatch(
         uids=batch.uids,
@@ -250,8 +255,8 @@ def test_a_token_after_the_end_changes_nothing_when_what_follows_is_masked(tiny_
     changed.ids[:, -6:][~batch.valid] = 23
     assert not torch.equal(changed.ids, batch.ids)
     for one, other in zip(
-        scored_gradient(policy, batch, Estimator(post_eos="mask")),
-        scored_gradient(policy, changed, Estimator(post_eos="mask")),
+        scored_gradient(policy, batch, Estimator(post_eos=post_eos)),
+        scored_gradient(policy, changed, Estimator(post_eos=post_eos)),
         strict=True,
     ):
         assert torch.equal(one, other)
@@ -261,7 +266,7 @@ def test_a_token_after_the_end_changes_nothing_when_what_follows_is_masked(tiny_
     assert torch.equal(kept[~batch.valid], kept_changed[~batch.valid]), "but never carry loss"
 
 
-@pytest.mark.parametrize("post_eos", ["kept", "mask"])
+@pytest.mark.parametrize("post_eos", ["kept", "mask", "excluded"])
 def test_rows_without_a_verdict_carry_no_loss(tiny_policy: MakePolicy, post_eos: str) -> None:
     """The gradient is that of the batch without the row; its advantage does not matter either."""
     policy, batch, estimator = tiny_policy(), make_batch([3, 5, 2, 4], [6, 4, 2, 6]), Estimator(post_eos=post_eos)
@@ -409,15 +414,96 @@ def test_the_dual_clip_bounds_what_one_token_says_against_a_completion() -> None
     assert "clip_dual" not in coupled_grpo_loss(NEW, OLD, None, ADVANTAGES, VALID, 5, Loss()).sums
 
 
-@pytest.mark.parametrize("ratio", ["token", "sequence"])
+# --- the likelihood objective, and wd1 ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("norm", "denominator", "loss"),
+    [
+        # Row 0: A = 1, s sums to -1 + ln 2 - 2 - .5 - .9162907 = -3.7231435. Row 1: A = -2, half of which counts,
+        # -3 + ln 2 - 1.5 - .9162907 = -4.7231435; -(1)(-3.7231435) - (-1)(-4.7231435) = -1.
+        ("token", 5, -1.0 / 5),
+        ("sequence", 2, (3.7231435 / 3 - 4.7231435 / 2) / 2),
+        ("fixed", 6, -1.0 / 6),
+    ],
+)
+def test_the_likelihood_objective_is_the_score_times_its_advantage(norm: str, denominator: int, loss: float) -> None:
+    config = Loss(objective="likelihood", norm=norm, negative_weight=0.5, kl_beta=0.1)
+    output = coupled_grpo_loss(NEW, OLD, None, ADVANTAGES, VALID, denominator, config)
+    assert float(output.loss) == pytest.approx(loss, abs=1e-6)
+    assert output.sums == {"tokens": 5.0, "kl": 0.0, "loss": pytest.approx(loss, abs=1e-6)}, "there is no ratio to log"
+    elsewhere = coupled_grpo_loss(NEW, OLD + 3, None, ADVANTAGES, VALID, denominator, config)
+    assert torch.equal(elsewhere.loss, output.loss), "the old policy plays no part"
+    penalised = coupled_grpo_loss(NEW, OLD, REFERENCE, ADVANTAGES, VALID, 5, Loss(objective="likelihood", kl_beta=0.1))
+    plain = coupled_grpo_loss(NEW, OLD, None, ADVANTAGES, VALID, 5, Loss(objective="likelihood"))
+    assert float(penalised.loss - plain.loss) == pytest.approx(0.1 * 0.8068528 / 5, abs=1e-6)
+
+
+def test_at_the_old_policy_the_likelihood_objective_has_the_clipped_gradient() -> None:
+    gradients = []
+    for objective in ("clipped", "likelihood"):
+        new = NEW.clone().requires_grad_()
+        config = Loss(objective=objective, negative_weight=0.3, kl_beta=0.2)
+        coupled_grpo_loss(new, NEW, REFERENCE, ADVANTAGES, VALID, 5, config).loss.backward()
+        gradients.append(new.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], atol=1e-6, rtol=0)
+
+
+def test_wd1_is_the_softmax_advantage_with_the_likelihood_objective() -> None:
+    """`-Σ_i (w⁺_i - w⁻_i) log π(y_i)`, the weights over the completions of each prompt: two prompts with four each."""
+    rewards = torch.tensor([[0.0, 1.0, 2.0, 5.0], [0.5, 0.5, 2.5, 0.0]])
+    stream = torch.Generator().manual_seed(2)
+    scores = -torch.rand((8, 5), generator=stream)
+    valid = torch.arange(5)[None, :] < torch.tensor([5, 3, 1, 4, 2, 5, 5, 3])[:, None]
+    expected = 0.0
+    for prompt in range(2):
+        group = [float(r) for r in rewards[prompt]]
+        for i, r in enumerate(group):
+            w_plus = math.exp(r) / sum(math.exp(x) for x in group)
+            w_minus = math.exp(-r) / sum(math.exp(-x) for x in group)
+            row = 4 * prompt + i
+            expected -= (w_plus - w_minus) * float(scores[row][valid[row]].sum())
+    advantages = group_advantages(rewards, "softmax").flatten()
+    config = Loss(objective="likelihood", kl_beta=0.0)
+    # A micro-batch may be smaller than a group: the weights are of the group all the same.
+    for size in (8, 4, 3, 1):
+        parts = [
+            coupled_grpo_loss(scores[rows], scores[rows], None, advantages[rows], valid[rows], 1, config).loss
+            for rows in micro_batches(8, size)
+        ]
+        assert float(sum(parts)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_where_the_loss_has_no_old_policy_none_is_scored(tiny_policy: MakePolicy, tmp_path: Path) -> None:
+    policy, batch, estimator = tiny_policy(), make_batch(), Estimator()
+    masks = draw_masks(batch, estimator, KEY)
+    for loss, has_old in (
+        ({}, True),
+        ({"objective": "likelihood"}, False),
+        ({"objective": "likelihood", "kl_beta": 0}, False),
+        ({"objective": "likelihood", "reference": "old", "kl_beta": 0.1}, True),
+        ({"objective": "likelihood", "reference": "old", "kl_beta": 0}, False),
+    ):
+        run = open_toy_run(make_recipe(loss=loss), policy, tmp_path)
+        assert (run.anchor(batch, masks, is_first=False).old is not None) == has_old, loss
+    run.update(1, batch, masks, run.anchor(batch, masks, is_first=False))
+    row = run._metrics.row()
+    assert {"loss", "kl", "grad_norm"} <= row.keys()
+    assert not {"ratio", "clip_fraction_low", "clip_fraction_high"} & row.keys()
+
+
+@pytest.mark.parametrize(
+    ("objective", "ratio"), [("clipped", "token"), ("clipped", "sequence"), ("likelihood", "token")]
+)
 @pytest.mark.parametrize("norm", ["token", "sequence", "fixed"])
 @pytest.mark.parametrize("kl", ["k1", "k2", "k3"])
-def test_every_combination_agrees_with_finite_differences(ratio: str, norm: str, kl: str) -> None:
+def test_every_combination_agrees_with_finite_differences(ratio: str, norm: str, kl: str, objective: str) -> None:
     stream = torch.Generator().manual_seed(1)
     new = torch.randn((2, 3), generator=stream, dtype=torch.float64) * 0.5
     old = new.detach() + torch.tensor([[0.2, -0.2, 0.9], [-0.9, 0.1, 0.3]], dtype=torch.float64)
     reference = new.detach() * 0.7
-    config = Loss(kl_beta=0.3, kl=kl, ratio=ratio, norm=norm, dual_clip=2.0)
+    dual_clip = 2.0 if objective == "clipped" else None
+    config = Loss(objective=objective, kl_beta=0.3, kl=kl, ratio=ratio, norm=norm, dual_clip=dual_clip)
 
     def loss(s: Tensor) -> Tensor:
         return coupled_grpo_loss(s, old, reference, ADVANTAGES.double(), VALID, 5, config).loss

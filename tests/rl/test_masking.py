@@ -131,7 +131,7 @@ def test_the_masks_of_a_key_never_change_between_versions() -> None:
 
 
 def test_full_mask_draws_nothing() -> None:
-    (view,) = draw_masks(make_batch(), Estimator(name="full_mask", num_pairs=2), KEY).views
+    (view,) = draw_masks(make_batch(), Estimator(name="full_mask"), KEY).views
     assert torch.equal(view.hidden, make_batch().valid)
     assert torch.equal(view.scored, make_batch().valid)
 

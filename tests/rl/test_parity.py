@@ -192,8 +192,8 @@ def with_shift(policy: Policy) -> Policy:
 
 
 def attending_to_padding(policy: Policy) -> Policy:
-    logits_at = policy.logits_at
-    policy.logits_at = lambda ids, pads, rows: logits_at(ids, torch.zeros_like(pads), rows)  # type: ignore[method-assign]
+    hidden_at = policy.hidden_at
+    policy.hidden_at = lambda ids, pads, rows: hidden_at(ids, torch.zeros_like(pads), rows)  # type: ignore[method-assign]
     return policy
 
 

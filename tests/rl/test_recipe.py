@@ -137,7 +137,7 @@ def test_the_defaults_are_the_published_recipe() -> None:
             {"optimizer": {"learning_rate": -1e-3}},
             "optimizer.learning_rate: Input should be greater than 0; got -0.001",
         ),
-        ({"advantage": "median"}, "advantage: Input should be 'mean', 'loo' or 'z'; got 'median'"),
+        ({"advantage": "median"}, "advantage: Input should be 'mean', 'loo', 'z' or 'softmax'; got 'median'"),
         ({"num_steps": "many"}, "got 'many'"),
         (
             {"estimator": {"mask_ratio": [0.2, 0.9]}},
@@ -145,6 +145,19 @@ def test_the_defaults_are_the_published_recipe() -> None:
         ),
         ({"estimator": {"mask_ratio": [0.8, 0.2]}}, "got (0.8, 0.2)"),
         ({"estimator": {"mask_ratio": [0.0, 1.0]}}, "inside (0, 1)"),
+        (
+            {"estimator": {"name": "full_mask", "num_pairs": 2}},
+            "estimator: num_pairs=2 has no effect with name=full_mask: it is read by coupled, decoupled, random_mask, "
+            "espo. Leave it out, or set it to its default (num_pairs=1), or choose another estimator",
+        ),
+        ({"estimator": {"name": "gdpo", "mask_ratio": [0.3, 0.7]}}, "mask_ratio=[0.3, 0.7] has no effect"),
+        ({"estimator": {"num_nodes": 5}}, "num_nodes=5 has no effect with name=coupled: it is read by gdpo."),
+        (
+            {"loss": {"objective": "likelihood", "dual_clip": 3}},
+            "loss: dual_clip=3.0 has no effect with objective=likelihood, which has no ratio. Leave it out, or set it "
+            "to its default (dual_clip=null), or use objective=clipped",
+        ),
+        ({"loss": {"objective": "likelihood", "ratio": "sequence"}}, "ratio=sequence has no effect"),
         (
             {"rollout": {"canvas": 8, "denoising_steps": 9}},
             "rollout.denoising_steps (9) must not exceed rollout.canvas (8)",

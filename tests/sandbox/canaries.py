@@ -116,7 +116,7 @@ class Canaries:
         return found
 
     def _state(self) -> dict[str, object]:
-        state: dict[str, object] = {"folder": sorted(path.name for path in self._folder.iterdir())}
+        state: dict[str, object] = {"folder": _names(self._folder)}
         for path in (self._file, self._owned):
             try:
                 about = path.stat()
@@ -174,7 +174,8 @@ class Canaries:
             process.stdout.close()
         for sock in self._sockets:
             sock.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        for folder in self._folder.parent.glob(f"{self._folder.name}*"):  # also where a program renamed it
+            shutil.rmtree(folder, ignore_errors=True)
         for path in _traces():
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         libc = ctypes.CDLL(None)
@@ -192,6 +193,14 @@ class Canaries:
 def _python() -> str:
     """An interpreter that every user may run."""
     return "/usr/bin/python3" if os.getuid() == 0 and os.access("/usr/bin/python3", os.X_OK) else sys.executable
+
+
+def _names(folder: Path) -> list[str] | str:
+    """What is in a folder, or why that cannot be told: a program of the host's user may have moved it."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        return str(error)
 
 
 def _traces() -> list[Path]:

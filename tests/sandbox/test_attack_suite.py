@@ -80,16 +80,17 @@ def _beside(*expected: int) -> Task:
     )
 
 
-_SETS_TASK = Task(
-    uid="sets",
-    prompt="",
-    hidden_tests=(
-        f"assert set(f(1)) == {{{SECRET}}}",
-        f"assert sorted(f(2)) == [{SECRET}]",
-        f"assert sum(f(3)) == {SECRET}",
-    ),
-    entry_point="f",
-)
+def _sets(*expected: int) -> Task:
+    """Tests in which the judge walks the replies."""
+    checks = ("set(f(1)) == {{{}}}", "sorted(f(2)) == [{}]", "sum(f(3)) == {}")
+    return Task(
+        uid="sets",
+        prompt="",
+        hidden_tests=tuple(f"assert {check.format(value)}" for check, value in zip(checks, expected, strict=True)),
+        entry_point="f",
+    )
+
+
 _ORACLE_TASK = Task(
     uid="oracle",
     prompt="",
@@ -99,8 +100,14 @@ _ORACLE_TASK = Task(
     reference=f"def f(x): return [{SECRET}]",
     oracle="set",
 )
-TASKS = {"stdio": STDIO_TASK, "beside": _beside(*[SECRET] * 3), "sets": _SETS_TASK, "oracle": _ORACLE_TASK}
-_RIGHT_TASKS = {"stdio": STDIO_TASK, "beside": _beside(*(x * x + 7 for x in INPUTS)), "calls": SQUARE_TASK}
+TASKS = {"stdio": STDIO_TASK, "beside": _beside(*[SECRET] * 3), "sets": _sets(*[SECRET] * 3), "oracle": _ORACLE_TASK}
+_SQUARES = [x * x + 7 for x in INPUTS]
+_RIGHT_TASKS = {
+    "stdio": STDIO_TASK,
+    "beside": _beside(*_SQUARES),
+    "sets": _sets(*_SQUARES),
+    "calls": SQUARE_TASK,
+}
 _LEFT = "import os\ndef f(x): return sorted(os.listdir('.')) if os.access('.', os.R_OK) else []"
 
 

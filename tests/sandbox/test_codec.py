@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import collections
 import enum
+import itertools
 import json
 import math
 import random
@@ -22,7 +23,10 @@ from coupled.sandbox.codec import (
     decode_tree,
     digest,
     encode,
+    encode_tree,
+    listed,
     num_parts,
+    parse,
     range_length,
 )
 
@@ -49,6 +53,11 @@ def _typed(value: Any) -> Any:
     if isinstance(value, set | frozenset):
         return kind, sorted(repr(_typed(item)) for item in value)
     return kind, repr(value) if not isinstance(value, int) else value
+
+
+@pytest.mark.parametrize("value", [*VALUES, VALUES, math.nan, object(), [0] * MAX_NODES], ids=lambda value: type(value))
+def test_a_tree_is_what_the_document_says(value: object) -> None:
+    assert repr(encode_tree(value)) == repr(parse(encode(value)))
 
 
 def test_documents_are_written_as_published() -> None:
@@ -125,7 +134,7 @@ def test_a_subclass_is_flattened_by_its_base_not_by_what_it_says(value: object, 
 
 
 def test_any_other_type_becomes_opaque_in_its_place() -> None:
-    value = decode(encode([1, object(), {"k": print}, bytearray(b"x"), iter([])]))
+    value = decode(encode([1, object(), {"k": print}, memoryview(b"x"), iter([])]))
     assert isinstance(value, list)
     assert [type(item) for item in value] == [int, Opaque, dict, Opaque, Opaque]
     assert value[1] != value[1]
@@ -349,3 +358,27 @@ def test_counting_the_values_of_a_hostile_document_takes_seconds_at_most(unit: s
     start = time.process_time()
     num_parts(document)
     assert time.process_time() - start < 3.0
+
+
+def test_what_does_not_travel_is_listed_and_what_travels_stays_as_it_is() -> None:
+    for value, items in (
+        ((n for n in (1, 2)), [1, 2]),
+        (map(abs, [-1]), [1]),
+        ({1: 2}.keys(), [1]),
+        (collections.deque([1, 2]), [1, 2]),
+        (reversed([1, 2]), [2, 1]),
+    ):
+        assert listed(value) == items
+    for value in (None, 1, "ab", b"ab", bytearray(b"ab"), [1], (1,), {1}, {1: 2}, range(3), collections.Counter("ab")):
+        assert listed(value) is value
+
+
+def test_a_generator_has_no_number_of_items_and_one_without_end_stays_what_it_is() -> None:
+    assert listed(collections.deque([1, 2]), is_counted=True) == [1, 2]
+    for value, is_counted in (((n for n in (1, 2)), True), (itertools.count(), False), (object(), False)):
+        assert listed(value, is_counted=is_counted) is value
+
+
+def test_a_bytearray_is_the_bytes_it_is_equal_to() -> None:
+    assert decode(encode(bytearray(b"ab"))) == b"ab"
+    assert digest(bytearray(b"ab")) == digest(b"ab")

@@ -19,7 +19,7 @@ from coupled.sandbox import (
 from coupled.sandbox import (
     executor as executors,
 )
-from coupled.sandbox.executor import require_runnable
+from coupled.sandbox.pool import require_runnable
 from coupled.sandbox.worker import Worker
 
 ECHO = "print(input(), end='')"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import pytest
@@ -144,6 +145,20 @@ def test_random_numbers_and_set_order_are_the_same_on_every_worker() -> None:
     job = Job(uid="r", source=source, calls=(Call(function="f"),))
     with open_executor() as first, open_executor() as second:
         assert first.run([job])[0].results == second.run([job])[0].results == first.run([job])[0].results
+
+
+def test_every_program_draws_the_numbers_of_seed_zero_from_the_first_on(run: Run) -> None:
+    source = "import random\ndef f(n): return [random.random() for _ in range(n)]"
+    generator = random.Random(0)
+    expected = [[generator.random() for _ in range(n)] for n in (1, 2, 3)]
+    for _ in range(2):
+        assert [result.value for result in run(source).results] == expected
+
+
+def test_a_program_finds_no_trace_of_the_rehearsal(run: Run) -> None:
+    source = "import sys\ndef f(x): return [sorted(globals()), sys.modules['solution'].__dict__ is globals()]"
+    names = ["__builtins__", "__doc__", "__loader__", "__name__", "__package__", "__spec__", "f", "sys"]
+    assert run(source, (1,)).results[0].value == [names, True]
 
 
 def test_printing_does_not_disturb_replies(run: Run) -> None:

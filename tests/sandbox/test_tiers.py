@@ -6,6 +6,7 @@ import errno
 import importlib.util
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -142,6 +143,34 @@ def test_threads_run_up_to_their_limit_and_processes_in_compat_only(executor: Lo
     fork = "import subprocess\ndef f(): return subprocess.check_output(['/bin/echo', 'hi'], text=True)"
     assert _ask(executor, fork) == "PermissionError"
     assert _ask(executor, fork, "compat") == "hi\n"
+
+
+def test_the_name_localhost_is_known_in_compat_and_the_hosts_names_are_not(executor: LocalExecutor) -> None:
+    look_up = "import socket\ndef f(): return socket.gethostbyname('localhost')"
+    assert _ask(executor, look_up, "compat") == "127.0.0.1"
+    read = "def f(): return open('/etc/hosts').read()"
+    assert _ask(executor, read, "compat") == "127.0.0.1 localhost\n::1 localhost\n"
+    assert _ask(executor, read) == "FileNotFoundError"
+    spoil = "import os\ndef f():\n    os.unlink('/dev/shm/.hosts')\n    return os.path.exists('/etc/hosts')"
+    assert _ask(executor, spoil, "compat") is False  # its own, which goes with it
+    assert _ask(executor, look_up, "compat") == "127.0.0.1"
+
+
+def test_a_process_that_a_program_forks_draws_numbers_of_its_own(executor: LocalExecutor) -> None:
+    source = """
+import os, random, threading
+def f():
+    reader, writer = os.pipe()
+    if os.fork() == 0:
+        os.write(writer, f"{random.random()} {threading.current_thread() is threading.main_thread()}".encode())
+        os._exit(0)
+    os.wait()
+    return os.read(reader, 100).decode() + f" {random.random()}"
+"""
+    first, second = (str(_ask(executor, source, "compat")).split() for _ in range(2))
+    expected = str(random.Random(0).random())
+    assert first[1:] == second[1:] == ["True", expected]  # seeded, whatever the program did with processes
+    assert len({first[0], second[0], expected}) == 3
 
 
 def test_compat_programs_talk_to_themselves_over_loopback(executor: LocalExecutor) -> None:

@@ -45,6 +45,12 @@ PROGRAMS = (
         "def f(x):\n    while True: pass",
         expect=("timeout*",),
     ),
+    # Where a processor is shared, each of these would seem to be kept waiting by others.
+    Program(
+        name="yields without end",
+        source="import os\ndef f(x):\n    while True: os.sched_yield()",
+        expect=("timeout*",),
+    ),
     Program(
         name="an alarm a thousand times a second",
         source="import signal\nsignal.signal(14, lambda *a: None)\nsignal.setitimer(0, 0.001, 0.001)\n"

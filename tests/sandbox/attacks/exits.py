@@ -73,6 +73,38 @@ _LINES = {
         ("incomplete*", "timeout*", *ENDED),
         True,
     ),
+    "a fault of its own making": (
+        "import faulthandler\ndef f(x): faulthandler._sigsegv()",
+        ("ok: None", *ENDED),
+        False,
+    ),
+    "a fault that is timed": (
+        "import faulthandler\nfaulthandler.dump_traceback_later(0.05, exit=True)\ndef f(x):\n while True: pass",
+        ("incomplete*", "load_error*", *ENDED),
+        False,
+    ),
+    "an exit of the interpreter": ("import ctypes\ndef f(x): ctypes.pythonapi.Py_Exit(0)", ENDED, True),
+    "an exit without the C library": (
+        "import ctypes\ndef f(x): ctypes.CDLL(None).syscall(231, 0)",
+        ENDED,
+        True,
+    ),
+    "an exit in the hook of imports": (
+        "import sys\nclass F:\n def find_spec(self, *a): raise SystemExit(0)\nsys.meta_path.insert(0, F())\n"
+        "def f(x): import antigravity",
+        ("ok: raised SystemExit",),
+        True,
+    ),
+    "an exit in a group": (
+        "def f(x): raise BaseExceptionGroup('g', [SystemExit(0)])",
+        ("ok: raised BaseExceptionGroup",),
+        False,
+    ),
+    "an exit in the text of an exception": (
+        "class E(Exception):\n def __str__(self): raise SystemExit(0)\ndef f(x): raise E",
+        ("ok: raised *",),
+        False,
+    ),
     "ends with the status of a failed lock-down": ("import os\nos._exit(70)", ("incomplete*",), False),
     "ends with the status of a shell that was killed": ("import os\nos._exit(137)", ("incomplete*",), False),
     "ends while it is asked for the second time": (

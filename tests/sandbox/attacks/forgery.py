@@ -182,6 +182,25 @@ PROGRAMS = (
         "import socket\nsocket.socket(fileno=os.dup(3)).shutdown(2)\ndef f(x): return 0",
         "incomplete*",
     ),
+    _frames(
+        "a digest in place of a value",
+        _ALL + "for n in range(3): frame({'n': n, 'd': '0' * 64})\nos._exit(0)",
+        "ok: Digest*",
+        "protocol*",
+    ),
+    _frames(
+        "a value that stayed where it is",
+        _ALL + "frame({'n': 0, 'v': {'h': ['Decimal', '1']}})\nos._exit(0)",
+        "protocol*",
+    ),
+    _frames("a reply with a mark before it", "frame(b'\\xef\\xbb\\xbf{\"load\":null}')\nos._exit(0)", "protocol*"),
+    _frames(
+        "replies from a thread",
+        _ALL + "import threading\ndef g():\n    while True: frame({'n': 9, 'v': 0})\n"
+        "try: threading.Thread(target=g, daemon=True).start()\nexcept RuntimeError: os._exit(0)\ndef f(x): return 0",
+    ),
+    _patch("replaces what lists items", "sys.modules['coupled_sandbox_codec'].listed = lambda *a, **k: True"),
+    _patch("replaces the answer of the server", "sys.modules['coupled_sandbox_child']._Server.answer = lambda s, a: 1"),
     _patch("replaces json", 'import json\njson.dumps = lambda *a, **k: \'{"n": 0, "v": true}\''),
     _patch("replaces the codec", "sys.modules['coupled_sandbox_codec'].encode = lambda v: 'true'"),
     _patch(

@@ -6,7 +6,7 @@ from attacks.record import Program
 
 
 def _honest(name: str, source: str, **more: object) -> Program:
-    return Program(name=name, source=source, expect=("ok: 8*",), is_right=True, **more)  # type: ignore[arg-type]
+    return Program(name=name, source=source, expect=("ok: *8*",), is_right=True, **more)  # type: ignore[arg-type]
 
 
 PROGRAMS = (
@@ -65,6 +65,17 @@ PROGRAMS = (
     _honest("a large answer on the way", "def f(x): return len(str(7 ** 3000)) * 0 + x * x + 7"),
     _honest("comprehensions", "def f(x): return sum(1 for a in range(x) for b in range(x)) + len({*range(7)})"),
     _honest("matches", "def f(x):\n    match [x, 7]:\n        case [int(a), b]: return a * a + b"),
+    *(
+        _honest(f"{name}, where the judge walks", f"{before}def f(x): return {value}", mode="sets")
+        for name, before, value in (
+            ("a generator", "", "(n for n in [x * x + 7])"),
+            ("a map", "", "map(int, [str(x * x + 7)])"),
+            ("the keys of a dict", "", "{x * x + 7: 0}.keys()"),
+            ("the values of a dict", "", "{0: x * x + 7}.values()"),
+            ("a deque", "import collections\n", "collections.deque([x * x + 7])"),
+            ("an array", "import array\n", "array.array('q', [x * x + 7])"),
+        )
+    ),
     Program(
         name="a function whose tests are a program",
         source="def f(x): return x * x + 7",

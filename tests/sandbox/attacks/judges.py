@@ -52,7 +52,29 @@ _VALUES = {
     "a dict": "{x: 0}",
     "nothing": "None",
     "no number at all": "[float('nan')] * 1000",
+    "items without end": "itertools.count()",
+    "items that are iterators without end": "itertools.repeat(itertools.repeat(0))",
+    "more items than travel": "iter(range(500_000))",
+    "nothing left": "iter(())",
+    "an iterator that gives liars": "iter([Liar(5)])",
+    "a container that lies about its items": "Items()",
+    "an end in place of an iterator": "Ends()",
 }
+_CLASSES = """
+import itertools
+class Liar(int):
+    def __eq__(self, other): return True
+    def __lt__(self, other): return True
+    def __radd__(self, other): return self
+    def __hash__(self): return 0
+class Items:
+    def __len__(self): return 1
+    def __contains__(self, item): return True
+    def __iter__(self): return iter([Liar(5), self])
+    def __eq__(self, other): return True
+class Ends:
+    def __iter__(self): raise StopIteration
+"""
 
 PROGRAMS = (
     _raises("says that nothing is left", "StopIteration"),
@@ -72,6 +94,22 @@ PROGRAMS = (
     _replies("sends the end", "{'end': True}"),
     _replies("sends a function in place of a value", "{'v': {'h': ['call', 0]}, 'changed': []}"),
     _replies("sends changes of what nobody gave it", "{'v': 0, 'changed': [[0, 8], [7, 8], ['x', 8]]}"),
+    _replies("sends a fraction that takes a power", "{'v': {'h': ['Fraction', '1e99999999']}, 'changed': []}"),
+    _replies("sends a number that signals", "{'v': {'h': ['Decimal', 'sNaN']}, 'changed': []}"),
+    _replies("sends a name in place of a value", "{'v': {'h': ['name', 'f']}, 'changed': []}"),
+    _replies("sends a number beyond all numbers", "{'v': float('inf'), 'changed': []}"),
+    _replies("sends an exception that needs more", "{'x': ['E', 'ExceptionGroup', ''], 'changed': []}"),
+    _against("beside", "an iterator that is the exception", "def f(x): return StopIteration()", "ok: False"),
+    _against(
+        "beside",
+        "a function that answers every question",
+        "class C:\n    def __call__(s, *a): return s\n    def __eq__(s, o): return True\n"
+        "    def __getattr__(s, n): return s\n    def __iter__(s): return s\n    def __next__(s): raise StopIteration\n"
+        "f = C()",
+        "ok: False",
+        "protocol*",
+        *ENDED,
+    ),
     _against("beside", "nothing to go through", "def f(x): return iter(())", "ok: False"),
     _against(
         "beside",
@@ -98,8 +136,11 @@ PROGRAMS = (
         limits={"wall_seconds": 1.5},
     ),
     *(
-        _against("sets", f"{name}, where the judge walks", f"def f(x): return {value}")
+        _against("sets", f"{name}, where the judge walks", f"{_CLASSES}def f(x): return {value}")
         for name, value in _VALUES.items()
     ),
-    *(_against("oracle", f"{name}, as a set", f"def f(x): return {value}") for name, value in _VALUES.items()),
+    *(
+        _against("oracle", f"{name}, as a set", f"{_CLASSES}def f(x): return {value}")
+        for name, value in _VALUES.items()
+    ),
 )

@@ -161,6 +161,31 @@ PROGRAMS = (
         "    def __eq__(s, o): return True\n    __hash__ = int.__hash__\nf = F(0)",
         "ok: 0",
     ),
+    _liar(
+        "a class whose ancestors lie",
+        "class M(type):\n    def __subclasscheck__(c, o): return True\n    def __instancecheck__(c, o): return True\n"
+        "    def mro(c): return [c, int, object]\nclass I(int, metaclass=M):\n    def __eq__(s, o): return True\n"
+        "    __hash__ = int.__hash__\ndef f(x): return I(3)",
+        "ok: 3",
+    ),
+    _liar(
+        "an object that changes its class",
+        "class A(int): pass\nclass B(A):\n    def __eq__(s, o): return True\n    __hash__ = int.__hash__\n"
+        "def f(x):\n    a = A(3)\n    a.__class__ = B\n    return a",
+        "ok: 3",
+    ),
+    _liar(
+        "registered as a number",
+        "import numbers\nclass N:\n    def __eq__(s, o): return True\nnumbers.Integral.register(N)\n"
+        "def f(x): return N()",
+        "ok: Opaque*",
+    ),
+    _liar(
+        "an index",
+        "class I:\n    def __index__(s): return 5\n    def __eq__(s, o): return True\ndef f(x): return I()",
+        "ok: Opaque*",
+    ),
+    _liar("a bytearray that is what it is", "def f(x): return bytearray(b'8')", "ok: b'8'", forges=False),
     _liar("no number at all", "def f(x): return float('nan')", "ok: nan", forges=False),
     _liar("a truth for every question", "def f(x): return True", "ok: True", forges=False),
     _liar("a generator", "def f(x): yield from range(100)", "ok: Opaque*", forges=False),

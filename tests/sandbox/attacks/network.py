@@ -14,6 +14,8 @@ def _probe(name: str, action: str, *, works: tuple[str, ...] = (), before: str =
 
 
 PROGRAMS = (
+    _probe("a handle of the judge by the socket of replies", "socket.socket(fileno=os.dup(3)).getsockopt(1, 77)"),
+    _probe("listen on the socket of replies", "socket.socket(fileno=os.dup(3)).listen()"),
     _probe("connect by tcp", f"socket.create_connection({_TCP}, 2).send(b'owned')"),
     _probe(
         "send by udp",

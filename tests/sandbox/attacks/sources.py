@@ -63,6 +63,21 @@ PROGRAMS = (
     _odd("no import", "import builtins\ndel builtins.__import__\ndef f(x): return 0"),
     _odd("no module", "import sys\nsys.modules.clear()\ndef f(x): return 0"),
     _odd("its own name is gone", "import sys\ndel sys.modules['solution'], __name__\ndef f(x): return 0"),
+    # Python puts such names together in time that grows with the square of their length; the judge parses on the host.
+    _odd("a name of many marks", "a" + "\u0315\u0300" * 49_000 + " = 1\n" + _SQUARE, *UNPAID),
+    _odd("an import of many parts", "import " + "a." * 49_000 + "a\n" + _SQUARE, *UNPAID),
+    _odd("an import of many parts on many lines", "import " + "a.\\\n" * 24_000 + "a\n" + _SQUARE, *UNPAID),
+    _odd("a text with many fields", "x = 1\ny = f'" + "{x}" * 30_000 + "'\ndef f(x): return 0", *UNPAID),
+    _odd("the way round a text is read", "\u202edef f(x): return 0", "load_error*"),
+    _odd("a blank that is none", "def\u00a0f(x): return 0", "load_error*"),
+    _odd("waits at the top", "await 1\ndef f(x): return 0", "load_error*"),
+    _odd("braces from the future", "from __future__ import braces", "load_error*"),
+    _odd("gives its name away while it is called", "def f(x):\n    global f\n    f = None\n    return 0", "ok: 0"),
+    _odd("a name that is a module", "import math as f", "ok: raised TypeError"),
+    _odd("a name that is gone", "def f(x): return 0\ndel f", "ok: raised NameError"),
+    _odd(
+        "a name that is a property", "class C:\n    @property\n    def f(self): return lambda x: 0\nf = C().f", "ok: 0"
+    ),
     _odd("a name that is no function", "f = 8", "ok: raised TypeError"),
     _odd(
         "a warning that is an error", "import warnings\nwarnings.simplefilter('error')\na = '\\d'\ndef f(x): return 0"

@@ -1,0 +1,41 @@
+"""The gradient of one micro-batch: estimate, loss, backward."""
+
+from __future__ import annotations
+
+import torch
+
+from coupled.rl.logprob import backward_by_view, estimate_logp
+from coupled.rl.loss import coupled_grpo_loss
+from coupled.rl.policy import Policy
+from coupled.rl.recipe import Recipe
+from coupled.rl.types import Anchor, LossOutput, MaskDraw, TrainBatch
+
+
+def add_gradient(
+    policy: Policy,
+    batch: TrainBatch,
+    masks: MaskDraw,
+    anchor: Anchor,
+    recipe: Recipe,
+    temperature: float,
+    denominator: int,
+) -> LossOutput:
+    """Add what these rows give to the gradient of the loss of the whole batch, whose `denominator` is given.
+
+    With `optimizer.has_two_passes` the scores are first estimated without gradients, the loss is differentiated at
+    them, and the scores then view by view: the memory of one masked input, for one more forward pass of each.
+    """
+    has_two_passes = recipe.optimizer.has_two_passes
+    with torch.set_grad_enabled(not has_two_passes):
+        new = estimate_logp(policy, batch, masks, recipe.estimator, temperature)
+    if has_two_passes:
+        new.requires_grad_()
+    old = new.detach() if anchor.old is None else anchor.old
+    pulls_to_old = recipe.loss.kl_beta > 0 and recipe.loss.reference == "old"
+    reference = old if pulls_to_old else anchor.reference
+    output = coupled_grpo_loss(new, old, reference, batch.advantages, batch.valid, denominator, recipe.loss)
+    output.loss.backward()
+    if has_two_passes:
+        assert new.grad is not None, "new is a leaf, and the loss depends on it"
+        backward_by_view(policy, batch, masks, recipe.estimator, new.grad, temperature)
+    return output
