@@ -243,7 +243,8 @@ def test_every_start_records_what_it_is_done_with(tmp_path: Path) -> None:
     recipe = recipe_in(tmp_path)
     run = open_run_dir(recipe)
     run.commit(4, write_number(4))
-    (run.path / "environment.jsonl").open("a").write('{"step": 9, "cut')
+    with (run.path / "environment.jsonl").open("a") as log:
+        log.write('{"step": 9, "cut')
     open_run_dir(recipe, "auto")
     first, second = read_rows(run.path / "environment.jsonl")
     assert (first["step"], second["step"]) == (0, 4)
