@@ -206,7 +206,8 @@
   }
   byId("shade").addEventListener("change", showCanvas);
   byId("more").addEventListener("click", addResults);
-  filters.addEventListener("input", filter);
+  // Some browsers tell of a chosen option by one of these alone.
+  for (const kind of ["input", "change"]) filters.addEventListener(kind, filter);
   filters.addEventListener("submit", (event) => event.preventDefault());
   filter();
 })();
