@@ -274,6 +274,7 @@ def draw_picture(report: dict[str, Any], to: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import NullFormatter
 
     rows = [(label, row) for label, row in report["estimators"].items() if row["noise"][0] > 0]
     figure, axes = plt.subplots(1, 2, figsize=(10, 0.26 * len(rows) + 1), sharey=True)
@@ -288,7 +289,10 @@ def draw_picture(report: dict[str, Any], to: Path) -> None:
             value, error = row[name]
             marker = "o" if label.startswith("coupled") else "s"
             axis.errorbar(value, place, xerr=error, marker=marker, color=colours[row["group"]], ls="", ms=5)
-        axis.set(xscale="log", xlabel=f"{title}, at {NUM_FORWARDS} forwards")
+        axis.set(xscale="log", xlabel=f"{title},\nat {NUM_FORWARDS} forwards")
+        ticks = [tick for tick in (0.03, 0.1, 0.3, 1, 3) if axis.get_xlim()[0] <= tick <= axis.get_xlim()[1]]
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(axis="x", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
