@@ -319,11 +319,12 @@ def load_policy(
                 f"missing {lost[:3]}, unexpected {sorted(info['unexpected_keys'])[:3]}; "
                 "is model.family right for this checkpoint?"
             )
-    tokenizer = _load_tokenizer(path)
+    tokenizer = load_tokenizer(path)
     return Policy(model.to(device).eval(), tokenizer, found, compute_dtype)
 
 
-def _load_tokenizer(path: Path | str) -> Any:
+def load_tokenizer(path: Path | str) -> Any:
+    """The tokenizer that lies with a checkpoint."""
     # A tokenizer.json is complete. AutoTokenizer would replace its pre-tokenizer by the one it knows for the model
     # type, and split the same text into other tokens.
     is_complete = (Path(path) / "tokenizer.json").is_file()
