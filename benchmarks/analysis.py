@@ -37,11 +37,12 @@ def trained_run(runs: Path, settings: list[str]) -> Path:
 def analyse(run: Path, out: Path, problems: int, samples: int, settings: list[str]) -> dict[str, Any]:
     """`coupled analyze` as a user would call it; returns analysis.json."""
     command = [sys.executable, "-m", "coupled.rl.cli", "analyze", str(START), *settings, "--compare", str(run)]
+    command += ["--recipe", str(RECIPE)]
     command += ["--problems", str(problems), "--samples", str(samples), "--out", str(out)]
     subprocess.run(command, check=True)
     found: dict[str, Any] = json.loads((out / "analysis.json").read_text())
     trained = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
-    found["run"] = {"name": run.name, "num_steps": trained["step"], "recipe": (run / "recipe.yaml").read_text()}
+    found["run"] = {"name": run.name, "num_steps": trained["step"]}
     return found
 
 
