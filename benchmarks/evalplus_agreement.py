@@ -47,6 +47,7 @@ WRONG = (
     "class Same:\n    def __eq__(self, other):\n        return True\n\ndef {name}(*args):\n    return Same()\n",
 )
 """Programs that fail; the last one forges equality."""
+FORGED = "Its value says that it equals everything: evalplus compares in the program's process, we compare outside"
 EXPLAINED = {
     "HumanEval/32": "evalplus 0.3.1 passes no program: its check of find_zero does not record that an input passed "
     "(mended after the release)",
@@ -185,6 +186,8 @@ def page(report: dict[str, Any], notes: dict[str, str]) -> str:
         for kind, count in row["counts"].items():
             cells = [count[name] for name in ("programs", "passed_here", "base_agree", "plus_agree")]
             lines.append(f"| {row['benchmark']} | {kind} | " + " | ".join(map(str, cells)) + " |")
+    if report["every"] > 1:
+        lines += ["", f"Only every {report['every']}th problem was taken; `--every 1` takes all."]
     lines += ["", "## Where they differ", ""]
     differing = [each for row in report["benchmarks"] for each in row["differing"]]
     for each in differing:
@@ -192,7 +195,7 @@ def page(report: dict[str, Any], notes: dict[str, str]) -> str:
         here = f"base {'pass' if base else 'fail'}, plus {'pass' if plus else 'fail'} ({outcome}, first failed {first})"
         there = f"base {each['evalplus'][0]}, plus {each['evalplus'][1]}"
         lines.append(f"* {each['task']}, {each['kind']}: here {here}; evalplus {there}.")
-        reason = notes.get(f"{each['task']} {each['kind']}") or notes.get(each["task"])
+        reason = FORGED if "__eq__" in (each["program"] or "") else notes.get(each["task"])
         if reason:
             lines[-1] += f" {reason}."
     if not differing:
@@ -224,6 +227,7 @@ def main() -> None:
     report = {
         "evalplus": found.stdout.strip(),
         "command": " ".join(["python", *sys.argv]),
+        "every": given.every,
         "commit": commit.strip(),
         "python": platform.python_version(),
         "machine": platform.machine(),
