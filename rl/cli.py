@@ -1,4 +1,4 @@
-"""The command line: train, eval, sample, report, sandbox run, doctor, schema."""
+"""The command line: train, eval, sample, analyze, report, sandbox run, doctor, schema."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from coupled.reward import RewardError
+from coupled.reward import RewardError, extract
 from coupled.rl.errors import CoupledError
 from coupled.sandbox import SandboxUnavailable
 
 if TYPE_CHECKING:
+    from coupled.rl.benchmarks.command import Wish
     from coupled.rl.recipe import Recipe
 
 app = typer.Typer(
@@ -54,11 +55,56 @@ def train(
 
 @app.command(name="eval")
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder, or a run folder (its newest checkpoint)")],
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="checkpoint folder, or a run folder (its newest checkpoint)")
+    ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. evaluation.num_samples=8")] = None,
     recipe: Annotated[str | None, typer.Option(help="recipe to evaluate by; default: the run's own")] = None,
+    benchmark: Annotated[
+        str, typer.Option(help="comma-separated: humaneval+, mbpp+, cruxeval, ... or a JSONL file of tasks")
+    ] = "",
+    samples: Annotated[int, typer.Option(help="completions per problem", min=1)] = 1,
+    temperature: Annotated[
+        float | None, typer.Option(help="default: 0 with one sample, the recipe's with more", min=0.0)
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="denoising steps; default: the recipe's", min=1)] = None,
+    data: Annotated[Path, typer.Option(help="folder with the benchmarks' files; nothing is downloaded")] = Path("data"),
+    out: Annotated[Path | None, typer.Option(help="folder for the results; an interrupted one is continued")] = None,
+    seed: Annotated[int, typer.Option(help="of the random draws", min=0)] = 0,
+    limit: Annotated[int | None, typer.Option(help="only the first so many problems", min=1)] = None,
+    prompting: Annotated[str, typer.Option(help="auto, chat or completion")] = "auto",
+    autoregressive: Annotated[
+        bool | None, typer.Option("--autoregressive/--diffusion", help="default: found out from the checkpoint")
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(help="paired test of two evaluations, or of two checkpoints")
+    ] = None,
 ) -> None:
-    """Pass@1 on the recipe's held-out problems, with 95 % intervals, every program executed in the sandbox."""
+    """Pass rates with 95 % intervals, every program executed in the sandbox.
+
+    Without --benchmark: pass@1 on the held-out problems of the run's recipe.
+    """
+    if benchmark or compare:
+        from coupled.rl.benchmarks.command import Wish
+
+        wish = Wish(
+            benchmarks=benchmark,
+            data=data,
+            out=out,
+            num_samples=samples,
+            temperature=temperature,
+            num_steps=steps,
+            seed=seed,
+            limit=limit,
+            prompting=prompting,
+            is_autoregressive=autoregressive,
+            recipe=recipe,
+            overrides=tuple(overrides or ()),
+        )
+        _evaluate_on_benchmarks(checkpoint, wish, compare)
+        return
+    if checkpoint is None:
+        raise CoupledError("eval needs a checkpoint or run folder, or --compare A B; got neither")
     from coupled.rl.standalone import evaluate_checkpoint
 
     found = evaluate_checkpoint(checkpoint, recipe, tuple(overrides or ()))
@@ -79,19 +125,67 @@ def sample(
     seed: Annotated[int, typer.Option(help="of the random draws", min=0)] = 0,
     recipe: Annotated[str | None, typer.Option(help="recipe to take the sampler from; default: the run's own")] = None,
     watch: Annotated[bool, typer.Option(help="show the canvas after every step")] = True,
+    tests: Annotated[
+        Path | None, typer.Option(help="JSON file of tests for the program: see coupled sandbox run --help")
+    ] = None,
 ) -> None:
-    """Denoise one completion and watch it happen."""
-    from coupled.rl.standalone import canvas_history, sample_checkpoint
+    """Denoise one completion and watch it happen.
 
-    policy, rollout = sample_checkpoint(
-        checkpoint, prompt, recipe, tuple(overrides or ()), temperature=temperature, seed=seed
-    )
-    if watch:
-        for step, text in canvas_history(policy, rollout):
-            console.print(f"[dim]── step {step} ──[/dim]")
-            console.print(text, markup=False, highlight=False)
+    With --tests its program is run against them. Exit status 0: all passed; 1: not all; 2: nothing was judged.
+    """
+    from coupled.rl.sandbox_command import read_task, try_program
+    from coupled.rl.standalone import sample_checkpoint
+    from coupled.rl.watching import CanvasView
+
+    task = None if tests is None else read_task(tests)
+    with CanvasView(console, is_shown=watch) as view:
+        _, rollout = sample_checkpoint(
+            checkpoint, prompt, recipe, tuple(overrides or ()), temperature=temperature, seed=seed, watch=view.show
+        )
     console.print("[dim]── completion ──[/dim]")
     console.print(rollout.text, markup=False, highlight=False)
+    if task is None:
+        return
+    program = extract(rollout.text).code
+    if program is None:
+        console.print("no closed python block in the completion: nothing to run", highlight=False)
+        raise typer.Exit(1)
+    trial = try_program(task, program)
+    console.print(trial.as_table())
+    raise typer.Exit(0 if trial.has_passed else 1 if trial.is_judged else 2)
+
+
+@app.command()
+def analyze(
+    checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder, or a run folder (its newest checkpoint)")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. rollout.temperature=0.8")] = None,
+    compare: Annotated[
+        Path | None, typer.Option(help="a second checkpoint or run, e.g. after training; the first is before")
+    ] = None,
+    recipe: Annotated[str | None, typer.Option(help="recipe to sample by; default: the (second) run's own")] = None,
+    benchmark: Annotated[str, typer.Option(help="default: the recipe's held-out problems")] = "",
+    data: Annotated[Path, typer.Option(help="folder with the benchmarks' files")] = Path("data"),
+    problems: Annotated[int, typer.Option(help="only the first so many", min=2)] = 100,
+    samples: Annotated[int, typer.Option(help="completions per problem above temperature 0", min=1)] = 8,
+    temperatures: Annotated[str, typer.Option(help="comma-separated")] = "0,0.25,0.5,1,1.5",
+    seed: Annotated[int, typer.Option(help="of the random draws", min=0)] = 0,
+    out: Annotated[Path, typer.Option(help="folder for analysis.json and the pictures")] = Path("analysis"),
+) -> None:
+    """AR-ness, confidence and order of commit; scores against temperature and denoising steps; before and after."""
+    from coupled.rl.analyze import Sweep, analyze, claim_table, point_table, write_analysis
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False)
+
+    sweep = Sweep(num_problems=problems, num_samples=samples, temperatures=_numbers(temperatures), seed=seed)
+    paths = [checkpoint] if compare is None else [checkpoint, compare]
+    result = analyze(paths, sweep, recipe, tuple(overrides or ()), benchmark=benchmark, data=data, say=say)
+    written = write_analysis(result, out)
+    console.print(point_table(result))
+    console.print(claim_table(result))
+    console.print("wrote " + ", ".join(map(str, written)), highlight=False)
+    if len(written) == 1:
+        console.print("no pictures: matplotlib is not installed (pip install 'coupled[report]')", highlight=False)
 
 
 @app.command()
@@ -180,9 +274,39 @@ def _train(recipe: Recipe, resume: str) -> None:
     console.print(f"run:        {result.path}  ({_minutes(started)})")
 
 
+def _evaluate_on_benchmarks(checkpoint: Path | None, wish: Wish, pair: tuple[Path, Path] | None) -> None:
+    from coupled.rl.benchmarks.command import compare, comparison_table, evaluate_on, score_table
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False)
+
+    try:
+        if pair is not None:
+            console.print(comparison_table(compare(*pair, wish, say)))
+            return
+        if checkpoint is None:
+            raise CoupledError("eval --benchmark needs a checkpoint or run folder; got none")
+        folders = evaluate_on(checkpoint, wish, say)
+    except KeyboardInterrupt:
+        print("stopped. Finished batches are kept: the same command continues", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+    console.print(score_table(folders))
+    console.print(f"results: {next(iter(folders.values())).parent}", highlight=False)
+
+
 def _split_resume(overrides: list[str]) -> tuple[str, list[str]]:
     chosen = [o.removeprefix("resume=") for o in overrides if o.startswith("resume=")]
     return (chosen[-1] if chosen else "never"), [o for o in overrides if not o.startswith("resume=")]
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        found = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or min(found) < 0:
+        raise CoupledError(f"--temperatures is a list of numbers, 0 or above, such as 0,0.5,1; got {text!r}")
+    return found
 
 
 def _minutes(started: float) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -80,13 +81,19 @@ def draw_tokens(logp: Float[Tensor, "N V"], draws: Float[Tensor, " N"]) -> Int[T
 
 @torch.no_grad()
 def denoise(
-    policy: Policy, requests: list[Request], sampler: Sampler, *, seed: int, weight_version: int = 0
+    policy: Policy,
+    requests: list[Request],
+    sampler: Sampler,
+    *,
+    seed: int,
+    weight_version: int = 0,
+    watch: Callable[[int, np.ndarray], None] | None = None,
 ) -> list[Rollout]:
     """Denoise one completion per request, all in one batch.
 
     Each row's numbers are keyed by (seed, uid, step, position), so they do not depend on which rows share the batch.
     A row leaves the batch as soon as every position before its first end token is settled: nothing later can change
-    its text. MASK is never sampled.
+    its text. MASK is never sampled. `watch` is shown every step with the canvases [B, C] after it.
     """
     batch_size, canvas = len(requests), sampler.canvas
     device = policy.device
@@ -142,6 +149,8 @@ def denoise(
         commit_step[global_row, place] = step
         commit_logp[global_row, place] = logp[picked].gather(-1, new[:, None])[:, 0]
         commit_entropy[global_row, place] = entropy[picked]
+        if watch is not None:
+            watch(step, ids[:, longest:].cpu().numpy())
         live = live[~is_settled(ids[live, longest:], policy.mask_id, policy.end_ids)]
         if len(live) == 0:
             break

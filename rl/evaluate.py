@@ -15,23 +15,9 @@ from coupled.rl.denoise import Request, Sampler
 from coupled.rl.engine import RolloutEngine
 from coupled.rl.errors import CoupledError
 from coupled.rl.grading import Grader
-from coupled.rl.keys import generator
 from coupled.rl.recipe import Recipe
+from coupled.rl.statistics import Interval, bootstrap
 from coupled.rl.types import Prompt
-
-NUM_RESAMPLES = 10_000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Interval:
-    """A mean with its 95 % confidence interval. Example: 0.54 [0.49, 0.59]."""
-
-    mean: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{100 * self.mean:.1f} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,15 +73,6 @@ class Evaluation:
         sampled = rates(row["sampled"])
         assert sampled is not None, "every evaluation samples"
         return Evaluation(step=row["step"], sampled=sampled, greedy=rates(row["greedy"]))
-
-
-def bootstrap(values: Sequence[float]) -> Interval:
-    """Mean and its 95 % percentile bootstrap interval, resampling problems (not completions: those of one problem
-    are alike). The resamples are keyed, so equal values give equal intervals."""
-    array = np.asarray(values, dtype=np.float64)
-    picks = generator("bootstrap", len(array)).integers(0, len(array), size=(NUM_RESAMPLES, len(array)))
-    low, high = np.percentile(array[picks].mean(-1), [2.5, 97.5])
-    return Interval(mean=float(array.mean()), low=float(low), high=float(high))
 
 
 def paired_gain(before: PassRates, after: PassRates) -> Interval:

@@ -54,7 +54,7 @@ def open_grader(recipe: Recipe, tasks: Sequence[Task] = ()) -> Grader:
     sandbox = recipe.sandbox
     limits = Limits(cpu_seconds=sandbox.cpu_seconds, wall_seconds=sandbox.wall_seconds, memory_mb=sandbox.memory_mb)
     specs = [RewardSpec(name=f.name, path=f.path, weight=f.weight) for f in recipe.reward.functions]
-    executor = CachedExecutor(_open_sandbox(recipe))
+    executor = CachedExecutor(open_sandbox(recipe))
     try:
         _check_tests(tasks, executor.isolation().tier, recipe.reward.allow_weak)
         weak = recipe.reward.allow_weak
@@ -93,7 +93,8 @@ def open_local_sandbox(sandbox: Sandbox) -> Executor:
     return open_executor(tier=sandbox.tier, num_workers=sandbox.num_workers)
 
 
-def _open_sandbox(recipe: Recipe) -> Executor:
+def open_sandbox(recipe: Recipe) -> Executor:
+    """The workers that a recipe asks for: of this process, or of a Ray cluster."""
     if recipe.sandbox.workers == "inline":
         return open_local_sandbox(recipe.sandbox)
     from coupled.rl.ray_sandbox import RayExecutor

@@ -125,8 +125,13 @@ def try_file(program: Path, tests: Path, *, tier: str, url: str | None, allow_we
         RewardError: a test that cannot be run.
         SandboxUnavailable: this machine cannot give the tier.
     """
-    task = read_task(tests)
-    source = _read(program)
+    return try_program(read_task(tests), _read(program), tier=tier, url=url, allow_weak=allow_weak)
+
+
+def try_program(
+    task: Task, source: str, *, tier: str = "auto", url: str | None = None, allow_weak: bool = False
+) -> Trial:
+    """The same for a program that is at hand; raises what `try_file` raises."""
     try:
         settings = Sandbox.model_validate({"tier": tier, "url": url, "num_workers": 1})
     except ValidationError as error:

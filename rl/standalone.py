@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from coupled.rl.autoregressive import require_end_token
 from coupled.rl.checkpoint import open_policy, use_threads
 from coupled.rl.data import encode_prompts, load_tasks, render_prompt
 from coupled.rl.denoise import Request, Sampler, denoise
@@ -74,28 +75,42 @@ def evaluate_checkpoint(path: Path, recipe: str | None, overrides: tuple[str, ..
 
 
 def sample_checkpoint(
-    path: Path, prompt: str, recipe: str | None, overrides: tuple[str, ...], *, temperature: float, seed: int
+    path: Path,
+    prompt: str,
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    *,
+    temperature: float,
+    seed: int,
+    watch: Callable[[Policy, int, np.ndarray], None] | None = None,
 ) -> tuple[Policy, Rollout]:
-    """Denoise one completion of a prompt with the recipe's sampler at the given temperature."""
+    """Denoise one completion of a prompt with the recipe's sampler at the given temperature.
+
+    `watch` is shown the policy, the step and the canvas [C] after each step, as it happens.
+    """
     checkpoint = find_checkpoint(path)
     chosen = recipe_for(checkpoint, recipe, overrides)
     policy = load_policy(checkpoint, family=chosen.model.family, shift=chosen.model.shift)
+    require_end_token(policy.tokenizer, checkpoint)
     sampler: Sampler = replace(sampler_of(chosen), temperature=temperature)
     text = render_prompt(prompt, policy.tokenizer)
     ids = tuple(policy.tokenizer(text, add_special_tokens=False)["input_ids"])
     if not ids:
         raise DataError("the prompt has no tokens; ask something")
-    (rollout,) = denoise(policy, [Request(uid="sample", prompt_ids=ids)], sampler, seed=seed)
+
+    def show(step: int, canvases: np.ndarray) -> None:
+        if watch is not None:
+            watch(policy, step, canvases[0])
+
+    (rollout,) = denoise(policy, [Request(uid="sample", prompt_ids=ids)], sampler, seed=seed, watch=show)
     return policy, rollout
 
 
-def canvas_history(policy: Policy, rollout: Rollout) -> Iterator[tuple[int, str]]:
-    """The completion after each denoising step, with `▢` for what is still masked."""
-    length = rollout.completion_length
-    canvas, commit_step = rollout.canvas_ids[:length], rollout.commit_step[:length]
-    for step in np.unique(commit_step):
-        shown = [
-            "▢" if commit_step[k] > step else policy.tokenizer.decode([int(canvas[k])], skip_special_tokens=True)
-            for k in range(length)
-        ]
-        yield int(step), "".join(shown)
+def canvas_text(policy: Policy, canvas: np.ndarray) -> str:
+    """A canvas [C] as text up to its first end token, with `▢` for what is still masked."""
+    ends = np.flatnonzero(np.isin(canvas, policy.end_ids))
+    shown = canvas[: ends[0]] if len(ends) else canvas
+    return "".join(
+        "▢" if token == policy.mask_id else policy.tokenizer.decode([int(token)], skip_special_tokens=True)
+        for token in shown
+    )
