@@ -33,7 +33,7 @@ from coupled.rl.errors import DataError
 from coupled.rl.rundir import atomic_write, read_rows
 from coupled.rl.types import Rollout
 from coupled.sandbox import Executor, Limits
-from coupled.sandbox.executor import require_runnable
+from coupled.sandbox.pool import require_runnable
 
 LIMITS = Limits(cpu_seconds=10, wall_seconds=60.0, memory_mb=2048)
 """Of every program. Generous, so that a busy machine is no reason to find a program wrong; for EvalPlus four times what
