@@ -207,10 +207,8 @@ def parse(document: str | bytes) -> Any:
     if num_parts(document) > MAX_PARTS:
         raise CodecError(f"more than {MAX_NODES} values")
     try:
-        text = (
-            document if isinstance(document, str) else document.decode(json.detect_encoding(document), "surrogatepass")
-        )
-        return _loads(text)
+        # UTF-8 without a mark: that is what is sent, and anything else comes from a program that writes by itself.
+        return _loads(document if isinstance(document, str) else document.decode("utf-8", "surrogatepass"))
     except (ValueError, RecursionError, MemoryError) as error:
         raise CodecError(f"no JSON document: {type(error).__name__}: {error}"[:200]) from None
 

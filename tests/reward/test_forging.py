@@ -253,7 +253,7 @@ def f(x):
 # "a verdict", "replies ..." and the like answer with constants; none of those is a number the tests want.
 
 
-DEAF = "import sys\nfor m in list(sys.modules.values()):\n  for n in list(vars(m)):\n    if n.startswith('_check') or n == '_send':\n      setattr(m, n, lambda *a: {'part': 0, 'ok': True})\ndef f(x): return 0"
+DEAF = "import sys\nfor m in list(sys.modules.values()):\n  for n in list(vars(m)):\n    if n.startswith('_check') or n in ('_send', '_write_frame'):\n      setattr(m, n, lambda *a: {'part': 0, 'ok': True})\ndef f(x): return 0"
 """A program that patches what answers for it, and never answers."""
 
 
