@@ -209,7 +209,7 @@ def page(report: dict[str, Any], picture: str, reading: str) -> str:
         f"Python {environment['python']}, torch {environment['torch']}",
         f"* recipe: `recipes/quickstart.yaml` with `{' '.join(COMMON)}`, and each arm's settings as listed at the end",
         "",
-        reading.strip(),
+        reading,
         "",
         "## Numbers",
         "",
@@ -276,6 +276,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True, help="where the run folders go")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--arms", nargs="+", help="names of arms; all of them if none are given")
+    parser.add_argument("--reading", type=Path, help="Markdown that goes above the tables")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time; 0 only makes the page")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "ablation.json")
     arguments = parser.parse_args()
@@ -290,9 +291,9 @@ def main() -> None:
     folders = [(arm, seed, arguments.runs / f"{run_name(arm, seed)}-001") for arm in ARMS for seed in arguments.seeds]
     results = [result_of(arm, seed, folder) for arm, seed, folder in folders if is_finished(folder)]
     report = {"environment": environment(), "runs_commit": commit_file.read_text().strip(), "results": results}
-    reading = arguments.out.with_suffix(".reading.md")
+    reading = arguments.reading.read_text().strip() if arguments.reading else ""
     arguments.out.write_text(json.dumps(report) + "\n")
-    text = page(report, arguments.out.with_suffix(".svg").name, reading.read_text() if reading.is_file() else "")
+    text = page(report, arguments.out.with_suffix(".svg").name, reading)
     arguments.out.with_suffix(".md").write_text(text)
     print(f"wrote {arguments.out} from {len(results)} runs")
     try:
