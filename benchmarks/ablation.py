@@ -252,9 +252,11 @@ def draw(results: Sequence[dict[str, Any]], to: Path) -> None:
                 ends = [r[kind][1] for r in runs]
                 right.plot([place + shift] * len(ends), ends, marker, color=colour, ms=4, alpha=0.5)
                 right.plot([place + shift - 0.1, place + shift + 0.1], [statistics.fmean(ends)] * 2, color=colour)
-        left.set(xlabel="step", ylabel="rollouts that pass, %", title=f"{part}: training (mean of 5 steps)")
+        left.set(xlabel="step", ylabel="training rollouts that pass, mean of 5 steps, %")
+        left.set_title(part, fontsize=10)
         left.legend(frameon=False, fontsize=7)
-        right.set(ylabel="pass@1, %", title="held out at the end: sampled (o), greedy (squares); each seed")
+        right.set(ylabel="pass@1, %")
+        right.set_title("held out at the end: ○ sampled, □ greedy", fontsize=10)
         right.set_xticks(range(len(arms)), [a.name for a in arms], rotation=25, ha="right", fontsize=7)
         for axis in (left, right):
             axis.spines[["top", "right"]].set_visible(False)
