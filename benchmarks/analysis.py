@@ -10,16 +10,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import torch
+from common import ROOT, environment
 
-ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "recipes" / "quickstart.yaml"
 START = ROOT / "recipes" / "tiny" / "checkpoint"
 
@@ -44,20 +41,6 @@ def analyse(run: Path, out: Path, problems: int, samples: int, settings: list[st
     trained = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     found["run"] = {"name": run.name, "num_steps": trained["step"]}
     return found
-
-
-def environment() -> dict[str, Any]:
-    """Commit, processor and versions, for the record."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "commit": commit.strip(),
-        "processor": model[0].split(":")[1].strip() if model else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "command": " ".join(["python", *sys.argv]),
-    }
 
 
 def page(result: dict[str, Any]) -> str:

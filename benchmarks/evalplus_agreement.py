@@ -17,13 +17,13 @@ import json
 import os
 import platform
 import subprocess
-import sys
 import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from common import ROOT, environment
 from verdicts import mutants
 
 from coupled.rl.benchmarks import BENCHMARKS, Benchmark, Problem, data_file, load_problems
@@ -33,7 +33,6 @@ from coupled.rl.policy import Policy, load_tokenizer
 from coupled.rl.types import Rollout
 from coupled.sandbox import open_executor
 
-ROOT = Path(__file__).parents[1]
 NAMES = {"humaneval+": ("humaneval", "HUMANEVAL_OVERRIDE_PATH"), "mbpp+": ("mbpp", "MBPP_OVERRIDE_PATH")}
 KINDS = ("canonical", "mutant", "wrong")
 WRONG = (
@@ -223,13 +222,13 @@ def main() -> None:
         rows[-1]["seconds"] = {"here": round(middle - started, 1), "evalplus": round(time.monotonic() - middle, 1)}
         print(json.dumps({k: v for k, v in rows[-1].items() if k != "differing"}))
     found = subprocess.run([str(given.evalplus), "-c", version], capture_output=True, text=True, check=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    made = environment()
     report = {
         "evalplus": found.stdout.strip(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": made["command"],
         "every": given.every,
-        "commit": commit.strip(),
-        "python": platform.python_version(),
+        "commit": made["commit"],
+        "python": made["python"],
         "machine": platform.machine(),
         "benchmarks": rows,
     }

@@ -19,7 +19,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from common import ROOT, environment
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -51,7 +51,6 @@ from coupled.rl.recipe import Recipe, load_recipe
 from coupled.rl.types import Anchor, MaskDraw, MaskPair, TrainBatch
 from coupled.rl.update import add_gradient
 
-ROOT = Path(__file__).parents[1]
 SHAPES = {
     "small": {
         "vocab_size": 32768,
@@ -521,20 +520,10 @@ def count_distinct_inputs(num_groups: int, group: int) -> dict[str, Any]:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def environment() -> dict[str, Any]:
-    """Commit, processor and versions, for the record."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "command": " ".join(["python", *sys.argv]),
-        "commit": commit.strip(),
-        "processor": model[0].split(":")[1].strip() if model else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "load": f"{os.getloadavg()[1]:.1f}",
-    }
+def conditions() -> dict[str, Any]:
+    """What a run was made with, for the record."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return environment() | {"gpu": gpu, "load": f"{os.getloadavg()[1]:.1f}"}
 
 
 def ratios(rows: dict[str, Any], name: str) -> dict[str, list[float]]:
@@ -694,7 +683,7 @@ def main() -> None:
         report = json.loads(to.read_text())
         if report["size"] != asdict(size):
             raise SystemExit(f"{to} is of another size: {report['size']}; write elsewhere with --write")
-    report["runs"].append(environment())
+    report["runs"].append(conditions())
     with torch.device("meta"):
         report["parameters"] = sum(p.numel() for p in Qwen2ForCausalLM(config_of(size)).parameters())
     if given.only in (None, "memory"):
