@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from coupled.rl.checkpoint import open_policy, use_threads
+from coupled.rl.checkpoint import how_to_open, open_policy, use_threads
 from coupled.rl.data import encode_prompts, load_tasks, render_prompt
-from coupled.rl.denoise import Request, Sampler, denoise
-from coupled.rl.engine import InlineEngine
+from coupled.rl.denoise import Request, Sampler
+from coupled.rl.engine import InlineEngine, roll_out
 from coupled.rl.errors import CheckpointError, DataError, RecipeError
 from coupled.rl.evaluate import Evaluation, evaluate, sampler_of
 from coupled.rl.grading import open_grader
-from coupled.rl.policy import Policy, load_policy
+from coupled.rl.loading import load_policy
+from coupled.rl.policy import Policy
 from coupled.rl.recipe import Recipe, apply_overrides, load_recipe
 from coupled.rl.rundir import committed_checkpoints, read_run_recipe
 from coupled.rl.types import Rollout
@@ -79,13 +80,13 @@ def sample_checkpoint(
     """Denoise one completion of a prompt with the recipe's sampler at the given temperature."""
     checkpoint = find_checkpoint(path)
     chosen = recipe_for(checkpoint, recipe, overrides)
-    policy = load_policy(checkpoint, family=chosen.model.family, shift=chosen.model.shift)
+    policy = load_policy(checkpoint, **how_to_open(chosen.model))
     sampler: Sampler = replace(sampler_of(chosen), temperature=temperature)
     text = render_prompt(prompt, policy.tokenizer)
     ids = tuple(policy.tokenizer(text, add_special_tokens=False)["input_ids"])
     if not ids:
         raise DataError("the prompt has no tokens; ask something")
-    (rollout,) = denoise(policy, [Request(uid="sample", prompt_ids=ids)], sampler, seed=seed)
+    (rollout,) = roll_out(policy, [Request(uid="sample", prompt_ids=ids)], sampler, seed=seed)
     return policy, rollout
 
 
