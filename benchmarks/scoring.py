@@ -36,6 +36,7 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from coupled.rl import vocabulary
+from coupled.rl.attention import Layout
 from coupled.rl.checkpoint import open_policy
 from coupled.rl.data import encode_prompts, load_tasks
 from coupled.rl.denoise import Request
@@ -44,9 +45,10 @@ from coupled.rl.estimators.coupled import draw_pairs, of_pairs
 from coupled.rl.evaluate import sampler_of
 from coupled.rl.families import FAMILIES
 from coupled.rl.gradient_checkpointing import checkpoint_gradients
+from coupled.rl.loading import add_adapter
 from coupled.rl.logprob import estimate_logp
 from coupled.rl.loss import loss_denominator
-from coupled.rl.policy import Policy, add_adapter
+from coupled.rl.policy import Policy
 from coupled.rl.recipe import Recipe, load_recipe
 from coupled.rl.types import Anchor, MaskDraw, MaskPair, TrainBatch
 from coupled.rl.update import add_gradient
@@ -128,14 +130,21 @@ class EveryRow(Policy):
     """Projects the vocabulary at every position, and picks from that."""
 
     def logp_of(
-        self, ids: Tensor, pad_lengths: Tensor, rows: Tensor, line: Tensor, targets: Tensor, temperature: float = 1.0
+        self,
+        ids: Tensor,
+        pad_lengths: Tensor | Layout,
+        rows: Tensor,
+        line: Tensor,
+        targets: Tensor,
+        temperature: float = 1.0,
+        clean: Tensor | None = None,
     ) -> Tensor:
         """As in `Policy`, from more rows."""
         everywhere = torch.ones_like(rows)
         everywhere[:, : self.family.shift] = False  # no state predicts these
         place = torch.full(rows.shape, -1, device=rows.device)
         place[everywhere] = torch.arange(int(everywhere.sum()), device=rows.device)
-        hidden = self.hidden_at(ids, pad_lengths, everywhere)
+        hidden = self.hidden_at(ids, pad_lengths, everywhere, clean)
         return vocabulary.token_logp(self.head, hidden, place[rows][line], targets, temperature)
 
 
@@ -310,10 +319,10 @@ def work(arm: Arm, policy: Policy, size: Size, batch: TrainBatch) -> dict[str, i
     body, plain = policy._base.model, policy.hidden_at
     layers, body.layers = body.layers, torch.nn.ModuleList()  # what they compute does not matter here
 
-    def hidden_at(ids: Tensor, pad_lengths: Tensor, places: Tensor) -> Tensor:
+    def hidden_at(ids: Tensor, pad_lengths: Tensor, places: Tensor, clean: Tensor | None = None) -> Tensor:
         nonlocal inputs, rows
         inputs, rows = inputs + len(ids), rows + int(places.sum())
-        return plain(ids, pad_lengths, places)
+        return plain(ids, pad_lengths, places, clean)
 
     policy.hidden_at = hidden_at  # type: ignore[method-assign]
     try:

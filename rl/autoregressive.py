@@ -22,7 +22,8 @@ from coupled.rl.engine import request_chunks
 from coupled.rl.errors import CheckpointError
 from coupled.rl.families import family_of
 from coupled.rl.keys import uniform
-from coupled.rl.policy import ADAPTER_CONFIG, Policy, load_tokenizer
+from coupled.rl.loading import ADAPTER_CONFIG, load_tokenizer
+from coupled.rl.policy import Policy
 from coupled.rl.shapes import Float
 from coupled.rl.types import Rollout
 

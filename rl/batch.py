@@ -44,6 +44,9 @@ def collate(groups: Sequence[Group], advantages: Float[Tensor, "P G"], policy: P
         ids[row, longest:] = torch.tensor(rollout.canvas_ids)  # copied: arrays that come from Ray are read-only
         commit_step[row] = torch.tensor(rollout.commit_step)
         valid[row, : rollout.completion_length] = True
+    if (block_length := policy.family.block_length) is not None:
+        # Scoring reads all blocks at once, each after the finished ones before it: the step in the block counts.
+        commit_step = torch.where(commit_step >= 0, commit_step % block_length, -1)
     is_scored = torch.tensor([v.score is not None for i in order for v in groups[i].verdicts])
     device = policy.device
     return TrainBatch(

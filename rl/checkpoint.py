@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError
 
 from coupled.rl.errors import CheckpointError
-from coupled.rl.policy import Policy, add_adapter, load_policy
+from coupled.rl.loading import add_adapter, load_policy
+from coupled.rl.policy import Policy
 from coupled.rl.recipe import Model, Recipe
 
 STATE = "state.json"
@@ -47,7 +48,12 @@ def read_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
     missing = [name for name in parts if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(f"{folder} lacks {' and '.join(missing)}: it cannot be resumed from, only evaluated")
-    saved = load_policy(folder, family=policy.family.name, shift=policy.family.shift)
+    saved = load_policy(
+        folder,
+        family=policy.family.name,
+        shift=policy.family.shift,
+        block_length=policy.family.block_length or 0,
+    )
     policy.load_trainable_state(saved.trainable_state())
     optimizer.load_state_dict(torch.load(folder / OPTIMIZER, weights_only=True))
     if policy.has_moving_reference:
@@ -65,8 +71,8 @@ def open_policy(model: Model, seed: int) -> Policy:
     device = pick_device(model.device)
     policy = load_policy(
         model.path,
-        family=model.family,
-        shift=model.shift,
+        **how_to_open(model),
+        weights_dtype=getattr(torch, model.weights_dtype),
         compute_dtype=getattr(torch, model.compute_dtype),
         from_scratch_seed=seed if model.init == "random" else None,
         device=device,
@@ -75,6 +81,18 @@ def open_policy(model: Model, seed: int) -> Policy:
         adapter = model.adapter
         add_adapter(policy, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets, seed=seed)
     return policy
+
+
+def how_to_open(model: Model) -> dict[str, Any]:
+    """What a recipe says of a checkpoint in place of the checkpoint itself, as arguments of `load_policy`."""
+    return {
+        "family": model.family,
+        "shift": model.shift,
+        "block_length": model.block_length,
+        "mask_token": model.mask_token,
+        "end_tokens": model.end_tokens,
+        "trust_remote_code": model.trust_remote_code,
+    }
 
 
 def pick_device(wanted: str) -> str:

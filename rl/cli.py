@@ -1,4 +1,4 @@
-"""The command line: train, eval, sample, analyze, report, sandbox run, doctor, schema."""
+"""The command line: train, eval, sample, export, analyze, report, sandbox run, doctor, schema."""
 
 from __future__ import annotations
 
@@ -36,7 +36,9 @@ INTERRUPTED = 130
 def train(
     recipe: Annotated[str, typer.Argument(help="recipe file, or the name of one that ships with the package")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. num_steps=10 resume=auto")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved recipe and stop")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print the resolved recipe, and what it may take, and stop")
+    ] = False,
 ) -> None:
     """Train as the recipe says: stage rl, sft or pretrain. `resume=auto` continues the newest run of the recipe."""
     from coupled.rl.recipe import dump_recipe, load_recipe
@@ -45,6 +47,9 @@ def train(
     loaded = load_recipe(recipe, tuple(settings))
     if dry_run:
         print(dump_recipe(loaded), end="")
+        from coupled.rl.estimate import estimate_run
+
+        print(estimate_run(loaded), file=sys.stderr)
         return
     try:
         _train(loaded, resume)
@@ -199,6 +204,25 @@ def report(
     from coupled.rl.report import write_report
 
     console.print(f"report: {write_report(run, compare, out, num_rollouts=rollouts)}")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder, or a run folder (its newest checkpoint)")],
+    out: Annotated[Path, typer.Argument(help="folder to write, which must not hold anything")],
+    merge: Annotated[bool, typer.Option("--merge", help="add the adapters to the weights they adapt")] = False,
+    dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "bfloat16",
+) -> None:
+    """Write a checkpoint as a model folder of its own, with its tokenizer."""
+    import torch
+
+    from coupled.rl.errors import CheckpointError
+    from coupled.rl.export import export_checkpoint
+
+    if dtype not in ("float32", "bfloat16"):
+        raise CheckpointError(f"--dtype must be float32 or bfloat16; got {dtype!r}")
+    written = export_checkpoint(checkpoint, out, merge=merge, dtype=getattr(torch, dtype))
+    console.print(f"written: {written}")
 
 
 @sandbox_app.command(name="run")

@@ -1,4 +1,4 @@
-"""Rollout by iterative denoising: start from a canvas of MASK, commit the surest positions, step by step.
+"""Rollout by iterative denoising, the whole canvas at once: from MASK everywhere, commit the surest positions first.
 
 Shapes: B rows, C canvas positions, S prompt + canvas, V vocabulary (see `shapes`). Source: method page §6.
 """
@@ -14,10 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from coupled.rl.errors import RolloutError
 from coupled.rl.keys import uniform
 from coupled.rl.policy import Policy
-from coupled.rl.shapes import Float, Int
+from coupled.rl.shapes import Bool, Float, Int
 from coupled.rl.types import Rollout
+
+PARALLEL = ("confidence_threshold", "entropy_bound")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,11 +33,19 @@ class Sampler:
     """0 is greedy: the likeliest token, with confidence from the untempered distribution."""
     top_p: float = 1.0
     order: str = "entropy"
+    top_k: int = 0
+    """Only the k likeliest tokens are kept, before the nucleus; 0 keeps all."""
+    confidence_threshold: float | None = None
+    """Of block families: a step also commits every token that is at least so sure; none: by the schedule alone."""
+    entropy_bound: float | None = None
+    """Of block families: a step also commits the surest tokens as long as the entropies of all but the last add up to
+    at most this, in nats [EB-Sampler]; none: by the schedule alone."""
 
     @property
     def hash(self) -> str:
         """Names the sampler in logs: equal samplers have equal hashes."""
-        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:12]
+        settings = {k: v for k, v in asdict(self).items() if k not in ("top_k", *PARALLEL) or v}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +72,13 @@ def unmask_counts(canvas: int, num_steps: int) -> list[int]:
     return counts
 
 
+def likeliest(logits: Float[Tensor, "N V"], top_k: int) -> Float[Tensor, "N V"]:
+    """Keep the `top_k` likeliest tokens (more where the last ones are equal); the others get -inf. 0 keeps all."""
+    if top_k == 0 or top_k >= logits.shape[-1]:
+        return logits
+    return logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[:, -1:], float("-inf"))
+
+
 def nucleus(logits: Float[Tensor, "N V"], top_p: float) -> Float[Tensor, "N V"]:
     """Keep the likeliest tokens whose mass reaches `top_p` (at least one); the others get -inf."""
     if top_p >= 1:
@@ -79,6 +97,45 @@ def draw_tokens(logp: Float[Tensor, "N V"], draws: Float[Tensor, " N"]) -> Int[T
     return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logp.shape[-1] - 1)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Reading:
+    """What a forward pass says of N masked positions, under the tempered and filtered distribution."""
+
+    logp: Float[Tensor, "N V"]
+    entropy: Float[Tensor, " N"]
+    confidence: Float[Tensor, " N"]
+    """The surer, the earlier a position is committed."""
+    tokens: Int[Tensor, " N"] | None
+    """What each position would get, where the order depends on it; else tokens are drawn for the chosen ones alone."""
+
+    def draw(self, picked: Bool[Tensor, " N"], draws: Float[Tensor, " N"], sampler: Sampler) -> Int[Tensor, " M"]:
+        """Tokens of the picked positions."""
+        if self.tokens is not None:
+            return self.tokens[picked]
+        return _choose(self.logp[picked], draws[picked], sampler)
+
+
+def read_out(
+    logits: Float[Tensor, "N V"], sampler: Sampler, token_draws: Float[Tensor, " N"], order_draws: Float[Tensor, " N"]
+) -> Reading:
+    """Distribution, entropy and confidence of each masked position."""
+    tempered = logits / sampler.temperature if sampler.temperature else logits
+    logp = torch.log_softmax(nucleus(likeliest(tempered, sampler.top_k), sampler.top_p), dim=-1)
+    entropy = -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)
+    tokens: Int[Tensor, " N"] | None = None
+    if sampler.order == "maskgit":
+        tokens = _choose(logp, token_draws, sampler)
+        confidence = logp.gather(-1, tokens[:, None])[:, 0]
+    elif sampler.order == "margin":
+        best = logp.exp().topk(2, dim=-1).values
+        confidence = best[:, 0] - best[:, 1]
+    elif sampler.order == "origin":
+        confidence = order_draws.float()
+    else:
+        confidence = -entropy
+    return Reading(logp=logp, entropy=entropy, confidence=confidence, tokens=tokens)
+
+
 @torch.no_grad()
 def denoise(
     policy: Policy,
@@ -94,7 +151,15 @@ def denoise(
     Each row's numbers are keyed by (seed, uid, step, position), so they do not depend on which rows share the batch.
     A row leaves the batch as soon as every position before its first end token is settled: nothing later can change
     its text. MASK is never sampled. `watch` is shown every step with the canvases [B, C] after it.
+
+    Raises:
+        RolloutError: the sampler has a setting that is for block families alone.
     """
+    if any(getattr(sampler, name) is not None for name in PARALLEL):
+        raise RolloutError(
+            f"{' and '.join(PARALLEL)} are for models with block attention; {policy.family.name} reads its whole "
+            "canvas: leave them out, or lower rollout.denoising_steps to commit several tokens a step"
+        )
     batch_size, canvas = len(requests), sampler.canvas
     device = policy.device
     longest = max(len(r.prompt_ids) for r in requests)
@@ -109,7 +174,7 @@ def denoise(
     commit_logp = torch.zeros((batch_size, canvas), device=device)
     commit_entropy = torch.zeros((batch_size, canvas), device=device)
     forwards = torch.zeros(batch_size, dtype=torch.int64)
-    draws = _draws(requests, sampler, seed).to(device)
+    draws = keyed_draws(requests, sampler, seed).to(device)
     live = torch.arange(batch_size, device=device)
 
     for step, count in enumerate(unmask_counts(canvas, sampler.denoising_steps)):
@@ -120,35 +185,21 @@ def denoise(
         is_masked[:, :longest] = False
         logits = policy.without_mask_token(policy.logits_at(rows_ids, pad_lengths[live], is_masked))
         forwards[live.cpu()] += 1
-        tempered = nucleus(logits / sampler.temperature if sampler.temperature else logits, sampler.top_p)
-        logp = torch.log_softmax(tempered, dim=-1)
-        entropy = -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)
         row_of, position_of = is_masked[:, longest:].nonzero(as_tuple=True)
         uniform_of = draws[0, live[row_of], step, position_of]
-        tokens: Int[Tensor, " N"] | None = None
-        if sampler.order == "maskgit":
-            tokens = _choose(logp, uniform_of, sampler)
-            confidence = logp.gather(-1, tokens[:, None])[:, 0]
-        elif sampler.order == "margin":
-            best = logp.exp().topk(2, dim=-1).values
-            confidence = best[:, 0] - best[:, 1]
-        elif sampler.order == "origin":
-            confidence = draws[1, live[row_of], step, position_of].float()
-        else:
-            confidence = -entropy
+        reading = read_out(logits, sampler, uniform_of, draws[1, live[row_of], step, position_of])
         scores = torch.full((len(live), canvas), float("-inf"), device=device)
-        scores[row_of, position_of] = confidence
+        scores[row_of, position_of] = reading.confidence
         # A stable sort breaks ties by position, so the choice does not depend on the machine.
         chosen = scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
         is_chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
         picked = is_chosen[row_of, position_of]
-        # For orders that do not look at the draw, only the chosen positions are sampled.
-        new = _choose(logp[picked], uniform_of[picked], sampler) if tokens is None else tokens[picked]
+        new = reading.draw(picked, uniform_of, sampler)
         global_row, place = live[row_of[picked]], position_of[picked]
         ids[global_row, longest + place] = new
         commit_step[global_row, place] = step
-        commit_logp[global_row, place] = logp[picked].gather(-1, new[:, None])[:, 0]
-        commit_entropy[global_row, place] = entropy[picked]
+        commit_logp[global_row, place] = reading.logp[picked].gather(-1, new[:, None])[:, 0]
+        commit_entropy[global_row, place] = reading.entropy[picked]
         if watch is not None:
             watch(step, ids[:, longest:].cpu().numpy())
         live = live[~is_settled(ids[live, longest:], policy.mask_id, policy.end_ids)]
@@ -156,7 +207,7 @@ def denoise(
             break
 
     return [
-        _rollout(
+        make_rollout(
             policy,
             request,
             ids[row, longest:].cpu().numpy().copy(),
@@ -184,9 +235,9 @@ def completion_length(canvas_ids: np.ndarray, end_ids: tuple[int, ...]) -> tuple
     return (int(ends[0]) + 1, True) if len(ends) else (len(canvas_ids), False)
 
 
-def _draws(requests: list[Request], sampler: Sampler, seed: int) -> Tensor:
-    """Uniform numbers [2, B, steps, C]: one for the token, one for the order, of each (row, step, position)."""
-    shape = (2, sampler.denoising_steps, sampler.canvas)
+def keyed_draws(requests: list[Request], sampler: Sampler, seed: int, num_steps: int = 0) -> Float[Tensor, "2 B T C"]:
+    """Uniform numbers: one for the token, one for the order, of each (row, step, position)."""
+    shape = (2, num_steps or sampler.denoising_steps, sampler.canvas)
     if sampler.temperature == 0 and sampler.order != "origin":
         return torch.zeros((2, len(requests), 1, 1)).expand(-1, -1, shape[1], shape[2])
     stacked = np.stack([uniform(shape, seed, "denoise", r.uid) for r in requests], axis=1)
@@ -197,7 +248,7 @@ def _choose(logp: Float[Tensor, "N V"], draws: Float[Tensor, " N"], sampler: Sam
     return logp.argmax(-1) if sampler.temperature == 0 else draw_tokens(logp, draws)
 
 
-def _rollout(
+def make_rollout(
     policy: Policy,
     request: Request,
     canvas_ids: np.ndarray,
@@ -208,6 +259,7 @@ def _rollout(
     weight_version: int,
     sampler: Sampler,
 ) -> Rollout:
+    """The record of a finished row. Arrays have one entry per canvas position."""
     length, has_end = completion_length(canvas_ids, policy.end_ids)
     text_ids = canvas_ids[: length - 1] if has_end else canvas_ids
     return Rollout(

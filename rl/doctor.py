@@ -30,7 +30,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """All findings, in the order a user cares for them. Starts and stops a sandbox; needs a few seconds."""
-    return [_python(), *_packages(), _processor(), _gpu(), *_sandbox(), _shared_memory(), _disk()]
+    return [_python(), *_packages(), _families(), _processor(), _gpu(), *_sandbox(), _shared_memory(), _disk()]
 
 
 def _python() -> Finding:
@@ -60,6 +60,21 @@ def _packages() -> list[Finding]:
                 )
             )
     return findings
+
+
+def _families() -> Finding:
+    """Model families whose transformers class this version has."""
+    from transformers import CONFIG_MAPPING
+
+    from coupled.rl.families import FAMILIES
+
+    absent = [f"{f.name} ({f.model_type})" for f in FAMILIES.values() if f.model_type not in CONFIG_MAPPING]
+    return Finding(
+        name="model families",
+        is_good=not absent,
+        detail=", ".join(FAMILIES) if not absent else f"this transformers version cannot compute {', '.join(absent)}",
+        remedy="" if not absent else "pip install -U 'transformers>=5.16,<6'",
+    )
 
 
 def _processor() -> Finding:

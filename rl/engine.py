@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
+import numpy as np
+
+from coupled.rl.block_denoise import denoise_blocks
 from coupled.rl.denoise import Request, Sampler, denoise
 from coupled.rl.policy import Policy
 from coupled.rl.types import Rollout
@@ -36,7 +40,7 @@ class InlineEngine:
     def generate(self, requests: list[Request], sampler: Sampler, *, seed: int) -> list[Rollout]:
         made: dict[str, Rollout] = {}
         for chunk in request_chunks(requests, self._batch_size):
-            rollouts = denoise(self._policy, chunk, sampler, seed=seed, weight_version=self._version)
+            rollouts = roll_out(self._policy, chunk, sampler, seed=seed, weight_version=self._version)
             made.update((r.uid, r) for r in rollouts)
         return [made[r.uid] for r in requests]
 
@@ -45,6 +49,23 @@ class InlineEngine:
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def roll_out(
+    policy: Policy,
+    requests: list[Request],
+    sampler: Sampler,
+    *,
+    seed: int,
+    weight_version: int = 0,
+    watch: Callable[[int, np.ndarray], None] | None = None,
+) -> list[Rollout]:
+    """Denoise one batch in the way of the policy's family: the whole canvas at once, or block after block.
+
+    `watch` is shown every step with the canvases [B, C] after it.
+    """
+    decode = denoise if policy.family.block_length is None else denoise_blocks
+    return decode(policy, requests, sampler, seed=seed, weight_version=weight_version, watch=watch)
 
 
 def request_chunks(requests: list[Request], batch_size: int) -> list[list[Request]]:

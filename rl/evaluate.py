@@ -102,7 +102,9 @@ def evaluate(
     sampler = sampler_of(recipe)
     greedy = None
     if recipe.evaluation.has_greedy:
-        greedy = _pass_rates(engine, grader, prompts, replace(sampler, temperature=0.0, top_p=1.0), 1, recipe.seed)
+        greedy = _pass_rates(
+            engine, grader, prompts, replace(sampler, temperature=0.0, top_p=1.0, top_k=0), 1, recipe.seed
+        )
     sampled = _pass_rates(engine, grader, prompts, sampler, recipe.evaluation.num_samples, recipe.seed)
     return Evaluation(step=step, sampled=sampled, greedy=greedy)
 
@@ -116,6 +118,9 @@ def sampler_of(recipe: Recipe) -> Sampler:
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         order=rollout.order,
+        top_k=rollout.top_k,
+        confidence_threshold=rollout.confidence_threshold,
+        entropy_bound=rollout.entropy_bound,
     )
 
 

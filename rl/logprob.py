@@ -110,7 +110,8 @@ def _view_logp(
     policy: Policy, ids: Int[Tensor, "B S"], batch: TrainBatch, views: tuple[View, ...], temperature: float
 ) -> tuple[Float[Tensor, "B C"], ...]:
     """ℓ_k(hidden) at the scored positions of each view and 0 elsewhere, from one forward pass."""
-    if len(views) == 1 and views[0].is_shared:
+    # With block attention the earlier blocks are visible in every view, so completions have no input in common.
+    if len(views) == 1 and views[0].is_shared and policy.family.block_length is None:
         return (fully_masked_logp(policy, ids, batch, temperature),)
     times = len(views)
     logp = masked_logp(

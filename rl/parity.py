@@ -69,9 +69,16 @@ def prompts_to_check(prompts: Sequence[Prompt]) -> list[Prompt]:
     return [ordered[i] for i in places.tolist()]
 
 
-def sampler_for_parity(sampler: Sampler) -> Sampler:
-    """The run's sampler in few steps, and without the nucleus: scoring is of the whole distribution, knowingly."""
-    return replace(sampler, top_p=1.0, denoising_steps=min(sampler.denoising_steps, NUM_STEPS))
+def sampler_for_parity(sampler: Sampler, block_length: int | None = None) -> Sampler:
+    """The run's sampler in few steps and blocks, and without the nucleus: scoring is of the whole distribution."""
+    canvas = sampler.canvas
+    if block_length is not None:
+        # A row is replayed once for each step of each block.
+        canvas = min(canvas, max(1, NUM_STEPS // 2) * block_length)
+    steps = min(sampler.denoising_steps, NUM_STEPS, canvas)
+    return replace(
+        sampler, canvas=canvas, denoising_steps=steps, top_p=1.0, top_k=0, confidence_threshold=None, entropy_bound=None
+    )
 
 
 def replay_of(policy: Policy, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> Replay:
@@ -271,7 +278,7 @@ class _Diagnosis:
         for rows in _batches(replay, self._batch_size):
             ids, committed = replay.ids[rows], replay.committed[rows]
             masked = ids.masked_fill(replay.masked[rows], filler)
-            logits = policy.without_mask_token(policy.logits_at(masked, replay.pad_lengths[rows], committed))
+            logits = policy.without_mask_token(policy.logits_at(masked, replay.pad_lengths[rows], committed, ids))
             logp = torch.log_softmax(logits / temperature, dim=-1)
             parts.append(logp.gather(-1, ids[committed][:, None])[:, 0])
         return torch.cat(parts)

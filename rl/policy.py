@@ -4,30 +4,23 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedConfig,
-    PreTrainedTokenizerFast,
-)
+from transformers import Cache
 
+from coupled.rl.attention import Layout, additive, first_column_of_blocks, left_padded, may_attend, two_streams
 from coupled.rl.errors import CheckpointError
-from coupled.rl.families import Family, family_of
-from coupled.rl.keys import integer_seed
+from coupled.rl.families import Family
 from coupled.rl.shapes import Bool, Float, Int
 from coupled.rl.vocabulary import OutputHead, forbid, project, token_logp
 
-ADAPTER_CONFIG = "adapter_config.json"
+DIFFUSION_FILE = "diffusion.json"
+"""In an adapter's folder: how its base was opened."""
 
 
 class Policy:
@@ -36,7 +29,7 @@ class Policy:
     Args:
         model: a transformers causal-LM class whose body is `model.model` and whose head is `model.lm_head`.
         tokenizer: must know a mask token and at least one end token.
-        family: logit shift and architecture.
+        family: logit shift, attention and architecture.
         compute_dtype: float32, or bfloat16 for autocast in the forward pass. Log-softmax is fp32 in either case.
     """
 
@@ -51,19 +44,9 @@ class Policy:
         self._reference_model: nn.Module | None = None
         self.has_moving_reference = False
         config = self._base.config
-        mask_id = tokenizer.mask_token_id
-        if mask_id is None:
-            mask_id = getattr(config, "mask_token_id", None)
-        if mask_id is None:
-            raise CheckpointError(
-                "a diffusion model needs a mask token: neither tokenizer.mask_token nor config.mask_token_id is set; "
-                "add one of them to the checkpoint"
-            )
-        self.mask_id = int(mask_id)
+        self.mask_id = find_mask_id(tokenizer, config, family)
         self.pad_id: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-        self.end_ids: tuple[int, ...] = tuple(
-            sorted({i for i in (tokenizer.eos_token_id, self.pad_id) if i is not None})
-        )
+        self.end_ids = find_end_ids(tokenizer, config, family)
         if len(tokenizer) > config.vocab_size:
             raise CheckpointError(
                 f"the tokenizer has {len(tokenizer)} tokens but the model embeds only {config.vocab_size}; "
@@ -115,15 +98,22 @@ class Policy:
     def hidden_at(
         self,
         ids: Int[Tensor, "B S"],
-        pad_lengths: Int[Tensor, " B"],
+        pad_lengths: Int[Tensor, " B"] | Layout,
         rows: Bool[Tensor, "B S"],
+        clean: Int[Tensor, "B S"] | None = None,
     ) -> Float[Tensor, "N D"]:
         """The states that predict the tokens *at* the positions `rows`, aligned whatever the family's shift.
 
-        Padding (the first `pad_lengths` positions of a row) is never attended, and positions count from the first
-        real token.
+        Padding (the first `pad_lengths` positions of a row, or what a `Layout` says) is never attended, and positions
+        count from the first real token. With block attention, `clean` is what earlier blocks hold, so that all blocks
+        are read as they are met while decoding, in one forward pass (None: `ids` themselves); with full attention
+        there are no earlier blocks, and it is not read.
         """
-        hidden = self._hidden(ids, pad_lengths)
+        layout = pad_lengths if isinstance(pad_lengths, Layout) else left_padded(pad_lengths, ids.shape[1])
+        if clean is None or self.family.block_length is None or self.is_causal:
+            hidden = self._hidden(ids, layout, self._allowed(layout))
+        else:
+            hidden = self._hidden_with_clean_prefix(ids, clean, layout, rows, self.family.block_length)
         source = rows
         if self.family.shift:
             source = torch.zeros_like(rows)
@@ -133,56 +123,100 @@ class Policy:
     def logits_at(
         self,
         ids: Int[Tensor, "B S"],
-        pad_lengths: Int[Tensor, " B"],
+        pad_lengths: Int[Tensor, " B"] | Layout,
         rows: Bool[Tensor, "B S"],
+        clean: Int[Tensor, "B S"] | None = None,
     ) -> Float[Tensor, "N V"]:
-        """Logits for the tokens at the positions `rows`. They are projected there only: [B, S, V] never exists."""
-        return project(self.head, self.hidden_at(ids, pad_lengths, rows))
+        """Logits for the tokens at the positions `rows`, as `hidden_at` reads them, raw and at least fp32.
+
+        They are projected there only: [B, S, V] never exists.
+        """
+        return project(self.head, self.hidden_at(ids, pad_lengths, rows, clean))
 
     def logp_at(
         self,
         ids: Int[Tensor, "B S"],
-        pad_lengths: Int[Tensor, " B"],
+        pad_lengths: Int[Tensor, " B"] | Layout,
         rows: Bool[Tensor, "B S"],
         targets: Int[Tensor, "B S"],
         temperature: float = 1.0,
     ) -> Float[Tensor, " N"]:
-        """log p(targets | ids) at the positions `rows`, in nats, fp32; MASK has probability zero."""
+        """log p(targets | ids) at the positions `rows`, in nats, fp32; MASK has probability zero.
+
+        `targets` is the whole finished sequence: with block attention, earlier blocks are read from it.
+        """
         line = torch.arange(int(rows.sum()), device=ids.device)
-        return self.logp_of(ids, pad_lengths, rows, line, targets[rows], temperature)
+        return self.logp_of(ids, pad_lengths, rows, line, targets[rows], temperature, targets)
 
     def logp_of(
         self,
         ids: Int[Tensor, "B S"],
-        pad_lengths: Int[Tensor, " B"],
+        pad_lengths: Int[Tensor, " B"] | Layout,
         rows: Bool[Tensor, "B S"],
         line: Int[Tensor, " M"],
         targets: Int[Tensor, " M"],
         temperature: float = 1.0,
+        clean: Int[Tensor, "B S"] | None = None,
     ) -> Float[Tensor, " M"]:
-        """As `logp_at`, for any number of tokens at a position: token m is scored at the `line_m`-th of `rows`."""
-        return token_logp(self.head, self.hidden_at(ids, pad_lengths, rows), line, targets, temperature)
+        """As `logp_at`, for any number of tokens at a position: token m is scored at the `line_m`-th of `rows`.
+
+        `clean` is what earlier blocks hold, as in `hidden_at`.
+        """
+        return token_logp(self.head, self.hidden_at(ids, pad_lengths, rows, clean), line, targets, temperature)
 
     def without_mask_token(self, logits: Float[Tensor, "N V"]) -> Float[Tensor, "N V"]:
         """Forbid MASK (a completion never contains it) and head rows that no token names."""
         return forbid(self.head, logits)
 
-    def _hidden(self, ids: Int[Tensor, "B S"], pad_lengths: Int[Tensor, " B"]) -> Float[Tensor, "B S D"]:
-        length = ids.shape[1]
-        place = torch.arange(length, device=ids.device)
-        is_real = place[None, :] >= pad_lengths[:, None]
-        # An explicit additive mask: with none, transformers would fall back to causal attention for some classes,
-        # and eager attention silently adds a boolean mask as 0/1.
-        dtype = self.compute_dtype
-        allowed = is_real[:, None, None, :]
-        if self.is_causal:
-            allowed = allowed & (place[:, None] >= place[None, :])
-        lowest = torch.finfo(dtype).min
-        attention = torch.zeros(allowed.shape, dtype=dtype, device=ids.device).masked_fill(~allowed, lowest)
-        positions = (place[None, :] - pad_lengths[:, None]).clamp(min=0)
+    def hidden_after(
+        self,
+        ids: Int[Tensor, "B Q"],
+        positions: Int[Tensor, "B Q"],
+        allowed: Bool[Tensor, "B _ K"],
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "B Q D"]:
+        """Hidden states of `ids` at `positions`; the keys are those in the cache, then their own, which are added."""
+        attention = additive(allowed, self._mask_dtype)
         with self._autocast():
-            out = self._base.model(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False)
+            out = self._base.model(
+                input_ids=ids,
+                attention_mask=attention,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=cache is not None,
+            )
         return out.last_hidden_state
+
+    def _allowed(self, layout: Layout) -> Bool[Tensor, "B Q S"]:
+        return may_attend(layout, layout, block_length=self.family.block_length, is_causal=self.is_causal)
+
+    def _hidden(
+        self, ids: Int[Tensor, "B S"], layout: Layout, allowed: Bool[Tensor, "B Q S"]
+    ) -> Float[Tensor, "B S D"]:
+        return self.hidden_after(ids, layout.position, allowed)
+
+    def _hidden_with_clean_prefix(
+        self,
+        ids: Int[Tensor, "B S"],
+        clean: Int[Tensor, "B S"],
+        layout: Layout,
+        rows: Bool[Tensor, "B S"],
+        block_length: int,
+    ) -> Float[Tensor, "B S D"]:
+        """Both streams in one pass; of the noisy one only the blocks from the first that is asked for."""
+        first = first_column_of_blocks(layout, rows, block_length)
+        noisy = layout.columns(slice(first, None))
+        hidden = self.hidden_after(
+            torch.cat((ids[:, first:], clean), dim=1),
+            torch.cat((noisy.position, layout.position), dim=1),
+            two_streams(noisy, layout, block_length),
+        )
+        width = ids.shape[1] - first
+        return torch.cat((hidden.new_zeros((len(ids), first, hidden.shape[-1])), hidden[:, :width]), dim=1)
+
+    @property
+    def _mask_dtype(self) -> torch.dtype:
+        return self._base.dtype if self.compute_dtype == torch.float32 else self.compute_dtype
 
     def _autocast(self) -> Any:
         if self.compute_dtype == torch.float32:
@@ -280,121 +314,63 @@ class Policy:
 
     def save(self, folder: Path) -> None:
         """Write an adapter, or the whole model, with the tokenizer: a folder that `load_policy` opens."""
-        self.model.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
+        # Adapters never train embeddings, and a new MASK gets the same row whenever its base is opened.
+        only_adapter = {"save_embedding_layers": False} if self.has_adapter else {}
+        self.model.save_pretrained(folder, **only_adapter)  # type: ignore[operator]
         self.tokenizer.save_pretrained(folder)
+        if self.has_adapter:
+            # The base's own files may not say how it was opened.
+            (folder / DIFFUSION_FILE).write_text(json.dumps(self._how_opened()) + "\n")
+
+    def _how_opened(self) -> dict[str, Any]:
+        stated = getattr(self.config, "diffusion", None) or {}
+        return {
+            "family": self.family.name,
+            "shift": self.family.shift,
+            "block_length": self.family.block_length or 0,
+            "mask_token": self.tokenizer.convert_ids_to_tokens(self.mask_id),
+            "end_tokens": self.tokenizer.convert_ids_to_tokens(stated.get("end_ids", [])),
+        }
 
 
-def load_policy(
-    path: Path | str,
-    *,
-    family: str | None = None,
-    shift: int | None = None,
-    compute_dtype: torch.dtype = torch.float32,
-    from_scratch_seed: int | None = None,
-    device: str = "cpu",
-) -> Policy:
-    """Open a checkpoint: a model folder, or an adapter folder that names its base.
-
-    With `from_scratch_seed` only `config.json` and the tokenizer are read, and weights are drawn.
+def find_mask_id(tokenizer: Any, config: Any, family: Family) -> int:
+    """The mask token: what the tokenizer says, else `config.json`, else the family by name, else by number.
 
     Raises:
-        CheckpointError: no such folder, a missing file, an unknown family, or weights that do not fill the model.
+        CheckpointError: none of them does.
     """
-    folder = Path(path)
-    is_local = folder.is_dir()
-    if is_local:
-        path = folder = folder.resolve()  # an adapter remembers this path, and may be opened from elsewhere
-    if not is_local and (folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1):
-        raise CheckpointError(f"model.path must be a checkpoint folder or a hub name 'owner/name'; {path} is neither")
-    if is_local and (folder / ADAPTER_CONFIG).is_file():
-        return _load_adapter(folder, family=family, shift=shift, compute_dtype=compute_dtype, device=device)
-    if is_local and not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} has no config.json: it is not a checkpoint folder")
-    if is_local and from_scratch_seed is None and not list(folder.glob("*.safetensors*")):
+    if tokenizer.mask_token_id is not None:
+        return int(tokenizer.mask_token_id)
+    if getattr(config, "mask_token_id", None) is not None:
+        return int(config.mask_token_id)
+    if family.mask_token is not None and (found := _known_ids(tokenizer, (family.mask_token,))):
+        return found[0]
+    if family.mask_id is not None:
+        return family.mask_id
+    raise CheckpointError(
+        "a diffusion model needs a mask token: neither tokenizer.mask_token nor config.mask_token_id is set; "
+        "set model.mask_token, to a token of the checkpoint that is to be reused or to a new one"
+    )
+
+
+def find_end_ids(tokenizer: Any, config: Any, family: Family) -> tuple[int, ...]:
+    """What ends a completion: the tokenizer's end and pad tokens, and those that the family has besides.
+
+    Raises:
+        CheckpointError: nothing does.
+    """
+    stated = (getattr(config, "diffusion", None) or {}).get("end_ids")
+    if stated:
+        return tuple(sorted(stated))
+    ids = {tokenizer.eos_token_id, tokenizer.pad_token_id, *_known_ids(tokenizer, family.end_tokens)} - {None}
+    if not ids:
         raise CheckpointError(
-            f"{folder} has a configuration but no weights (*.safetensors). Point model.path at a checkpoint that has "
-            "them, or draw fresh ones with model.init=random"
+            "the tokenizer names no end token (tokenizer.eos_token), so no completion would ever end; set "
+            "model.end_tokens to the tokens that end one"
         )
-    try:
-        values, _ = PreTrainedConfig.get_config_dict(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"cannot read the configuration of {path}: {error}") from error
-    found = family_of(values, name=family, shift=shift)
-    # The checkpoint's own model_type may need remote code; the family says which class of transformers computes it.
-    values = {k: v for k, v in values.items() if k not in ("model_type", "auto_map", "architectures")}
-    config = AutoConfig.for_model(found.model_type, **values)
-    config.is_causal = False
-    config.diffusion = {"family": found.name, "shift": found.shift}
-    # Eager attention trains about twice as fast as SDPA on a CPU at lengths under 100; on a GPU SDPA wins.
-    config._attn_implementation = "eager" if device == "cpu" else "sdpa"
-    config.use_cache = False
-    if from_scratch_seed is not None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(integer_seed(from_scratch_seed, "init"))
-            model = AutoModelForCausalLM.from_config(config, attn_implementation=config._attn_implementation)
-    else:
-        try:
-            model, info = AutoModelForCausalLM.from_pretrained(
-                path,
-                config=config,
-                dtype=torch.float32,
-                attn_implementation=config._attn_implementation,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # they are reported below, with everything else that does not fit
-            )
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise CheckpointError(f"cannot read the weights of {path}: {error}. Copy the checkpoint again") from error
-        lost = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
-        if lost or info["unexpected_keys"]:
-            raise CheckpointError(
-                f"{path} does not fill the {found.model_type} architecture: "
-                f"missing {lost[:3]}, unexpected {sorted(info['unexpected_keys'])[:3]}; "
-                "is model.family right for this checkpoint?"
-            )
-    tokenizer = load_tokenizer(path)
-    return Policy(model.to(device).eval(), tokenizer, found, compute_dtype)
+    return tuple(sorted(ids))
 
 
-def load_tokenizer(path: Path | str) -> Any:
-    """The tokenizer of a checkpoint folder, or of a hub name."""
-    # A tokenizer.json is complete. AutoTokenizer would replace its pre-tokenizer by the one it knows for the model
-    # type, and split the same text into other tokens.
-    is_complete = (Path(path) / "tokenizer.json").is_file()
-    return (PreTrainedTokenizerFast if is_complete else AutoTokenizer).from_pretrained(path)
-
-
-def _load_adapter(folder: Path, **options: Any) -> Policy:
-    from peft import PeftModel
-
-    base_path = json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
-    policy = load_policy(base_path, **options)
-    with _without_deprecations():
-        policy.model = PeftModel.from_pretrained(policy.model, str(folder), is_trainable=True).eval()
-    return policy
-
-
-def add_adapter(policy: Policy, *, rank: int, alpha: float, targets: tuple[str, ...], seed: int) -> None:
-    """Wrap the model with LoRA adapters [Hu et al. 2021]; only they are trained.
-
-    `lora_B` starts at zero, so the policy with fresh adapters equals its base exactly.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), lora_dropout=0.0, bias="none")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(integer_seed(seed, "adapter"))
-        with _without_deprecations():
-            try:
-                policy.model = get_peft_model(policy.model, config).eval()
-            except ValueError as error:
-                raise CheckpointError(
-                    f"model.adapter.targets must name linear layers of the model; {list(targets)} does not: {error}"
-                ) from error
-
-
-@contextmanager
-def _without_deprecations() -> Iterator[None]:
-    # peft asks transformers for attributes that are on their way out; a user of ours can do nothing about it.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        yield
+def _known_ids(tokenizer: Any, names: tuple[str, ...]) -> list[int]:
+    vocabulary = tokenizer.get_vocab() if names else {}
+    return [vocabulary[name] for name in names if name in vocabulary]

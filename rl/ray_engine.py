@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from coupled.rl.checkpoint import open_policy, use_threads
-from coupled.rl.denoise import Request, Sampler, denoise
-from coupled.rl.engine import request_chunks
+from coupled.rl.denoise import Request, Sampler
+from coupled.rl.engine import request_chunks, roll_out
 from coupled.rl.errors import RolloutError
 from coupled.rl.policy import Policy
 from coupled.rl.ray_cluster import close_ray, open_ray
@@ -42,7 +42,7 @@ class RolloutWorker:
 
     def generate(self, requests: list[Request], sampler: Sampler, seed: int) -> list[Rollout]:
         """Denoise one batch."""
-        return denoise(self._policy, requests, sampler, seed=seed, weight_version=self._version)
+        return roll_out(self._policy, requests, sampler, seed=seed, weight_version=self._version)
 
 
 class RayEngine:

@@ -51,9 +51,29 @@ class Model(Section):
     shift: Annotated[int, Field(ge=0, le=1)] | None = Field(
         default=None, description="logit shift, 0 or 1; none takes the family's"
     )
+    block_length: Annotated[int, Field(ge=0)] | None = Field(
+        default=None,
+        description="attention in blocks of so many positions, or 0 for attention to the whole sequence; none takes "
+        "the family's",
+    )
+    mask_token: str | None = Field(
+        default=None,
+        description="the token that means MASK; a new one is added to an autoregressive model; none takes the "
+        "checkpoint's",
+    )
+    end_tokens: tuple[str, ...] = Field(
+        default=(), description="tokens that end a completion; none takes the checkpoint's and the family's"
+    )
+    trust_remote_code: bool = Field(
+        default=False, description="run the modelling code in the checkpoint's folder; families never need it"
+    )
     adapter: Adapter | None = Field(default=None, description="none trains all weights")
     compute_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32", description="bfloat16 runs the forward pass under autocast; log-softmax stays fp32"
+    )
+    weights_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="of the weights under an adapter; bfloat16 halves the memory they take",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes a GPU when there is one")
 
@@ -63,6 +83,17 @@ class Model(Section):
             raise ValueError(
                 "an adapter needs a saved base to be opened again: model.init is 'random', so train all weights "
                 "(model.adapter=null), or give a checkpoint (model.init=checkpoint)"
+            )
+        if self.weights_dtype == "bfloat16" and self.compute_dtype == "float32":
+            raise ValueError(
+                "weights in bfloat16 cannot compute in float32; set model.compute_dtype=bfloat16, too, or leave "
+                "model.weights_dtype out"
+            )
+        if self.weights_dtype != "float32" and self.adapter is None:
+            raise ValueError(
+                "weights that are trained must be float32, for bfloat16 rounds small updates away; got "
+                f"model.weights_dtype={self.weights_dtype!r} without model.adapter. Use model.compute_dtype=bfloat16 "
+                "for speed, or train an adapter"
             )
         return self
 
@@ -101,6 +132,17 @@ class Rollout(Section):
     denoising_steps: Positive = Field(default=256, description="forward passes per completion; at most canvas")
     temperature: float = Field(default=1.2, gt=0, description="of the token distribution")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, description="nucleus mass kept; 1 keeps all")
+    top_k: int = Field(default=0, ge=0, description="likeliest tokens kept, before top_p; 0 keeps all")
+    confidence_threshold: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="of block families: each step also commits every token that is at least so sure; none: by the "
+        "schedule alone",
+    )
+    entropy_bound: Annotated[float, Field(ge=0)] | None = Field(
+        default=None,
+        description="of block families: each step also commits the surest tokens while the entropies of all but the "
+        "last add up to at most this, in nats; none: by the schedule alone",
+    )
     order: Literal["entropy", "maskgit", "margin", "origin"] = Field(
         default="entropy",
         description="which positions are committed: lowest entropy, likeliest draw, largest margin, or random",

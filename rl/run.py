@@ -105,7 +105,9 @@ class Run:
             return
         prompts = prompts_to_check(self._prompts)
         requests = [Request(uid=f"parity/{i}-{p.task.uid}", prompt_ids=p.token_ids) for i, p in enumerate(prompts)]
-        made = self._engine.generate(requests, sampler_for_parity(sampler_of(recipe)), seed=recipe.seed)
+        made = self._engine.generate(
+            requests, sampler_for_parity(sampler_of(recipe), self.policy.family.block_length), seed=recipe.seed
+        )
         # A recipe may score at another temperature on purpose; that is not what is looked for here.
         is_chosen = recipe.estimator.temperature is not None
         temperature = recipe.rollout.temperature if is_chosen else self._temperature

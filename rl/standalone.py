@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 
 from coupled.rl.autoregressive import require_end_token
-from coupled.rl.checkpoint import open_policy, use_threads
+from coupled.rl.checkpoint import how_to_open, open_policy, use_threads
 from coupled.rl.data import encode_prompts, load_tasks, render_prompt
-from coupled.rl.denoise import Request, Sampler, denoise
-from coupled.rl.engine import InlineEngine
+from coupled.rl.denoise import Request, Sampler
+from coupled.rl.engine import InlineEngine, roll_out
 from coupled.rl.errors import CheckpointError, DataError, RecipeError
 from coupled.rl.evaluate import Evaluation, evaluate, sampler_of
 from coupled.rl.grading import open_grader
-from coupled.rl.policy import Policy, load_policy
+from coupled.rl.loading import load_policy
+from coupled.rl.policy import Policy
 from coupled.rl.recipe import Recipe, apply_overrides, load_recipe
 from coupled.rl.rundir import committed_checkpoints, read_run_recipe
 from coupled.rl.types import Rollout
@@ -90,7 +91,7 @@ def sample_checkpoint(
     """
     checkpoint = find_checkpoint(path)
     chosen = recipe_for(checkpoint, recipe, overrides)
-    policy = load_policy(checkpoint, family=chosen.model.family, shift=chosen.model.shift)
+    policy = load_policy(checkpoint, **how_to_open(chosen.model))
     require_end_token(policy.tokenizer, checkpoint)
     sampler: Sampler = replace(sampler_of(chosen), temperature=temperature)
     text = render_prompt(prompt, policy.tokenizer)
@@ -102,7 +103,7 @@ def sample_checkpoint(
         if watch is not None:
             watch(policy, step, canvases[0])
 
-    (rollout,) = denoise(policy, [Request(uid="sample", prompt_ids=ids)], sampler, seed=seed, watch=show)
+    (rollout,) = roll_out(policy, [Request(uid="sample", prompt_ids=ids)], sampler, seed=seed, watch=show)
     return policy, rollout
 
 

@@ -82,7 +82,8 @@ class TrainBatch:
     is_scored: Bool[Tensor, " B"]
     """False where the judge had no verdict: such rows carry no loss."""
     commit_step: Int[Tensor, "B C"] | None = None
-    """The denoising step at which the sampler unmasked each position, -1 where it never did; None: not recorded."""
+    """The denoising step at which the sampler unmasked each position, -1 where it never did; None: not recorded. With
+    block attention it is counted within the block."""
 
     @property
     def canvas_length(self) -> int:

@@ -63,6 +63,7 @@ def build_policy(
     tokenizer: PreTrainedTokenizerFast,
     *,
     shift: int = 1,
+    block_length: int | None = None,
     seed: int = 0,
     scale: float = 0.25,
     end_scale: float = 1.0,
@@ -87,7 +88,7 @@ def build_policy(
         "mask_token_id": tokenizer.mask_token_id,
         "is_causal": False,
         "use_cache": False,
-        "diffusion": {"family": "dream", "shift": shift},
+        "diffusion": {"family": "dream", "shift": shift, "block_length": block_length},
     }
     settings = Qwen2Config(**(values | config))
     settings._attn_implementation = "eager"
@@ -99,7 +100,8 @@ def build_policy(
             if "norm" not in name:
                 parameter.normal_(0.0, scale, generator=stream)
         model.lm_head.weight[tokenizer.eos_token_id] *= end_scale
-    return Policy(model, tokenizer, Family(name="dream", model_type="qwen2", shift=shift))
+    family = Family(name="dream", model_type="qwen2", shift=shift, block_length=block_length)
+    return Policy(model, tokenizer, family)
 
 
 @pytest.fixture(scope="session")

@@ -26,8 +26,11 @@ CORE = (
     "batch",
     "noise",
     "denoise",
+    "block_denoise",
+    "attention",
     "vocabulary",
     "policy",
+    "loading",
     "families",
     "optimizer",
     "gradient_checkpointing",
@@ -179,7 +182,7 @@ def test_no_file_sets_a_global_generator_outside_a_fork(name: str) -> None:
     calls = SeedCalls()
     calls.visit(ast.parse(FILES[name].read_text()))
     assert calls.lines == []
-    assert calls.forked == 0 or name == "rl/policy.py", "weights are initialised in policy.py and nowhere else"
+    assert calls.forked == 0 or name == "rl/loading.py", "weights are initialised in loading.py and nowhere else"
 
 
 # doctor reports the environment, ray_cluster hands one to its actors; the sandbox is about processes.

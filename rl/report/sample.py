@@ -12,7 +12,7 @@ from typing import Any
 
 from coupled.reward import extract
 from coupled.rl.keys import generator
-from coupled.rl.policy import load_tokenizer
+from coupled.rl.loading import load_tokenizer
 from coupled.rl.report.data import RunRecord, spread
 from coupled.rl.rollout_log import num_rollouts, read_rollouts, rollout_files
 from coupled.rl.rundir import committed_checkpoints

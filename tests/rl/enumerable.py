@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from coupled.rl.attention import Layout
 from coupled.rl.families import Family
 from coupled.rl.policy import Policy
 from coupled.rl.types import TrainBatch
@@ -33,7 +34,7 @@ class Toy(Policy):
     def head(self) -> OutputHead:
         return OutputHead(module=nn.Identity(), mask_id=TOY_MASK, num_tokens=WORDS + 1)
 
-    def hidden_at(self, ids: Tensor, pad_lengths: Tensor, rows: Tensor) -> Tensor:
+    def hidden_at(self, ids: Tensor, pad_lengths: Tensor | Layout, rows: Tensor, clean: Tensor | None = None) -> Tensor:
         """The logits themselves, for a head that leaves them as they are."""
         self.num_rows += len(ids)
         state = (ids[:, -CANVAS:] * (WORDS + 1) ** torch.arange(CANVAS)).sum(-1)

@@ -143,12 +143,18 @@ def test_a_row_that_leaves_early_has_the_text_it_would_have_had_at_the_end(
     assert all(r.num_forwards == 9 for r in late), "the first of ten steps commits nothing and runs nothing"
 
 
-def test_published_dream_code_decodes_the_same_tokens(dream: Policy, dream_tensors: dict[str, Tensor]) -> None:
-    """Eight positions in eight steps, lowest entropy first. Unlike it, we stop at the first end token."""
+@pytest.mark.parametrize(
+    ("published", "order"), [("entropy", "entropy"), ("maskgit_plus", "maskgit"), ("topk_margin", "margin")]
+)
+def test_published_dream_code_decodes_the_same_tokens(
+    dream: Policy, dream_tensors: dict[str, Tensor], published: str, order: str
+) -> None:
+    """Eight positions in eight steps, among the 50 likeliest tokens: that is the default of its configuration class,
+    and confidence is of the filtered distribution. Unlike it, we stop at the first end token."""
     prompt = tuple(dream_tensors["gen_prompt"][0].tolist())
-    expected = dream_tensors["gen_entropy"][0, len(prompt) :].tolist()
+    expected = dream_tensors[f"gen_{published}"][0, len(prompt) :].tolist()
     assert 501 not in expected, "the reference never ended, so all eight tokens are compared"
-    sampler = Sampler(canvas=8, denoising_steps=8, temperature=0.0, order="entropy")
+    sampler = Sampler(canvas=8, denoising_steps=8, temperature=0.0, order=order, top_k=50)
     (rollout,) = denoise(dream, [Request(uid="golden", prompt_ids=prompt)], sampler, seed=0)
     assert rollout.canvas_ids.tolist() == expected
 
@@ -280,8 +286,10 @@ def test_equal_samplers_have_equal_names_and_others_do_not() -> None:
         replace(SAMPLED, temperature=1.0),
         replace(SAMPLED, top_p=0.8),
         replace(SAMPLED, order="margin"),
+        replace(SAMPLED, top_k=5),
+        replace(SAMPLED, confidence_threshold=0.5),
     ]
-    assert len({SAMPLED.hash, *(s.hash for s in changed)}) == 6
+    assert len({SAMPLED.hash, *(s.hash for s in changed)}) == 8
 
 
 # --- the parts ----------------------------------------------------------------------------------------------------

@@ -15,10 +15,9 @@ from toys import MakePolicy, global_random_states, make_batch, make_recipe, make
 import coupled.rl.run as run_module
 from coupled.reward import Status, Task, Verdict
 from coupled.rl.batch import collate, micro_batches
-from coupled.rl.denoise import Sampler, denoise
-from coupled.rl.engine import InlineEngine
+from coupled.rl.denoise import Sampler
+from coupled.rl.engine import InlineEngine, roll_out
 from coupled.rl.estimators import ESTIMATORS
-from coupled.rl.families import FAMILIES
 from coupled.rl.grading import Grader
 from coupled.rl.logprob import estimate_logp, spread_over_tokens
 from coupled.rl.loss import coupled_grpo_loss
@@ -98,6 +97,9 @@ def scored(policy: Policy, batch: TrainBatch, estimator: Estimator) -> Tensor:
     return estimate_logp(policy, batch, draw_masks(batch, estimator, KEY), estimator)
 
 
+every_attention = pytest.mark.parametrize("family", [{}, {"shift": 0, "block_length": 4}], ids=["full", "blocks"])
+
+
 def test_every_estimator_of_the_recipe_is_in_the_matrix() -> None:
     names = set(Estimator.model_fields["name"].annotation.__args__)
     assert names == set(ESTIMATORS) == {estimator.name for estimator in VARIANTS.values()}
@@ -118,7 +120,7 @@ def token_by_token(policy: Policy, batch: TrainBatch, draw: MaskDraw, post_eos: 
         end = int(batch.valid[row].sum()) if post_eos == "excluded" else len(canvas)
         for view in draw.views:
             ids = [MASK_ID if h else token for h, token in zip(view.hidden[row].tolist(), canvas, strict=True)]
-            logp = plain_logits(policy, prompt + ids[:end])[len(prompt) :].log_softmax(-1)
+            logp = plain_logits(policy, prompt + ids[:end], prompt + canvas[:end])[len(prompt) :].log_softmax(-1)
             for k in view.scored[row].nonzero().flatten().tolist():
                 scores[row, k] += logp[k, canvas[k]] / float(view.divisor[row])
     scores = scores / draw.total
@@ -127,13 +129,14 @@ def token_by_token(policy: Policy, batch: TrainBatch, draw: MaskDraw, post_eos: 
     return torch.stack([v * s.sum() / max(1, int(v.sum())) for s, v in zip(scores, batch.valid, strict=True)])
 
 
-@pytest.mark.parametrize("shift", [0, 1])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("shift", "block_length"), [(0, None), (1, None), (0, 1), (0, 3), (0, 4)])
 @every_estimator
 @torch.no_grad()
-def test_every_estimator_scores_every_family(tiny_policy: MakePolicy, name: str, family: str, shift: int) -> None:
-    policy, batch, estimator = tiny_policy(shift=shift), five(), VARIANTS[name]
-    policy.family = replace(FAMILIES[family], shift=shift)
+def test_every_estimator_scores_every_kind_of_family(
+    tiny_policy: MakePolicy, name: str, shift: int, block_length: int | None
+) -> None:
+    """With blocks, also those into which prompts of 2 to 6 tokens reach."""
+    policy, batch, estimator = tiny_policy(shift=shift, block_length=block_length), five(), VARIANTS[name]
     draw = draw_masks(batch, estimator, KEY)
     scores = estimate_logp(policy, batch, draw, estimator)
     expected = token_by_token(policy, batch, draw, estimator.post_eos)
@@ -162,11 +165,14 @@ def test_each_valid_token_is_scored_exactly_once_by_each_pair_and_by_each_replay
 # --- padding, splits, order ----------------------------------------------------------------------------------------
 
 
+@every_attention
 @every_estimator
 @torch.no_grad()
-def test_a_completion_scores_the_same_alone_padded_and_in_company(tiny_policy: MakePolicy, name: str) -> None:
+def test_a_completion_scores_the_same_alone_padded_and_in_company(
+    tiny_policy: MakePolicy, name: str, family: dict[str, int]
+) -> None:
     """Drawn anew for each way of holding the row, so the draws must not see padding either."""
-    policy, batch, estimator = tiny_policy(), with_steps(make_batch([2, 9, 4], [6, 3, 5])), VARIANTS[name]
+    policy, batch, estimator = tiny_policy(**family), with_steps(make_batch([2, 9, 4], [6, 3, 5])), VARIANTS[name]
     together = scored(policy, batch, estimator)
     for i in range(3):
         row = batch.rows(slice(i, i + 1))
@@ -291,11 +297,12 @@ def open_toy_run(policy: Policy, folder: Path, estimator: Estimator, **sections:
     return Run(recipe, policy, [], [], Grader.__new__(Grader), RunDir(folder, keep=1), InlineEngine(policy, 4))
 
 
+@every_attention
 @every_estimator
 def test_at_the_rollout_policy_ratio_is_1_kl_is_0_and_the_gradient_is_reinforce(
-    tiny_policy: MakePolicy, name: str
+    tiny_policy: MakePolicy, name: str, family: dict[str, int]
 ) -> None:
-    policy, batch, estimator = tiny_policy(), five(), VARIANTS[name]
+    policy, batch, estimator = tiny_policy(**family), five(), VARIANTS[name]
     policy.freeze_reference()
     draw = draw_masks(batch, estimator, KEY)
     with torch.no_grad():
@@ -324,9 +331,9 @@ def test_old_reference_and_new_read_the_same_masked_inputs(
     inputs: list[Tensor] = []
     plain = policy.hidden_at
 
-    def recording(ids: Tensor, pad_lengths: Tensor, rows: Tensor) -> Tensor:
+    def recording(ids: Tensor, *rest: Tensor) -> Tensor:
         inputs.append(ids.clone())
-        return plain(ids, pad_lengths, rows)
+        return plain(ids, *rest)
 
     monkeypatch.setattr(policy, "hidden_at", recording)
     draw = draw_masks(batch, estimator, KEY)
@@ -440,7 +447,7 @@ def test_hiding_the_prompt_moves_no_other_draw() -> None:
 def rolled_out(policy: Policy, sampler: Sampler) -> tuple[TrainBatch, Tensor]:
     """A batch of rollouts the way a run makes it, and the log-probability of each token when it was committed."""
     requests = make_requests(6, seed=5)
-    rollouts = denoise(policy, requests, sampler, seed=3)
+    rollouts = roll_out(policy, requests, sampler, seed=3)
     groups = [
         Group(
             prompt=Prompt(task=Task(uid=r.uid, prompt="p", hidden_tests=("assert 1",)), token_ids=r.prompt_ids),
@@ -470,6 +477,23 @@ def test_replaying_a_rollout_under_its_policy_gives_its_own_log_probs(
     assert commit_logp[batch.valid].min() < -0.5
     lengths = batch.valid.sum(-1)
     assert lengths.min() < 12, "no completion ended early, so what follows the end is not tested"
+
+
+@pytest.mark.parametrize(("num_steps", "temperature"), [(12, 1.0), (6, 1.2), (1, 0.7)])
+@torch.no_grad()
+def test_replaying_a_rollout_of_blocks_gives_its_own_log_probs_in_as_many_passes_as_a_block_has_steps(
+    tiny_policy: MakePolicy, num_steps: int, temperature: float
+) -> None:
+    policy = tiny_policy(shift=0, block_length=4, end_scale=2.0)
+    sampler = Sampler(canvas=12, denoising_steps=num_steps, temperature=temperature)
+    batch, commit_logp = rolled_out(policy, sampler)
+    estimator = Estimator(name="trajectory", post_eos="kept")
+    draw = draw_masks(batch, estimator, KEY)
+    assert len(draw.forwards) == -(-num_steps * 4 // 12)
+    scores = estimate_logp(policy, batch, draw, estimator, temperature)
+    assert (scores - commit_logp)[batch.valid].abs().max() < 1e-5
+    assert batch.valid.sum(-1).min() < 12
+    assert batch.valid.sum(-1).max() == 12
 
 
 @torch.no_grad()

@@ -125,7 +125,7 @@ def test_on_a_terminal_the_canvas_fills_in_place() -> None:
     import numpy as np
     from rich.console import Console
 
-    from coupled.rl.policy import load_policy
+    from coupled.rl.loading import load_policy
 
     policy = load_policy(TINY)
     out = io.StringIO()

@@ -12,9 +12,10 @@ from torch import Tensor
 from toys import MakePolicy, global_random_states, make_batch
 
 from coupled.rl.gradient_checkpointing import checkpoint_gradients
+from coupled.rl.loading import add_adapter, load_policy
 from coupled.rl.logprob import estimate_logp
 from coupled.rl.masking import draw_masks
-from coupled.rl.policy import Policy, add_adapter, load_policy
+from coupled.rl.policy import Policy
 from coupled.rl.recipe import Estimator
 
 KEY = (0, "mask", 1, 0)

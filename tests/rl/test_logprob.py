@@ -148,9 +148,9 @@ def spy_on_rows(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
     plain = policy.hidden_at
 
-    def counting(ids: Tensor, pad_lengths: Tensor, rows: Tensor) -> Tensor:
+    def counting(ids: Tensor, *rest: Tensor) -> Tensor:
         seen.append(len(ids))
-        return plain(ids, pad_lengths, rows)
+        return plain(ids, *rest)
 
     monkeypatch.setattr(policy, "hidden_at", counting)
     return seen
@@ -207,10 +207,10 @@ def test_a_group_costs_two_masked_inputs_a_completion_and_the_shared_ones(
     inputs, rows = 0, 0
     plain = policy.hidden_at
 
-    def counting(ids: Tensor, pad_lengths: Tensor, places: Tensor) -> Tensor:
+    def counting(ids: Tensor, pad_lengths: Tensor, places: Tensor, *rest: Tensor) -> Tensor:
         nonlocal inputs, rows
         inputs, rows = inputs + len(ids), rows + int(places.sum())
-        return plain(ids, pad_lengths, places)
+        return plain(ids, pad_lengths, places, *rest)
 
     monkeypatch.setattr(policy, "hidden_at", counting)
     scores = estimate_logp(policy, batch, draw_masks(batch, estimator, KEY), estimator)

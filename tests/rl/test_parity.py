@@ -193,7 +193,7 @@ def with_shift(policy: Policy) -> Policy:
 
 def attending_to_padding(policy: Policy) -> Policy:
     hidden_at = policy.hidden_at
-    policy.hidden_at = lambda ids, pads, rows: hidden_at(ids, torch.zeros_like(pads), rows)  # type: ignore[method-assign]
+    policy.hidden_at = lambda ids, pads, *rest: hidden_at(ids, torch.zeros_like(pads), *rest)  # type: ignore[method-assign]
     return policy
 
 

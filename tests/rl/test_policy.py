@@ -11,7 +11,8 @@ from toys import MakePolicy, global_random_states, make_batch, plain_logits, row
 
 from coupled.rl.errors import CheckpointError
 from coupled.rl.families import FAMILIES, family_of
-from coupled.rl.policy import Policy, add_adapter, load_policy
+from coupled.rl.loading import add_adapter, load_policy
+from coupled.rl.policy import Policy
 from coupled.rl.types import TrainBatch
 
 MakeFolder = Callable[..., Path]
@@ -149,7 +150,7 @@ def test_a_folder_without_a_configuration_is_refused(tmp_path: Path) -> None:
 
 def test_an_unknown_or_unstated_family_is_refused_with_the_known_ones(tiny_folder: MakeFolder) -> None:
     folder = tiny_folder()
-    with pytest.raises(CheckpointError, match="unknown model family 'lamda'; supported: dream"):
+    with pytest.raises(CheckpointError, match="unknown model family 'lamda'; did you mean 'llama'"):
         load_policy(folder, family="lamda")
     rewrite_config(folder, diffusion=None)
     with pytest.raises(CheckpointError, match=r"does not say which diffusion family.*'qwen2'.*model\.family"):

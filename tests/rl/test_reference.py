@@ -12,9 +12,10 @@ from coupled.rl.checkpoint import REFERENCE, read_checkpoint, write_checkpoint
 from coupled.rl.engine import InlineEngine
 from coupled.rl.errors import CheckpointError
 from coupled.rl.grading import Grader
+from coupled.rl.loading import add_adapter, load_policy
 from coupled.rl.masking import draw_masks
 from coupled.rl.optimizer import make_optimizer
-from coupled.rl.policy import Policy, add_adapter, load_policy
+from coupled.rl.policy import Policy
 from coupled.rl.recipe import Optimizer
 from coupled.rl.run import Run
 from coupled.rl.rundir import RunDir

@@ -13,8 +13,9 @@ from toys import MakePolicy, make_recipe
 
 from coupled.rl.checkpoint import read_checkpoint, write_checkpoint
 from coupled.rl.errors import CheckpointError
+from coupled.rl.loading import add_adapter, load_policy
 from coupled.rl.optimizer import apply_step, make_optimizer
-from coupled.rl.policy import Policy, add_adapter, load_policy
+from coupled.rl.policy import Policy
 from coupled.rl.recipe import Optimizer, Recipe
 from coupled.rl.rundir import (
     RunDir,

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from toys import MakePolicy, make_batch
 
 import coupled.rl.vocabulary as vocabulary
+from coupled.rl.loading import add_adapter
 from coupled.rl.logprob import estimate_logp
 from coupled.rl.masking import draw_masks
-from coupled.rl.policy import Policy, add_adapter
+from coupled.rl.policy import Policy
 from coupled.rl.recipe import Estimator
 from coupled.rl.vocabulary import OutputHead, token_logp
 

@@ -67,11 +67,21 @@ def make_requests(num: int, *, seed: int = 0, lengths: Sequence[int] = (3, 7, 2,
     ]
 
 
-def plain_logits(policy: Policy, ids: Sequence[int]) -> Tensor:
-    """Logits [S, V] for the token *at* each position of one unpadded row, MASK and unnamed rows forbidden."""
+def plain_logits(policy: Policy, ids: Sequence[int], clean: Sequence[int] | None = None) -> Tensor:
+    """Logits [S, V] for the token *at* each position of one unpadded row, MASK and unnamed rows forbidden.
+
+    With block attention each block has a forward pass of its own, after the earlier blocks of `clean`.
+    """
+    size = policy.family.block_length
+    if size is not None and clean is not None:
+        starts = range(0, len(ids), size)
+        passes = [plain_logits(policy, [*clean[:at], *ids[at : at + size]])[at:] for at in starts]
+        return torch.cat(passes)
     row = torch.tensor([list(ids)])
-    everywhere = torch.zeros((1, 1, row.shape[1], row.shape[1]))
     places = torch.arange(row.shape[1])[None]
+    block = places[0] // (size or row.shape[1])
+    everywhere = torch.zeros((1, 1, row.shape[1], row.shape[1]))
+    everywhere = everywhere.masked_fill(block[:, None] < block[None, :], torch.finfo(torch.float32).min)
     logits = policy.model(input_ids=row, attention_mask=everywhere, position_ids=places, use_cache=False).logits[0]
     if policy.family.shift:
         logits = torch.cat((logits[:1], logits[:-1]))

@@ -1,0 +1,275 @@
+"""Rollout of block-diffusion models: block after block, each denoised with all earlier ones in a key-value cache.
+
+Blocks of B positions are counted from the first token of the prompt. Whole blocks of the prompt are read once; what is
+left of it stands, unmasked, in the first block that is generated. A block is denoised in a few steps, each of which
+reads the block and the cache; then one more pass over the finished block puts its keys and values into the cache. That
+is exact: no later block can change an earlier one [BD3-LM; SDAR; Stable-DiffCoder].
+
+Shapes: R rows, L positions of a block, W positions from a row's first generated block on, K keys in the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from coupled.rl.attention import left_padded, may_attend
+from coupled.rl.denoise import Request, Sampler, is_settled, keyed_draws, make_rollout, read_out
+from coupled.rl.policy import Policy
+from coupled.rl.shapes import Bool, Float, Int
+from coupled.rl.types import Rollout
+from coupled.rl.vocabulary import project
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Line:
+    """Where the rows of a batch stand: each from the start of its first generated block on.
+
+    Example: prompts of 5 and 2 tokens, blocks of 4, a canvas of 3 give lines [p5 · · ·] and [p1 p2 · · ·], which start
+    at positions 4 and 0.
+    """
+
+    start: Int[Tensor, " R"]
+    """Position of the line's first token: the length of the whole prompt blocks."""
+    tail: Int[Tensor, " R"]
+    """Prompt tokens at the head of the line, fewer than a block."""
+    ids: Int[Tensor, "R W"]
+    """Tail of the prompt, canvas, and padding to whole blocks."""
+    canvas: int
+
+    @property
+    def place(self) -> Int[Tensor, "R W"]:
+        """Canvas position of each column; outside of the canvas elsewhere."""
+        return torch.arange(self.ids.shape[1], device=self.ids.device)[None, :] - self.tail[:, None]
+
+    @property
+    def is_canvas(self) -> Bool[Tensor, "R W"]:
+        return (self.place >= 0) & (self.place < self.canvas)
+
+    @property
+    def is_real(self) -> Bool[Tensor, "R W"]:
+        return self.place < self.canvas
+
+
+def steps_per_block(sampler: Sampler, block_length: int) -> int:
+    """`denoising_steps` are those of the whole canvas, shared out: 256 positions in 128 steps, blocks of 4 → 2."""
+    return max(1, min(block_length, -(-sampler.denoising_steps * block_length // sampler.canvas)))
+
+
+def counts_of_block(masked: Int[Tensor, " R"], num_steps: int, step: int) -> Int[Tensor, " R"]:
+    """Positions to commit at a step: masked ones shared evenly over the steps, the first steps getting one more.
+
+    Example: 3 masked in 2 steps → 2, then 1.
+    """
+    return masked // num_steps + (step < masked % num_steps)
+
+
+@torch.no_grad()
+def denoise_blocks(
+    policy: Policy,
+    requests: list[Request],
+    sampler: Sampler,
+    *,
+    seed: int,
+    weight_version: int = 0,
+    watch: Callable[[int, np.ndarray], None] | None = None,
+) -> list[Rollout]:
+    """Denoise one completion per request, all in one batch.
+
+    A row's numbers are keyed by (seed, uid, step of the block, position), so they do not depend on the batch. It leaves
+    as soon as every position before its first end token is settled. `watch` is shown every step with the canvases
+    [B, C] after it.
+    """
+    block_length = policy.family.block_length
+    assert block_length is not None, "the engine sends models without blocks elsewhere"
+    line = _line_of(policy, requests, sampler.canvas, block_length)
+    cache = _read_prompts(policy, requests, line.start, block_length)
+    num_steps = steps_per_block(sampler, block_length)
+    draws = keyed_draws(requests, sampler, seed, num_steps=block_length).to(policy.device)
+    record = _Record(line, policy)
+    live = torch.arange(len(requests), device=policy.device)
+    for block in range(line.ids.shape[1] // block_length):
+        columns = slice(block * block_length, (block + 1) * block_length)
+        masked_at_first = record.is_masked(live, columns).sum(-1)
+        for step in range(block_length):
+            is_masked = record.is_masked(live, columns)
+            if not is_masked.any():
+                break
+            logits = policy.without_mask_token(_logits_of_block(policy, line, cache, live, columns, is_masked))
+            row_of, column_of = is_masked.nonzero(as_tuple=True)
+            place = line.place[live][:, columns][row_of, column_of]
+            token_draws, order_draws = (draws[kind, live[row_of], step, place] for kind in (0, 1))
+            reading = read_out(logits, sampler, token_draws, order_draws)
+            scores = torch.full(is_masked.shape, float("-inf"), device=policy.device)
+            scores[row_of, column_of] = reading.confidence
+            entropy = torch.full(is_masked.shape, float("inf"), device=policy.device)
+            entropy[row_of, column_of] = reading.entropy
+            likeliest = torch.zeros(is_masked.shape, device=policy.device)
+            likeliest[row_of, column_of] = reading.logp.max(-1).values.exp()
+            count = counts_of_block(masked_at_first, num_steps, step) if step < num_steps else is_masked.sum(-1)
+            chosen = choose_positions(scores, entropy, likeliest, count.clamp(min=0), sampler)
+            picked = chosen[row_of, column_of]
+            tokens = reading.draw(picked, token_draws, sampler)
+            record.commit(
+                rows=live[row_of[picked]],
+                places=place[picked],
+                tokens=tokens,
+                step=block * block_length + step,
+                logp=reading.logp[picked].gather(-1, tokens[:, None])[:, 0],
+                entropy=reading.entropy[picked],
+            )
+            record.forwards[live[is_masked.any(-1)]] += 1
+            if watch is not None:
+                watch(block * block_length + step, record.canvas_ids.cpu().numpy())
+        stays = ~is_settled(record.canvas_ids[live], policy.mask_id, policy.end_ids)
+        live = live[stays]
+        if len(live) == 0:
+            break
+        if cache.get_seq_length() == 0:
+            cache = DynamicCache()  # one that holds nothing does not forget how many rows it was used with
+        cache.batch_select_indices(stays.nonzero()[:, 0])
+        _commit_block(policy, line, cache, live, columns)
+        record.forwards[live] += 1
+    return [
+        make_rollout(policy, request, *record.row(row), weight_version, sampler) for row, request in enumerate(requests)
+    ]
+
+
+def choose_positions(
+    scores: Float[Tensor, "R L"],
+    entropy: Float[Tensor, "R L"],
+    likeliest: Float[Tensor, "R L"],
+    count: Int[Tensor, " R"],
+    sampler: Sampler,
+) -> Bool[Tensor, "R L"]:
+    """The surest `count` masked positions of each row, and those that are sure enough besides.
+
+    With `confidence_threshold`, every position whose likeliest token has at least that probability; with
+    `entropy_bound` γ, the surest ones as long as Σ H - max H ≤ γ over them, which bounds what committing them at once
+    instead of one after the other can cost [EB-Sampler]. At least one position where any is masked.
+
+    Args:
+        scores: -inf where nothing is masked; a stable sort breaks ties by position.
+    """
+    is_masked = scores > float("-inf")
+    order = scores.sort(dim=-1, descending=True, stable=True).indices
+    rank = torch.zeros_like(order).scatter(
+        1, order, torch.arange(scores.shape[1], device=order.device).expand_as(order)
+    )
+    if sampler.confidence_threshold is not None or sampler.entropy_bound is not None:
+        count = count.clamp(min=1)
+    chosen = rank < count[:, None]
+    if sampler.confidence_threshold is not None:
+        chosen |= likeliest >= sampler.confidence_threshold
+    if sampler.entropy_bound is not None:
+        by_entropy = entropy.sort(dim=-1, stable=True)
+        before = torch.cat((torch.zeros_like(entropy[:, :1]), by_entropy.values.cumsum(-1)[:, :-1]), dim=1)
+        within = before <= sampler.entropy_bound
+        chosen |= torch.zeros_like(within).scatter(1, by_entropy.indices, within)
+    return chosen & is_masked
+
+
+class _Record:
+    """What has become of the canvases, row by row."""
+
+    def __init__(self, line: Line, policy: Policy) -> None:
+        self._line = line
+        self._mask_id = policy.mask_id
+        size = (len(line.start), line.canvas)
+        device = line.ids.device
+        self.canvas_ids = torch.full(size, policy.mask_id, device=device)
+        self.forwards = torch.zeros(size[0], dtype=torch.int64, device=device)
+        self._step = torch.full(size, -1, dtype=torch.int32, device=device)
+        self._logp = torch.zeros(size, device=device)
+        self._entropy = torch.zeros(size, device=device)
+
+    def is_masked(self, rows: Int[Tensor, " R"], columns: slice) -> Bool[Tensor, "R L"]:
+        """Canvas positions of a block that are still to be committed."""
+        place, is_canvas = self._line.place[rows][:, columns], self._line.is_canvas[rows][:, columns]
+        ids = self.canvas_ids[rows].gather(1, place.clamp(0, self._line.canvas - 1))
+        return (ids == self._mask_id) & is_canvas
+
+    def commit(
+        self,
+        *,
+        rows: Int[Tensor, " M"],
+        places: Int[Tensor, " M"],
+        tokens: Int[Tensor, " M"],
+        step: int,
+        logp: Float[Tensor, " M"],
+        entropy: Float[Tensor, " M"],
+    ) -> None:
+        self.canvas_ids[rows, places] = tokens
+        self._line.ids[rows, places + self._line.tail[rows]] = tokens
+        self._step[rows, places] = step
+        self._logp[rows, places] = logp
+        self._entropy[rows, places] = entropy
+
+    def row(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
+        arrays = (self.canvas_ids, self._step, self._logp, self._entropy)
+        ids, step, logp, entropy = (a[index].cpu().numpy().copy() for a in arrays)
+        return ids, step, logp, entropy, int(self.forwards[index])
+
+
+def _line_of(policy: Policy, requests: list[Request], canvas: int, block_length: int) -> Line:
+    lengths = torch.tensor([len(r.prompt_ids) for r in requests])
+    tail = lengths % block_length
+    width = -(-(int(tail.max()) + canvas) // block_length) * block_length
+    ids = torch.full((len(requests), width), policy.pad_id)
+    for row, request in enumerate(requests):
+        size = int(tail[row])
+        ids[row, :size] = torch.tensor(request.prompt_ids[len(request.prompt_ids) - size :], dtype=torch.int64)
+        ids[row, size : size + canvas] = policy.mask_id
+    device = policy.device
+    return Line(start=(lengths - tail).to(device), tail=tail.to(device), ids=ids.to(device), canvas=canvas)
+
+
+def _read_prompts(policy: Policy, requests: list[Request], start: Int[Tensor, " R"], block_length: int) -> Cache:
+    """Keys and values of the whole prompt blocks, padded on the left; each distinct prompt is read once."""
+    heads = [r.prompt_ids[:size] for r, size in zip(requests, start.tolist(), strict=True)]
+    distinct = {head: number for number, head in enumerate(dict.fromkeys(heads))}
+    cache = DynamicCache()
+    longest = max(len(head) for head in distinct)
+    if longest == 0:
+        return cache
+    ids = torch.full((len(distinct), longest), policy.pad_id)
+    for row, head in enumerate(distinct):
+        ids[row, longest - len(head) :] = torch.tensor(head, dtype=torch.int64)
+    layout = left_padded(torch.tensor([longest - len(head) for head in distinct], device=policy.device), longest)
+    allowed = may_attend(layout, layout, block_length=block_length)
+    policy.hidden_after(ids.to(policy.device), layout.position, allowed, cache)
+    cache.batch_select_indices(torch.tensor([distinct[head] for head in heads], device=policy.device))
+    return cache
+
+
+def _forward(
+    policy: Policy, line: Line, cache: Cache, rows: Int[Tensor, " R"], columns: slice
+) -> Float[Tensor, "R L D"]:
+    """The block over the cache, to which its keys and values are added. All rows are in the same block of their lines,
+    so the cache holds the padding that was there at first."""
+    size = columns.stop - columns.start
+    in_cache = cache.get_seq_length()
+    padding = in_cache - columns.start - line.start[rows]
+    is_cached = torch.arange(in_cache, device=rows.device)[None, :] >= padding[:, None]
+    allowed = torch.cat((is_cached, line.is_real[rows][:, columns]), dim=1)[:, None, :]
+    positions = line.start[rows][:, None] + torch.arange(columns.start, columns.stop, device=rows.device)[None, :]
+    return policy.hidden_after(line.ids[rows][:, columns], positions, allowed.expand(-1, size, -1), cache)
+
+
+def _logits_of_block(
+    policy: Policy, line: Line, cache: Cache, rows: Int[Tensor, " R"], columns: slice, wanted: Bool[Tensor, "R L"]
+) -> Float[Tensor, "N V"]:
+    """Logits at the wanted positions of a block; the cache is left as it was."""
+    hidden = _forward(policy, line, cache, rows, columns)
+    cache.crop(columns.start - columns.stop)
+    return project(policy.head, hidden[wanted])
+
+
+def _commit_block(policy: Policy, line: Line, cache: Cache, rows: Int[Tensor, " R"], columns: slice) -> None:
+    """One more pass, over the block as it is now: its keys and values depend on what it holds."""
+    _forward(policy, line, cache, rows, columns)

@@ -1,0 +1,209 @@
+"""What a run may take: memory of the trainer and time of a step, from the model's shape alone.
+
+Arithmetic, not measurement: operations divided by what the processor can do at best times the share of it that large
+matrix products reach in practice. It tells whether a recipe fits a machine and what its steps spend their time on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from coupled.rl.errors import CheckpointError
+from coupled.rl.families import Family, family_of
+from coupled.rl.recipe import Recipe
+
+PEAK_TFLOPS = {"H200": 790.0, "A100": 250.0}
+"""bfloat16, dense, as measured by others on large products (H200), or published."""
+UTILISATION = 0.5
+GIB = 2.0**30
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "dream": {
+        "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+        "num_key_value_heads": 4, "vocab_size": 152064, "model_type": "Dream",
+    },
+    "llada": {
+        "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "vocab_size": 126464, "model_type": "llada",
+    },
+    "stable_diffcoder": {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 155136, "model_type": "llama",
+        "architectures": ["StableDiffcoderForCausalLM"],
+    },
+    "sdar": {
+        "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "model_type": "sdar", "block_size": 4,
+    },
+}  # fmt: skip
+"""Shapes of checkpoints that recipes name on the hub, for machines that cannot ask it."""
+HUB_NAMES = {
+    "apple/DiffuCoder-7B-Instruct": "dream",
+    "Dream-org/Dream-v0-Instruct-7B": "dream",
+    "GSAI-ML/LLaDA-8B-Instruct": "llada",
+    "ByteDance-Seed/Stable-DiffCoder-8B-Instruct": "stable_diffcoder",
+    "JetLM/SDAR-8B-Chat": "sdar",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """A transformer in numbers."""
+
+    layers: int
+    hidden: int
+    inner: int
+    heads: int
+    groups: int
+    head_dim: int
+    vocabulary: int
+    is_tied: bool
+
+    @property
+    def linear(self) -> dict[str, tuple[int, int]]:
+        """Rows and columns of a layer's matrices, by name."""
+        queries, keys = self.heads * self.head_dim, self.groups * self.head_dim
+        return {
+            "q_proj": (queries, self.hidden),
+            "k_proj": (keys, self.hidden),
+            "v_proj": (keys, self.hidden),
+            "o_proj": (self.hidden, queries),
+            "gate_proj": (self.inner, self.hidden),
+            "up_proj": (self.inner, self.hidden),
+            "down_proj": (self.hidden, self.inner),
+        }
+
+    @property
+    def body(self) -> int:
+        """Parameters of all layers, without norms."""
+        return self.layers * sum(rows * columns for rows, columns in self.linear.values())
+
+    @property
+    def head(self) -> int:
+        return self.vocabulary * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        return self.body + self.head * (1 if self.is_tied else 2)
+
+    def adapter(self, rank: int, targets: tuple[str, ...]) -> int:
+        """Parameters of LoRA factors: r (rows + columns) for each matrix."""
+        return self.layers * sum(rank * sum(size) for name, size in self.linear.items() if name in targets)
+
+    def forward_flops(self, tokens: float, context: float, head_rows: float) -> float:
+        """2 operations a parameter and token, attention over the context, and the head at the rows it is asked for."""
+        attention = 4 * self.layers * self.heads * self.head_dim * context
+        return tokens * (2 * self.body + attention) + 2 * self.head * head_rows
+
+
+def shape_of(config: dict[str, Any]) -> Shape:
+    """The shape in a translated `config.json`."""
+    heads = config["num_attention_heads"]
+    return Shape(
+        layers=config["num_hidden_layers"],
+        hidden=config["hidden_size"],
+        inner=config["intermediate_size"],
+        heads=heads,
+        groups=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        vocabulary=config["vocab_size"],
+        is_tied=bool(config.get("tie_word_embeddings", False)),
+    )
+
+
+def memory_gib(recipe: Recipe, shape: Shape, family: Family) -> dict[str, float]:
+    """What the trainer's device holds at its fullest, part by part.
+
+    Trained weights have a gradient and two moments, all float32. Activations: per token and layer, what the backward
+    pass needs of norms, projections and the inner layer, kept for one micro-batch of the estimator's pair of inputs.
+    """
+    adapter = recipe.model.adapter
+    bytes_each = 2 if recipe.model.weights_dtype == "bfloat16" else 4
+    trained = shape.parameters if adapter is None else shape.adapter(adapter.rank, adapter.targets)
+    parts = {"weights": shape.parameters * bytes_each, "gradients and moments": trained * 12}
+    if adapter is not None:
+        parts["adapter"] = trained * 4
+    if recipe.stage == "rl" and recipe.loss.kl_beta > 0 and recipe.loss.reference != "old":
+        copied = trained if recipe.loss.reference == "synced" or adapter is None else 0
+        parts["reference"] = copied * bytes_each
+    if recipe.model.compute_dtype == "bfloat16" and bytes_each == 4:
+        parts["autocast copies"] = shape.body * 2
+    canvas = recipe.rollout.canvas if recipe.stage == "rl" else recipe.fit.canvas
+    streams = 1 if family.block_length is None else 2
+    tokens = 2 * streams * recipe.optimizer.micro_batch_size * (recipe.data.max_prompt_tokens + canvas)
+    compute_bytes = 2 if recipe.model.compute_dtype == "bfloat16" else 4
+    per_token = shape.layers * (16 * shape.hidden + 3 * shape.inner) * compute_bytes
+    parts["activations"] = tokens * per_token
+    parts["logits"] = recipe.optimizer.micro_batch_size * canvas * shape.vocabulary * 4 * 3
+    return {name: size / GIB for name, size in parts.items()}
+
+
+def step_flops(recipe: Recipe, shape: Shape, family: Family) -> dict[str, float]:
+    """Operations of one rollout step: making the completions, then scoring and training on them."""
+    rollout, estimator = recipe.rollout, recipe.estimator
+    rows = rollout.num_prompts * rollout.group_size
+    canvas, prompt = rollout.canvas, recipe.data.max_prompt_tokens
+    length = prompt + canvas
+    size = family.block_length
+    if size is None:
+        passes = rollout.denoising_steps
+        made = rows * passes * shape.forward_flops(length, length, canvas / 2)
+    else:
+        per_block = max(1, min(size, -(-rollout.denoising_steps * size // canvas)))
+        tokens = (per_block + 1) * canvas
+        made = rows * shape.forward_flops(tokens, length - canvas / 2, per_block * canvas / 2)
+        made += rollout.num_prompts * shape.forward_flops(prompt, prompt, 0)
+    inputs = 2 * estimator.num_pairs + 1
+    streams = 1 if size is None else 2
+    once = rows * shape.forward_flops(inputs * length * streams, length, 2 * canvas)
+    has_reference = recipe.loss.kl_beta > 0 and recipe.loss.reference != "old"
+    scored = once * (recipe.num_updates * int(has_reference) + recipe.num_updates - 1)
+    backward = 2 if recipe.model.adapter is None else 1  # frozen weights need no gradient
+    return {"rollout": made, "scoring": scored, "update": recipe.num_updates * once * (1 + backward)}
+
+
+def estimate_run(recipe: Recipe) -> str:
+    """A few lines for people; says so where the model's shape is not to be had."""
+    try:
+        config = _config_of(recipe)
+        family = family_of(
+            config,
+            name=recipe.model.family,
+            shift=recipe.model.shift,
+            block_length=recipe.model.block_length,
+        )
+        shape = shape_of(family.translate(config))
+    except (CheckpointError, KeyError) as error:
+        return f"# no estimate: {str(error).splitlines()[0]}"
+    memory = memory_gib(recipe, shape, family)
+    lines = [
+        f"# estimate (arithmetic, not measured): {shape.parameters / 1e9:.2f} G parameters, family {family.name}",
+        f"# memory: {sum(memory.values()):.1f} GiB = "
+        + " + ".join(f"{name} {size:.1f}" for name, size in memory.items() if size),
+    ]
+    if recipe.stage == "rl":
+        flops = step_flops(recipe, shape, family)
+        for name, peak in PEAK_TFLOPS.items():
+            seconds = {part: work / (peak * 1e12 * UTILISATION) for part, work in flops.items()}
+            parts = ", ".join(f"{part} {value:.3g} s" for part, value in seconds.items())
+            total = sum(seconds.values())
+            lines.append(
+                f"# one {name} at {UTILISATION:.0%} of {peak:g} TFLOP/s: {total:.3g} s a step ({parts}), "
+                f"{total * recipe.num_steps / 3600:.3g} h in all"
+            )
+    return "\n".join(lines)
+
+
+def _config_of(recipe: Recipe) -> dict[str, Any]:
+    path = recipe.model.path
+    if not Path(path).is_dir() and path in HUB_NAMES:
+        return PUBLISHED[HUB_NAMES[path]]
+    try:
+        values, _ = PreTrainedConfig.get_config_dict(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read the configuration of {path}: {error}") from error
+    return values
