@@ -25,6 +25,7 @@ CORE = (
     "loss",
     "batch",
     "noise",
+    "block_mask",
     "denoise",
     "policy",
     "families",
