@@ -70,6 +70,7 @@ def open_policy(model: Model, seed: int) -> Policy:
         compute_dtype=getattr(torch, model.compute_dtype),
         from_scratch_seed=seed if model.init == "random" else None,
         device=device,
+        mask_token=model.mask_token,
     )
     if model.adapter is not None and not policy.has_adapter:
         adapter = model.adapter

@@ -21,12 +21,23 @@ class Family:
     """The transformers architecture that computes it."""
     shift: int
     """1: position p is predicted from the hidden state at p - 1 (Dream, DiffuCoder). 0: at p itself (LLaDA)."""
+    block_length: int | None = None
+    """None: every position sees all of its sequence. B: its own block of B and all earlier blocks, counted from the
+    first token of the prompt; blocks of 1 are causal attention."""
+
+    def stated(self) -> dict[str, str | int]:
+        """What a saved configuration says of it, so that the checkpoint is opened without being told again."""
+        stated: dict[str, str | int] = {"family": self.name, "shift": self.shift}
+        return stated if self.block_length is None else {**stated, "block_length": self.block_length}
 
 
 FAMILIES = {
     family.name: family
     for family in (
         Family(name="dream", model_type="qwen2", shift=1),  # Dream, DiffuCoder, and the embedded model
+        # Autoregressive models, to be adapted.
+        Family(name="qwen2", model_type="qwen2", shift=1),
+        Family(name="llama", model_type="llama", shift=1),
     )
 }
 
@@ -34,7 +45,8 @@ FAMILIES = {
 def family_of(config: dict[str, Any], *, name: str | None = None, shift: int | None = None) -> Family:
     """The family of a checkpoint, from its own `config.json` or from what the recipe says.
 
-    A checkpoint saved by this project carries `diffusion: {family, shift}`. Otherwise `model_type` decides.
+    A checkpoint saved by this project carries `diffusion: {family, shift}`, and `block_length` where attention goes by
+    blocks. Otherwise `model_type` decides.
 
     Raises:
         CheckpointError: the checkpoint is not a diffusion model that is known here.
@@ -50,4 +62,8 @@ def family_of(config: dict[str, Any], *, name: str | None = None, shift: int | N
         raise CheckpointError(f"unknown model family {chosen!r}; supported: {', '.join(FAMILIES)}")
     family = FAMILIES[chosen]
     chosen_shift = stated.get("shift", family.shift) if shift is None else shift
-    return replace(family, shift=chosen_shift)
+    return replace(
+        family,
+        shift=chosen_shift,
+        block_length=stated.get("block_length", family.block_length),
+    )

@@ -7,6 +7,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from coupled.rl.keys import integer_seed
 from coupled.rl.shapes import Bool, Float, Int
 
 ADAPTER_CONFIG = "adapter_config.json"
+DIFFUSION_FILE = "diffusion.json"
+"""In an adapter's folder: how its base is opened."""
 
 
 class Policy:
@@ -46,7 +49,7 @@ class Policy:
         self.tokenizer = tokenizer
         self.family = family
         self.compute_dtype = compute_dtype
-        self.is_causal = False
+        self.is_causal = family.block_length == 1
         self._reference_model: nn.Module | None = None
         self.has_moving_reference = False
         config = self._base.config
@@ -59,6 +62,11 @@ class Policy:
                 "add one of them to the checkpoint"
             )
         self.mask_id = int(mask_id)
+        if tokenizer.eos_token_id is None:
+            raise CheckpointError(
+                "a completion ends with an end token, and tokenizer.eos_token is not set; set it in the checkpoint's "
+                "tokenizer_config.json"
+            )
         self.pad_id: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.end_ids: tuple[int, ...] = tuple(
             sorted({i for i in (tokenizer.eos_token_id, self.pad_id) if i is not None})
@@ -135,21 +143,54 @@ class Policy:
         forbidden[self.num_vocabulary :] = True
         return logits.masked_fill(forbidden, float("-inf"))
 
+    def logits_seeing(
+        self,
+        ids: Int[Tensor, "B S"],
+        positions: Int[Tensor, "B S"],
+        seen: Bool[Tensor, "B S S"],
+        sources: Bool[Tensor, "B S"],
+    ) -> Float[Tensor, "N V"]:
+        """Logits made of the hidden states at `sources`, where the query position q sees the keys `seen[:, q]`.
+
+        For training, which attends in more ways than the family does: several samples in a row, two streams of one
+        sample. Nothing is shifted here.
+        """
+        hidden = self._hidden_seeing(ids, positions, seen[:, None])
+        with self._autocast():
+            logits = self._base.lm_head(hidden[sources])
+        return logits.float()
+
+    def attend(self, block_length: int | None) -> None:
+        """Switch how positions see each other, and say so in the configuration that is saved with the weights."""
+        self.family = replace(self.family, block_length=block_length)
+        self.is_causal = block_length == 1
+        self.config.diffusion = self.family.stated()
+
     def _hidden(self, ids: Int[Tensor, "B S"], pad_lengths: Int[Tensor, " B"]) -> Float[Tensor, "B S D"]:
+        if self.family.block_length is not None and self.family.block_length > 1:
+            raise CheckpointError(
+                f"this checkpoint writes in blocks of {self.family.block_length} positions, which rollout and scoring "
+                "do not do yet; train on with fit.objective=block_diffusion or masked_diffusion"
+            )
         length = ids.shape[1]
         place = torch.arange(length, device=ids.device)
         is_real = place[None, :] >= pad_lengths[:, None]
-        # An explicit additive mask: with none, transformers would fall back to causal attention for some classes,
-        # and eager attention silently adds a boolean mask as 0/1.
-        dtype = self.compute_dtype
         allowed = is_real[:, None, None, :]
         if self.is_causal:
             allowed = allowed & (place[:, None] >= place[None, :])
+        return self._hidden_seeing(ids, place[None, :] - pad_lengths[:, None], allowed)
+
+    def _hidden_seeing(
+        self, ids: Int[Tensor, "B S"], positions: Int[Tensor, "B S"], seen: Bool[Tensor, "B 1 _ S"]
+    ) -> Float[Tensor, "B S D"]:
+        # An explicit additive mask: with none, transformers would fall back to causal attention for some classes,
+        # and eager attention silently adds a boolean mask as 0/1.
+        dtype = self.compute_dtype
         lowest = torch.finfo(dtype).min
-        attention = torch.zeros(allowed.shape, dtype=dtype, device=ids.device).masked_fill(~allowed, lowest)
-        positions = (place[None, :] - pad_lengths[:, None]).clamp(min=0)
+        attention = torch.zeros(seen.shape, dtype=dtype, device=ids.device).masked_fill(~seen, lowest)
+        places = positions.clamp(min=0)
         with self._autocast():
-            out = self._base.model(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False)
+            out = self._base.model(input_ids=ids, attention_mask=attention, position_ids=places, use_cache=False)
         return out.last_hidden_state
 
     def _autocast(self) -> Any:
@@ -248,8 +289,39 @@ class Policy:
 
     def save(self, folder: Path) -> None:
         """Write an adapter, or the whole model, with the tokenizer: a folder that `load_policy` opens."""
-        self.model.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
+        # The embedding of an added mask token is made anew when an adapter is opened: see `give_mask_token`.
+        options = {"save_embedding_layers": False} if self.has_adapter else {}
+        self.model.save_pretrained(folder, safe_serialization=True, **options)  # type: ignore[operator]
         self.tokenizer.save_pretrained(folder)
+        if self.has_adapter:
+            stated = {**self.family.stated(), "block_length": self.family.block_length}
+            stated["mask_token"] = self.tokenizer.convert_ids_to_tokens(self.mask_id)
+            (folder / DIFFUSION_FILE).write_text(json.dumps(stated) + "\n")
+
+
+def give_mask_token(model: Any, tokenizer: Any, token: str) -> None:
+    """Make `token` the mask token: one that the vocabulary has is reused, with its embedding; else one is added.
+
+    The rows of an added token, in the embedding and in the head, are the mean of the others, so that training starts
+    from no token in particular; a head that is larger than the vocabulary has room, and is made larger otherwise.
+
+    Raises:
+        CheckpointError: the tokenizer has another mask token.
+    """
+    if tokenizer.mask_token not in (None, token):
+        raise CheckpointError(
+            f"model.mask_token is {token!r}, but the tokenizer has {tokenizer.mask_token!r}; leave model.mask_token out"
+        )
+    is_new = token not in tokenizer.get_vocab()
+    num_known = len(tokenizer)
+    tokenizer.add_special_tokens({"mask_token": token})
+    if is_new:
+        if len(tokenizer) > model.config.vocab_size:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+        with torch.no_grad():
+            for layer in {model.get_input_embeddings(), model.get_output_embeddings()}:
+                layer.weight[tokenizer.mask_token_id] = layer.weight[:num_known].mean(0)
+    model.config.mask_token_id = tokenizer.mask_token_id
 
 
 def load_policy(
@@ -260,10 +332,12 @@ def load_policy(
     compute_dtype: torch.dtype = torch.float32,
     from_scratch_seed: int | None = None,
     device: str = "cpu",
+    mask_token: str | None = None,
 ) -> Policy:
     """Open a checkpoint: a model folder, or an adapter folder that names its base.
 
-    With `from_scratch_seed` only `config.json` and the tokenizer are read, and weights are drawn.
+    With `from_scratch_seed` only `config.json` and the tokenizer are read, and weights are drawn. `mask_token` is for a
+    checkpoint that has none, such as an autoregressive one.
 
     Raises:
         CheckpointError: no such folder, a missing file, an unknown family, or weights that do not fill the model.
@@ -275,7 +349,8 @@ def load_policy(
     if not is_local and (folder.is_absolute() or str(path).startswith(".") or str(path).count("/") != 1):
         raise CheckpointError(f"model.path must be a checkpoint folder or a hub name 'owner/name'; {path} is neither")
     if is_local and (folder / ADAPTER_CONFIG).is_file():
-        return _load_adapter(folder, family=family, shift=shift, compute_dtype=compute_dtype, device=device)
+        options = {"compute_dtype": compute_dtype, "device": device, "mask_token": mask_token}
+        return _load_adapter(folder, family=family, shift=shift, **options)
     if is_local and not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: it is not a checkpoint folder")
     if is_local and from_scratch_seed is None and not list(folder.glob("*.safetensors*")):
@@ -292,7 +367,7 @@ def load_policy(
     values = {k: v for k, v in values.items() if k not in ("model_type", "auto_map", "architectures")}
     config = AutoConfig.for_model(found.model_type, **values)
     config.is_causal = False
-    config.diffusion = {"family": found.name, "shift": found.shift}
+    config.diffusion = found.stated()
     # Eager attention trains about twice as fast as SDPA on a CPU at lengths under 100; on a GPU SDPA wins.
     config._attn_implementation = "eager" if device == "cpu" else "sdpa"
     config.use_cache = False
@@ -320,6 +395,8 @@ def load_policy(
                 "is model.family right for this checkpoint?"
             )
     tokenizer = _load_tokenizer(path)
+    if mask_token is not None:
+        give_mask_token(model, tokenizer, mask_token)
     return Policy(model.to(device).eval(), tokenizer, found, compute_dtype)
 
 
@@ -334,7 +411,14 @@ def _load_adapter(folder: Path, **options: Any) -> Policy:
     from peft import PeftModel
 
     base_path = json.loads((folder / ADAPTER_CONFIG).read_text())["base_model_name_or_path"]
+    # The base may be an autoregressive checkpoint, or attend otherwise: what it is now is said beside the adapter.
+    file = folder / DIFFUSION_FILE
+    stated = json.loads(file.read_text()) if file.is_file() else {}
+    for name in ("family", "shift", "mask_token"):
+        options[name] = stated.get(name) if options[name] is None else options[name]
     policy = load_policy(base_path, **options)
+    if stated:
+        policy.attend(stated["block_length"])
     with _without_deprecations():
         policy.model = PeftModel.from_pretrained(policy.model, str(folder), is_trainable=True).eval()
     return policy

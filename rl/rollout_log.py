@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from coupled.rl.parquet import write_parquet
 from coupled.rl.types import Group, Rollout
 
 
@@ -13,18 +14,13 @@ def write_rollouts(run: Path, step: int, made: Sequence[Group] | Sequence[Rollou
 
     Rollouts that no judge has seen go to `step_NNNNNN.unscored.parquet`.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     groups = [item for item in made if isinstance(item, Group)]
     rows = [_row(r) | _verdict_row(g, i) for g in groups for i, r in enumerate(g.rollouts)]
     rows += [_row(item) for item in made if isinstance(item, Rollout)]
     folder = run / "rollouts"
     folder.mkdir(exist_ok=True)
     path = folder / f"step_{step:06d}{'' if groups else '.unscored'}.parquet"
-    partial = path.with_name(f".partial-{path.name}")
-    pq.write_table(pa.Table.from_pylist(rows), partial)
-    partial.rename(path)
+    write_parquet(path, rows)
     return path
 
 
