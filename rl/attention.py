@@ -6,7 +6,7 @@ either side, or hold several sequences one after the other. Everything else foll
     full attention      a token attends to all tokens of its own sequence
     block attention     to its own block of B positions and to all earlier blocks of its sequence; blocks are counted
                         from the first token
-    causal attention    to itself and all earlier tokens
+    causal attention    blocks of one position: to itself and all earlier tokens
 
 Shapes: B rows, S columns, Q query columns, K key columns.
 """
@@ -36,6 +36,14 @@ class Layout:
     @property
     def is_real(self) -> Bool[Tensor, "B S"]:
         return self.sequence != PADDING
+
+    def rows(self, chosen: slice) -> Layout:
+        """The same record for some of its rows."""
+        return Layout(sequence=self.sequence[chosen], position=self.position[chosen])
+
+    def to(self, device: torch.device) -> Layout:
+        """The same record on another device."""
+        return Layout(sequence=self.sequence.to(device), position=self.position.to(device))
 
     def columns(self, chosen: slice) -> Layout:
         """The same record for some of its columns."""
@@ -69,15 +77,11 @@ def packed(lengths: tuple[tuple[int, ...], ...], device: torch.device | str = "c
     return Layout(sequence=sequence.to(device), position=position.to(device))
 
 
-def may_attend(
-    query: Layout, key: Layout, *, block_length: int | None = None, is_causal: bool = False
-) -> Bool[Tensor, "B Q K"]:
+def may_attend(query: Layout, key: Layout, *, block_length: int | None = None) -> Bool[Tensor, "B Q K"]:
     """Which keys a query reads. Padding is never read; what padding itself reads is of no account."""
     allowed = key.is_real[:, None, :]
     if bool((key.sequence > 0).any()):  # packed
         allowed = allowed & (query.sequence[:, :, None] == key.sequence[:, None, :])
-    if is_causal:
-        return allowed & (query.position[:, :, None] >= key.position[:, None, :])
     if block_length is not None:
         own, other = query.position // block_length, key.position // block_length
         return allowed & (own[:, :, None] >= other[:, None, :])

@@ -20,6 +20,7 @@ from transformers import Cache, DynamicCache
 
 from coupled.rl.attention import left_padded, may_attend
 from coupled.rl.denoise import Request, Sampler, is_settled, keyed_draws, make_rollout, read_out
+from coupled.rl.errors import RolloutError
 from coupled.rl.policy import Policy
 from coupled.rl.shapes import Bool, Float, Int
 from coupled.rl.types import Rollout
@@ -87,8 +88,10 @@ def denoise_blocks(
     """
     block_length = policy.family.block_length
     assert block_length is not None, "the engine sends models without blocks elsewhere"
+    if policy.family.shift and not all(r.prompt_ids for r in requests):
+        raise RolloutError("with a logit shift the first token is predicted from the prompt, and a prompt is empty")
     line = _line_of(policy, requests, sampler.canvas, block_length)
-    cache = _read_prompts(policy, requests, line.start, block_length)
+    cache, before = _read_prompts(policy, requests, line.start, block_length)
     num_steps = steps_per_block(sampler, block_length)
     draws = keyed_draws(requests, sampler, seed, num_steps=block_length).to(policy.device)
     record = _Record(line, policy)
@@ -100,7 +103,7 @@ def denoise_blocks(
             is_masked = record.is_masked(live, columns)
             if not is_masked.any():
                 break
-            logits = policy.without_mask_token(_logits_of_block(policy, line, cache, live, columns, is_masked))
+            logits = policy.without_mask_token(_logits_of_block(policy, line, cache, live, columns, is_masked, before))
             row_of, column_of = is_masked.nonzero(as_tuple=True)
             place = line.place[live][:, columns][row_of, column_of]
             token_draws, order_draws = (draws[kind, live[row_of], step, place] for kind in (0, 1))
@@ -133,7 +136,7 @@ def denoise_blocks(
         if cache.get_seq_length() == 0:
             cache = DynamicCache()  # one that holds nothing does not forget how many rows it was used with
         cache.batch_select_indices(stays.nonzero()[:, 0])
-        _commit_block(policy, line, cache, live, columns)
+        before = _commit_block(policy, line, cache, live, columns)
         record.forwards[live] += 1
     return [
         make_rollout(policy, request, *record.row(row), weight_version, sampler) for row, request in enumerate(requests)
@@ -229,22 +232,28 @@ def _line_of(policy: Policy, requests: list[Request], canvas: int, block_length:
     return Line(start=(lengths - tail).to(device), tail=tail.to(device), ids=ids.to(device), canvas=canvas)
 
 
-def _read_prompts(policy: Policy, requests: list[Request], start: Int[Tensor, " R"], block_length: int) -> Cache:
-    """Keys and values of the whole prompt blocks, padded on the left; each distinct prompt is read once."""
+def _read_prompts(
+    policy: Policy, requests: list[Request], start: Int[Tensor, " R"], block_length: int
+) -> tuple[Cache, Float[Tensor, "R D"] | None]:
+    """Keys and values of the whole prompt blocks, padded on the left, and the hidden state of their last position.
+
+    Each distinct prompt is read once. None: no prompt has a whole block.
+    """
     heads = [r.prompt_ids[:size] for r, size in zip(requests, start.tolist(), strict=True)]
     distinct = {head: number for number, head in enumerate(dict.fromkeys(heads))}
     cache = DynamicCache()
     longest = max(len(head) for head in distinct)
     if longest == 0:
-        return cache
+        return cache, None
     ids = torch.full((len(distinct), longest), policy.pad_id)
     for row, head in enumerate(distinct):
         ids[row, longest - len(head) :] = torch.tensor(head, dtype=torch.int64)
     layout = left_padded(torch.tensor([longest - len(head) for head in distinct], device=policy.device), longest)
     allowed = may_attend(layout, layout, block_length=block_length)
-    policy.hidden_after(ids.to(policy.device), layout.position, allowed, cache)
-    cache.batch_select_indices(torch.tensor([distinct[head] for head in heads], device=policy.device))
-    return cache
+    hidden = policy.hidden_after(ids.to(policy.device), layout.position, allowed, cache)
+    which = torch.tensor([distinct[head] for head in heads], device=policy.device)
+    cache.batch_select_indices(which)
+    return cache, hidden[which, -1]
 
 
 def _forward(
@@ -262,14 +271,30 @@ def _forward(
 
 
 def _logits_of_block(
-    policy: Policy, line: Line, cache: Cache, rows: Int[Tensor, " R"], columns: slice, wanted: Bool[Tensor, "R L"]
+    policy: Policy,
+    line: Line,
+    cache: Cache,
+    rows: Int[Tensor, " R"],
+    columns: slice,
+    wanted: Bool[Tensor, "R L"],
+    before: Float[Tensor, "R D"] | None,
 ) -> Float[Tensor, "N V"]:
-    """Logits at the wanted positions of a block; the cache is left as it was."""
+    """Logits at the wanted positions of a block; the cache is left as it was.
+
+    `before` is the hidden state of the position before the block: with shift 1 its first token is predicted from that.
+    """
     hidden = _forward(policy, line, cache, rows, columns)
     cache.crop(columns.start - columns.stop)
+    if policy.family.shift:
+        # A row without a whole block behind it begins with its prompt, and nothing is predicted there.
+        first = torch.zeros_like(hidden[:, 0]) if before is None else before
+        hidden = torch.cat((first[:, None], hidden[:, :-1]), dim=1)
     return project(policy.head, hidden[wanted])
 
 
-def _commit_block(policy: Policy, line: Line, cache: Cache, rows: Int[Tensor, " R"], columns: slice) -> None:
-    """One more pass, over the block as it is now: its keys and values depend on what it holds."""
-    _forward(policy, line, cache, rows, columns)
+def _commit_block(
+    policy: Policy, line: Line, cache: Cache, rows: Int[Tensor, " R"], columns: slice
+) -> Float[Tensor, "R D"]:
+    """One more pass, over the block as it is now: its keys and values depend on what it holds. Returns the hidden state
+    of its last position."""
+    return _forward(policy, line, cache, rows, columns)[:, -1]

@@ -8,7 +8,7 @@ Rows of HumanEval+, MBPP+, HumanEval and BigCodeBench are recognised by theirs w
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,9 @@ from coupled.rl.errors import DataError, nearest
 from coupled.rl.keys import generator
 from coupled.rl.recipe import COLUMNS, Data
 from coupled.rl.types import Prompt
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".gz")
+"""Of files; any other path is a dataset of the hub."""
 
 
 def load_rows(path: str, *, split: str = "train") -> list[dict[str, Any]]:
@@ -30,10 +33,8 @@ def load_rows(path: str, *, split: str = "train") -> list[dict[str, Any]]:
     datasets.disable_progress_bars()
     file = Path(path)
     suffix = file.suffix.lower()
-    if suffix in (".jsonl", ".json", ".parquet", ".gz"):
-        if not file.is_file():
-            folder = file.parent if file.parent.is_dir() else Path()
-            raise DataError(f"no dataset at {path}; {nearest(file.name, [p.name for p in folder.iterdir()])}")
+    if suffix in SUFFIXES:
+        refuse_missing(file)
         kind = "parquet" if suffix == ".parquet" else "json"
         arguments: dict[str, Any] = {"path": kind, "data_files": str(file), "split": "train"}
     else:
@@ -45,6 +46,27 @@ def load_rows(path: str, *, split: str = "train") -> list[dict[str, Any]]:
     if not rows:
         raise DataError(f"the dataset {path} has no rows")
     return list(rows)
+
+
+def stream_hub(path: str, *, split: str, first: int) -> Iterator[dict[str, Any]]:
+    """Rows of a hub dataset from number `first` on, downloaded as they are asked for.
+
+    Raises:
+        DataError: not a dataset, or no network.
+    """
+    import datasets
+
+    try:
+        yield from datasets.load_dataset(path, split=split, streaming=True).skip(first)
+    except Exception as error:  # as in load_rows
+        raise DataError(f"cannot stream the dataset {path} ({type(error).__name__}: {error})") from error
+
+
+def refuse_missing(file: Path) -> None:
+    """Raises a DataError that names the nearest file when there is none."""
+    if not file.is_file():
+        folder = file.parent if file.parent.is_dir() else Path()
+        raise DataError(f"no dataset at {file}; {nearest(file.name, [p.name for p in folder.iterdir()])}")
 
 
 def to_task(

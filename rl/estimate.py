@@ -132,13 +132,19 @@ def memory_gib(recipe: Recipe, shape: Shape, family: Family) -> dict[str, float]
         parts["reference"] = copied * bytes_each
     if recipe.model.compute_dtype == "bfloat16" and bytes_each == 4:
         parts["autocast copies"] = shape.body * 2
-    canvas = recipe.rollout.canvas if recipe.stage == "rl" else recipe.fit.canvas
     streams = 1 if family.block_length is None else 2
-    tokens = 2 * streams * recipe.optimizer.micro_batch_size * (recipe.data.max_prompt_tokens + canvas)
+    if recipe.stage == "rl":
+        rows, canvas, views = recipe.optimizer.micro_batch_size, recipe.rollout.canvas, 2
+        length = recipe.data.max_prompt_tokens + canvas
+    else:
+        rows, views = recipe.fit.micro_batch_size or recipe.fit.batch_size, 1
+        canvas = recipe.fit.context or recipe.fit.canvas
+        length = recipe.fit.context or recipe.data.max_prompt_tokens + canvas
+    tokens = views * streams * rows * length
     compute_bytes = 2 if recipe.model.compute_dtype == "bfloat16" else 4
     per_token = shape.layers * (16 * shape.hidden + 3 * shape.inner) * compute_bytes
     parts["activations"] = tokens * per_token
-    parts["logits"] = recipe.optimizer.micro_batch_size * canvas * shape.vocabulary * 4 * 3
+    parts["logits"] = rows * canvas * shape.vocabulary * 4 * 3
     return {name: size / GIB for name, size in parts.items()}
 
 

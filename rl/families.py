@@ -26,7 +26,7 @@ class Family:
     """1: position p is predicted from the hidden state at p - 1 (Dream, DiffuCoder). 0: at p itself (LLaDA)."""
     block_length: int | None = None
     """None: every position attends to all of its sequence. B: to its own block of B and to all earlier blocks; blocks
-    are counted from the first token of the prompt."""
+    are counted from the first token of the prompt. Blocks of 1 are causal attention."""
     members: str = ""
     """The published models, for messages."""
     signs: tuple[str, ...] = ()
@@ -51,6 +51,13 @@ class Family:
     """Weights (by their new names) that hold several of the class's, one above the other."""
     is_autoregressive: bool = False
     """An autoregressive architecture that is opened as a diffusion model, to be adapted."""
+
+    def stated(self) -> dict[str, str | int | None]:
+        """What a saved configuration says of it, so that the checkpoint is opened without being told again."""
+        stated: dict[str, str | int | None] = {"family": self.name, "shift": self.shift}
+        if self.block_length is None and FAMILIES[self.name].block_length is None:
+            return stated
+        return {**stated, "block_length": self.block_length}
 
     def rename(self, weight: str) -> str:
         """The transformers class's name of a published weight."""
@@ -245,8 +252,8 @@ def family_of(
 ) -> Family:
     """The family of a checkpoint, from its own `config.json` or from what the recipe says.
 
-    A checkpoint saved by this project carries `diffusion: {family, shift, block_length}`. Otherwise `model_type` and
-    the class names decide. `block_length` 0 is attention to the whole sequence.
+    A checkpoint saved by this project carries `diffusion: {family, shift}`, and `block_length` where attention goes by
+    blocks. Otherwise `model_type` and the class names decide. `block_length` 0 is attention to the whole sequence.
 
     Raises:
         CheckpointError: the checkpoint is not a diffusion model that is known here.
@@ -266,13 +273,8 @@ def family_of(
         blocks = block_length
     blocks = blocks or None
     # An autoregressive model predicts the next token; with blocks it has to learn to predict the token itself.
-    default_shift = 0 if family.is_autoregressive and blocks else family.shift
+    default_shift = 0 if family.is_autoregressive and blocks not in (None, 1) else family.shift
     chosen_shift = stated.get("shift", default_shift) if shift is None else shift
-    if blocks is not None and chosen_shift:
-        raise CheckpointError(
-            f"block attention (block_length {blocks}) predicts a token at its own position, and the logit shift is "
-            f"{chosen_shift}; set model.shift=0, or model.block_length=0 for attention to the whole sequence"
-        )
     return replace(family, shift=chosen_shift, block_length=blocks)
 
 

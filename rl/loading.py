@@ -106,7 +106,7 @@ def load_policy(
             model = _load_weights(path, found, config, attention, weights_dtype)
         verify_buffers(model)
     tokenizer = load_tokenizer(path)
-    model.config.diffusion = {"family": found.name, "shift": found.shift, "block_length": found.block_length}
+    model.config.diffusion = found.stated()
     stated = values.get("diffusion") or {}
     if end_tokens or stated.get("end_ids"):
         model.config.diffusion["end_ids"] = _ids_of(end_tokens, tokenizer) if end_tokens else stated["end_ids"]

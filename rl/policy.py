@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +41,13 @@ class Policy:
         self.tokenizer = tokenizer
         self.family = family
         self.compute_dtype = compute_dtype
-        self.is_causal = False
         self._reference_model: nn.Module | None = None
         self.has_moving_reference = False
         config = self._base.config
         self.mask_id = find_mask_id(tokenizer, config, family)
-        self.pad_id: int = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         self.end_ids = find_end_ids(tokenizer, config, family)
+        pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, self.end_ids[0])
+        self.pad_id: int = next(token for token in pads if token is not None)
         if len(tokenizer) > config.vocab_size:
             raise CheckpointError(
                 f"the tokenizer has {len(tokenizer)} tokens but the model embeds only {config.vocab_size}; "
@@ -110,15 +111,11 @@ class Policy:
         there are no earlier blocks, and it is not read.
         """
         layout = pad_lengths if isinstance(pad_lengths, Layout) else left_padded(pad_lengths, ids.shape[1])
-        if clean is None or self.family.block_length is None or self.is_causal:
-            hidden = self._hidden(ids, layout, self._allowed(layout))
-        else:
-            hidden = self._hidden_with_clean_prefix(ids, clean, layout, rows, self.family.block_length)
-        source = rows
-        if self.family.shift:
-            source = torch.zeros_like(rows)
-            source[:, : -self.family.shift] = rows[:, self.family.shift :]
-        return hidden[source]
+        block_length = self.family.block_length
+        if clean is not None and block_length is not None:
+            return self._hidden_after_clean_blocks(ids, clean, layout, rows, block_length)[rows]
+        hidden = self.hidden_after(ids, layout.position, may_attend(layout, layout, block_length=block_length))
+        return hidden[before(rows) if self.family.shift else rows]
 
     def logits_at(
         self,
@@ -187,15 +184,14 @@ class Policy:
             )
         return out.last_hidden_state
 
-    def _allowed(self, layout: Layout) -> Bool[Tensor, "B Q S"]:
-        return may_attend(layout, layout, block_length=self.family.block_length, is_causal=self.is_causal)
+    def attend(self, block_length: int | None) -> None:
+        """Switch who attends to whom, and say so in the configuration that is saved with the weights."""
+        self.family = replace(self.family, block_length=block_length)
+        self.config.diffusion = {**(getattr(self.config, "diffusion", None) or {}), **self.family.stated()}
+        if "block_length" not in self.family.stated():
+            self.config.diffusion.pop("block_length", None)
 
-    def _hidden(
-        self, ids: Int[Tensor, "B S"], layout: Layout, allowed: Bool[Tensor, "B Q S"]
-    ) -> Float[Tensor, "B S D"]:
-        return self.hidden_after(ids, layout.position, allowed)
-
-    def _hidden_with_clean_prefix(
+    def _hidden_after_clean_blocks(
         self,
         ids: Int[Tensor, "B S"],
         clean: Int[Tensor, "B S"],
@@ -203,7 +199,12 @@ class Policy:
         rows: Bool[Tensor, "B S"],
         block_length: int,
     ) -> Float[Tensor, "B S D"]:
-        """Both streams in one pass; of the noisy one only the blocks from the first that is asked for."""
+        """The states that predict each position of `rows`, moved to it by the family's shift.
+
+        Both streams in one pass; of the noisy one only the blocks from the first that is asked for. With shift 1 the
+        first position of a block is predicted from the last one of the block before it, which is in the clean stream:
+        what a decoder has, too, once that block is done.
+        """
         first = first_column_of_blocks(layout, rows, block_length)
         noisy = layout.columns(slice(first, None))
         hidden = self.hidden_after(
@@ -212,7 +213,12 @@ class Policy:
             two_streams(noisy, layout, block_length),
         )
         width = ids.shape[1] - first
-        return torch.cat((hidden.new_zeros((len(ids), first, hidden.shape[-1])), hidden[:, :width]), dim=1)
+        from_noisy = torch.cat((hidden.new_zeros((len(ids), first, hidden.shape[-1])), hidden[:, :width]), dim=1)
+        if not self.family.shift:
+            return from_noisy
+        is_first = (layout.position % block_length == 0)[:, 1:, None]
+        moved = torch.where(is_first, hidden[:, width:-1], from_noisy[:, :-1])
+        return torch.cat((torch.zeros_like(moved[:, :1]), moved), dim=1)
 
     @property
     def _mask_dtype(self) -> torch.dtype:
@@ -331,6 +337,11 @@ class Policy:
             "mask_token": self.tokenizer.convert_ids_to_tokens(self.mask_id),
             "end_tokens": self.tokenizer.convert_ids_to_tokens(stated.get("end_ids", [])),
         }
+
+
+def before(rows: Bool[Tensor, "B S"]) -> Bool[Tensor, "B S"]:
+    """The positions one to the left of `rows`. Example: [0, 1, 1, 0] → [1, 1, 0, 0]."""
+    return torch.cat((rows[:, 1:], torch.zeros_like(rows[:, :1])), dim=1)
 
 
 def find_mask_id(tokenizer: Any, config: Any, family: Family) -> int:

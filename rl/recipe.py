@@ -22,6 +22,8 @@ PATH_FIELDS = (("model", "path"), ("data", "path"), ("data", "eval_path"))
 
 COLUMNS = ("uid", "prompt", "hidden_tests", "visible_tests", "entry_point", "setup", "solution", "style")
 """Dataset columns that are understood; all others go to reward functions of the user."""
+FIT_COLUMNS = ("text", "messages", "response")
+"""What the stages before RL read besides."""
 
 
 class Section(BaseModel):
@@ -112,13 +114,19 @@ class Data(Section):
         description="the first n hidden tests of a row are shown in its prompt and not scored",
     )
     max_prompt_tokens: Positive = Field(default=200, description="longer prompts are dropped")
+    window: int = Field(
+        default=0,
+        ge=0,
+        description="of pretrain and sft: rows that are read ahead and shuffled; 0 reads all rows into memory first",
+    )
 
     @model_validator(mode="after")
     def _known_columns(self) -> Data:
         for name in self.columns:
-            if name not in COLUMNS:
+            if name not in COLUMNS + FIT_COLUMNS:
                 raise ValueError(
-                    f"data.columns maps our names to the file's; {name!r} is none; {nearest(name, COLUMNS)}"
+                    f"data.columns maps our names to the file's; {name!r} is none; "
+                    f"{nearest(name, COLUMNS + FIT_COLUMNS)}"
                 )
         return self
 
@@ -381,12 +389,70 @@ class Checkpoint(Section):
 class Fit(Section):
     """What `stage: pretrain` and `stage: sft` train on; the `rl` stage ignores it."""
 
-    objective: Literal["masked_diffusion", "autoregressive"] = Field(
-        default="masked_diffusion", description="masked diffusion with weight 1/t, or next-token prediction"
+    objective: Literal["masked_diffusion", "autoregressive", "causal_diffusion", "block_diffusion"] | None = Field(
+        default=None,
+        description="masked diffusion with weight 1/t; next-token prediction; masked diffusion that reads only what is "
+        "to the left; or block by block, each with its own t. What is saved attends as it was trained; none: "
+        "block_diffusion for a model that attends in blocks, else masked_diffusion",
+    )
+    block_length: int = Field(
+        default=0, ge=0, description="of block_diffusion: positions of a block, B; 0 takes the model's, or else 4"
     )
     batch_size: Positive = Field(default=64, description="rows per optimizer step")
-    canvas: Positive = Field(default=256, description="response positions, in tokens; longer responses are dropped")
+    micro_batch_size: int = Field(
+        default=0, ge=0, description="rows per backward pass; the gradient does not depend on it; 0: all at once"
+    )
+    canvas: Positive = Field(
+        default=256, description="response positions of a row that holds one sample, in tokens; longer ones are skipped"
+    )
+    context: int = Field(
+        default=0,
+        ge=0,
+        description="positions of a row that packs several samples, which do not see each other, in tokens; samples "
+        "that are longer are skipped, and plain text is cut; 0: one sample a row",
+    )
+    random_length: Fraction = Field(
+        default=0.0, description="share of packed rows of plain text that end at a random length (LLaDA: 0.01)"
+    )
+    end_tokens: tuple[Positive, Positive] = Field(
+        default=(1, 1), description="end tokens after a response: a number drawn from this range for each sample"
+    )
     mask_ratio: tuple[Fraction, Fraction] = Field(default=(0.001, 1.0), description="range of t, uniform")
+    noise_warmup_steps: int = Field(
+        default=0,
+        ge=0,
+        description="steps in which t is drawn below a cap that rises to 1, and carries no weight; 0 is none",
+    )
+    noise_warmup_start: Fraction = Field(default=0.001, description="the cap at step 0")
+    clipped_noise: Literal["none", "paper", "exact"] = Field(
+        default="none",
+        description="of block_diffusion: t is at least 1/B and every block has a mask; weight 1/t as published, or "
+        "the inverse of a position's true chance of being masked",
+    )
+    attention_anneal_steps: int = Field(
+        default=0,
+        ge=0,
+        description="of masked_diffusion: steps in which causal attention becomes full attention; 0 switches at once",
+    )
+
+    @model_validator(mode="after")
+    def _fit_together(self) -> Fit:
+        for name in ("mask_ratio", "end_tokens"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"fit.{name} must be a range (lo, hi) with lo <= hi; got ({low}, {high})")
+        if self.clipped_noise != "none" and self.objective not in (None, "block_diffusion"):
+            raise ValueError(
+                f"fit.clipped_noise is of blocks: it goes with fit.objective=block_diffusion; got {self.objective!r}"
+            )
+        if self.attention_anneal_steps and self.objective not in (None, "masked_diffusion"):
+            raise ValueError(
+                "fit.attention_anneal_steps leads to full attention: it goes with fit.objective=masked_diffusion; got "
+                f"{self.objective!r}"
+            )
+        if self.random_length and not self.context:
+            raise ValueError("fit.random_length cuts packed rows; give their length, for example fit.context=4096")
+        return self
 
 
 class Recipe(Section):

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from coupled.rl.errors import DataError
+from coupled.rl.parquet import write_parquet
 from coupled.rl.types import Group, Rollout
 
 NUM_TESTS = 100
 """So many tests of a task are written with their text; the verdict on each test is always written."""
 TEST_LENGTH = 400
 """Characters of a test's text that are written: the inputs of some benchmarks are megabytes."""
-BATCH_ROWS = 1024
 
 
 def write_rollouts(run: Path, step: int, made: Sequence[Group] | Sequence[Rollout]) -> Path:
@@ -21,18 +19,13 @@ def write_rollouts(run: Path, step: int, made: Sequence[Group] | Sequence[Rollou
 
     Rollouts that no judge has seen go to `step_NNNNNN.unscored.parquet`.
     """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     groups = [item for item in made if isinstance(item, Group)]
     rows = [_row(r) | _verdict_row(g, i) for g in groups for i, r in enumerate(g.rollouts)]
     rows += [_row(item) for item in made if isinstance(item, Rollout)]
     folder = run / "rollouts"
     folder.mkdir(exist_ok=True)
     path = folder / f"step_{step:06d}{'' if groups else '.unscored'}.parquet"
-    partial = path.with_name(f".partial-{path.name}")
-    pq.write_table(pa.Table.from_pylist(rows), partial)
-    partial.rename(path)
+    write_parquet(path, rows)
     return path
 
 
@@ -40,36 +33,6 @@ def rollout_files(run: Path) -> dict[int, Path]:
     """Step → the file of its scored rollouts, in order."""
     found = [p for p in (run / "rollouts").glob("step_*.parquet") if p.name.count(".") == 1]
     return dict(sorted((int(p.stem.removeprefix("step_")), p) for p in found))
-
-
-def num_rollouts(path: Path) -> int:
-    """Rows of a file, from its footer alone. Raises DataError when the file is damaged."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return int(pq.read_metadata(path).num_rows)
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{path} is not a whole Parquet file ({error}); take it out of the folder") from error
-
-
-def read_rollouts(path: Path, rows: Sequence[int]) -> list[dict[str, Any]]:
-    """Some rows of a file, in its order, whatever its size: no more than a batch is in memory.
-
-    Example: `read_rollouts(path, [0, 5])`. A file of an earlier version may lack columns.
-    """
-    import pyarrow.parquet as pq
-
-    wanted, start = sorted(rows), 0
-    found: list[dict[str, Any]] = []
-    with pq.ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=BATCH_ROWS) if wanted else ():
-            here = [row - start for row in wanted if start <= row < start + batch.num_rows]
-            found += batch.take(here).to_pylist() if here else []
-            start += batch.num_rows
-            if start > wanted[-1]:
-                break
-    return found
 
 
 def _row(rollout: Rollout) -> dict[str, object]:

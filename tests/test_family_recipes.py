@@ -179,6 +179,7 @@ def test_likelihood_training_adapts_every_kind_of_model(tmp_path: Path, family: 
         "optimizer.learning_rate=5e-3",
         "optimizer.warmup_steps=0",
         "model.compute_dtype=float32",
+        "fit.objective=null",
         *model,
         *(("model.shift=0",) if model and family == "autoregressive" else ()),
     )

@@ -50,7 +50,7 @@ def test_the_wheel_installs_the_package_coupled_and_nothing_beside_it(names: set
 
 def test_recipes_and_the_embedded_model_are_in_the_wheel(names: set[str]) -> None:
     data = [p for pattern in ("*.yaml", "*.json") for p in (ROOT / "recipes").glob(pattern)]
-    data += (ROOT / "recipes/tiny").glob("*.yaml")
+    data += (ROOT / "recipes").glob("*/*.yaml")
     for folder in ("tasks", "architecture", "checkpoint"):
         data += [p for p in (ROOT / "recipes/tiny" / folder).rglob("*") if p.is_file()]
     wanted = {f"coupled/{p.relative_to(ROOT)}" for p in data}

@@ -2,7 +2,7 @@
 
     python -m coupled.recipes.tiny.architecture
 
-The model is Qwen2-shaped with Dream's shift and bidirectional attention; `pretrain.yaml` then `sft.yaml` fill it.
+The model is Qwen2-shaped with Dream's shift and bidirectional attention; `ar.yaml` then `adapt.yaml` fill it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config
 
-from coupled.rl.fit import RESPONSE
+from coupled.rl.fit_data import RESPONSE
 
 HERE = Path(__file__).parent
 VOCABULARY = 896

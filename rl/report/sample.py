@@ -13,8 +13,9 @@ from typing import Any
 from coupled.reward import extract
 from coupled.rl.keys import generator
 from coupled.rl.loading import load_tokenizer
+from coupled.rl.parquet import count_rows, read_chosen
 from coupled.rl.report.data import RunRecord, spread
-from coupled.rl.rollout_log import num_rollouts, read_rollouts, rollout_files
+from coupled.rl.rollout_log import rollout_files
 from coupled.rl.rundir import committed_checkpoints
 
 NUM_SAMPLED_STEPS = 20
@@ -55,13 +56,13 @@ def sample_rollouts(run: RunRecord, limit: int, max_bytes: int = MAX_SAMPLE_BYTE
     """
     files = rollout_files(run.path)
     steps = spread(sorted(files), NUM_SAMPLED_STEPS)
-    sizes = {step: num_rollouts(path) for step, path in files.items()}
+    sizes = {step: count_rows(path) for step, path in files.items()}
     tokenizer = _tokenizer(run)
     found: list[dict[str, Any]] = []
     for place, step in enumerate(steps):
         quota = limit * (place + 1) // len(steps) - limit * place // len(steps)
         order = generator("report", step, sizes[step]).permutation(sizes[step])
-        found += [{"step": step, **row} for row in read_rollouts(files[step], order[:quota].tolist())]
+        found += [{"step": step, **row} for row in read_chosen(files[step], order[:quota].tolist())]
     shown: dict[int, dict[str, Any]] = {}
     tasks: dict[str, dict[str, Any]] = {}
     num_bytes = 0
@@ -102,7 +103,7 @@ def denoising_orders(run: RunRecord) -> list[DenoisingOrder]:
     files = rollout_files(run.path)
     ends = sorted({min(files), max(files)}) if files else []
     orders = (
-        _order(step, read_rollouts(files[step], range(min(num_rollouts(files[step]), NUM_FOR_ORDER)))) for step in ends
+        _order(step, read_chosen(files[step], range(min(count_rows(files[step]), NUM_FOR_ORDER)))) for step in ends
     )
     return [order for order in orders if order is not None]
 

@@ -55,7 +55,7 @@ def test_who_attends_to_whom() -> None:
     row = left_padded(torch.tensor([1]), 6)
     assert may_attend(row, row).tolist() == [[[False, True, True, True, True, True]]]
     assert table(may_attend(row, row, block_length=2)[0])[1:] == [".xx...", ".xx...", ".xxxx.", ".xxxx.", ".xxxxx"]
-    assert table(may_attend(row, row, is_causal=True)[0])[1:] == [".x....", ".xx...", ".xxx..", ".xxxx.", ".xxxxx"]
+    assert table(may_attend(row, row, block_length=1)[0])[1:] == [".x....", ".xx...", ".xxx..", ".xxxx.", ".xxxxx"]
     two = packed(((3, 2),))
     assert table(may_attend(two, two)[0]) == ["xxx..", "xxx..", "xxx..", "...xx", "...xx"]
     assert table(may_attend(two, two, block_length=2)[0]) == ["xx...", "xx...", "xxx..", "...xx", "...xx"]
@@ -137,7 +137,7 @@ def test_single_batched_padded_and_packed_rows_have_the_same_logits(tiny_policy:
 @torch.no_grad()
 def test_causal_rows_have_the_same_logits_packed_and_padded(tiny_policy: MakePolicy) -> None:
     policy, parts = tiny_policy(), sequences()
-    policy.is_causal = True
+    policy.attend(1)
     width = max(LENGTHS)
     left, whole = left_padded(width - torch.tensor(LENGTHS), width), packed((LENGTHS,))
     one = logits_of(policy, in_rows([[p] for p in parts], left, 9), left)
@@ -145,15 +145,18 @@ def test_causal_rows_have_the_same_logits_packed_and_padded(tiny_policy: MakePol
     torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("block_length", [1, 2, 3, 4, 5, 16])
 @torch.no_grad()
 def test_two_streams_equal_a_forward_pass_per_block_after_a_clean_prefix(
-    tiny_policy: MakePolicy, block_length: int
+    tiny_policy: MakePolicy, block_length: int, shift: int
 ) -> None:
     """Prompts of 0 to 2 B tokens would be masked just so; here any positions are."""
-    policy, parts = tiny_policy(shift=0, block_length=block_length), sequences((5, 9, 2, 12))
+    policy, parts = tiny_policy(shift=shift, block_length=block_length), sequences((5, 9, 2, 12))
     stream = torch.Generator().manual_seed(1)
     noisy = [torch.where(torch.rand(p.shape, generator=stream) < 0.5, policy.mask_id, p) for p in parts]
+    for n, p in zip(noisy, parts, strict=True):
+        n[:shift] = p[:shift]  # with a shift the first token has no source
     expected = [plain_logits(policy, n.tolist(), p.tolist()) for n, p in zip(noisy, parts, strict=True)]
     width = 12
     for layout, hold in (
@@ -174,3 +177,34 @@ def test_two_streams_equal_a_forward_pass_per_block_after_a_clean_prefix(
                 policy.logits_at(ids, layout, last, clean), policy.logits_at(ids, layout, rows, clean)[last[rows]],
                 atol=1e-5,
             )  # fmt: skip
+
+
+@pytest.mark.parametrize("block_length", [1, 2, 3, 4, 32])
+@pytest.mark.parametrize("pad", [0, 1, 3])
+def test_two_streams_are_what_the_words_say(block_length: int, pad: int) -> None:
+    """For every pair of places in [noisy ; clean] of real tokens."""
+    size = 9
+    layout = left_padded(torch.tensor([pad]), size)
+    allowed = two_streams(layout, layout, block_length)[0]
+    for query in range(2 * size):
+        for key in range(2 * size):
+            (q_clean, q), (k_clean, k) = divmod(query, size), divmod(key, size)
+            if q < pad:
+                continue  # what padding reads is of no account
+            q_block, k_block = (q - pad) // block_length, (k - pad) // block_length
+            if q_clean:
+                expected = bool(k_clean) and k_block <= q_block
+            else:
+                expected = k_block < q_block if k_clean else k_block == q_block
+            assert bool(allowed[query, key]) == (expected and k >= pad)
+
+
+def test_two_streams_of_packed_sequences_are_those_of_each_alone() -> None:
+    layout = packed(((3, 2),))
+    allowed = two_streams(layout, layout, 2)[0].view(2, 5, 2, 5)
+    for places in (torch.arange(3), torch.arange(3, 5)):
+        own = left_padded(torch.tensor([0]), len(places))
+        alone = two_streams(own, own, 2)[0].view(2, len(places), 2, len(places))
+        assert torch.equal(allowed[:, places][:, :, :, places], alone)
+        others = torch.tensor([i for i in range(5) if i not in places])
+        assert not allowed[:, places][:, :, :, others].any()

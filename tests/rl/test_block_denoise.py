@@ -107,14 +107,21 @@ def assert_equal_to_no_cache(policy: Policy, requests: list[Request], sampler: S
 # --- equal to the computation without a cache -----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("sampler", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("block_length", [1, 3, 4, 16])
-def test_prompts_of_every_length_up_to_two_blocks(tiny_policy: MakePolicy, block_length: int, sampler: Sampler) -> None:
-    policy = tiny_policy(shift=0, block_length=block_length, end_scale=1.3)
+def test_prompts_of_every_length_up_to_two_blocks(
+    tiny_policy: MakePolicy, block_length: int, sampler: Sampler, shift: int
+) -> None:
+    policy = tiny_policy(shift=shift, block_length=block_length, end_scale=1.3)
     # Without a prompt the first block holds nothing but MASK, so that all its positions are equally sure: the order is
     # then a matter of rounding, unless it is drawn.
     drawn = replace(sampler, order="origin")
-    assert_equal_to_no_cache(policy, requests_of((0, 0, 2 * block_length)), drawn)
+    if shift:
+        with pytest.raises(RolloutError, match="a prompt is empty"):
+            denoise_blocks(policy, requests_of((0, 2 * block_length)), drawn, seed=0)
+    else:
+        assert_equal_to_no_cache(policy, requests_of((0, 0, 2 * block_length)), drawn)
     lengths = range(1, 2 * min(block_length, 4) + 1)
     made = assert_equal_to_no_cache(policy, requests_of(lengths), sampler)
     assert {len(r.prompt_ids) for r in made} == set(lengths)

@@ -102,7 +102,7 @@ def test_the_order_of_the_prompt_matters(tiny_policy: MakePolicy) -> None:
 @torch.no_grad()
 def test_causal_attention_is_used_where_it_is_asked_for(tiny_policy: MakePolicy) -> None:
     policy, batch = tiny_policy(), make_batch([3, 5], [6, 6])
-    policy.is_causal = True
+    policy.attend(1)
     before = canvas_logits(policy, batch)
     ids = batch.ids.clone()
     ids[:, -1] = 5

@@ -9,12 +9,16 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from coupled.rl.cli import app
 from coupled.rl.errors import RecipeError
 from coupled.rl.recipe import Recipe, apply_overrides, dump_recipe, json_schema, load_recipe, validate
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SHIPPED = sorted(RECIPES.rglob("*.yaml"))
+FULL_SIZE = ("diffucoder", "stable-diffcoder")
+"""Folders of recipes whose data the user brings."""
 Write = Callable[..., Path]
 MINIMAL: dict[str, Any] = {"stage": "rl", "model": {"path": "m"}, "data": {"path": "d.jsonl"}}
 
@@ -48,10 +52,10 @@ def refused(values: dict[str, Any]) -> str:
 
 
 def test_recipes_ship() -> None:
-    assert {p.stem for p in SHIPPED} >= {"quickstart", "pretrain", "sft"}
+    assert {p.stem for p in SHIPPED} >= {"quickstart", "ar", "adapt", "sft", "rl", "cpt", "midtrain"}
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_shipped_recipe_loads(path: Path) -> None:
     recipe = load_recipe(path)
     assert recipe.name == path.stem
@@ -60,9 +64,37 @@ def test_every_shipped_recipe_loads(path: Path) -> None:
         assert place is None or is_on_the_hub or Path(place).is_file(), f"{path} names {place}"
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_shipped_recipe_follows_the_schema(path: Path) -> None:
     jsonschema.validate(yaml.load(path.read_text(), Loader=Yaml12), json.loads(json_schema()))
+
+
+def test_the_full_size_recipes_have_the_published_numbers() -> None:
+    """And --dry-run prints them; what is not published is said to be ours in the file."""
+
+    def resolved(name: str) -> Recipe:
+        done = CliRunner().invoke(app, ["train", str(RECIPES / f"{name}.yaml"), "--dry-run"])
+        assert done.exit_code == 0, done.output
+        return validate(yaml.safe_load(done.output), source=name)
+
+    cpt, sft = resolved("stable-diffcoder/cpt"), resolved("stable-diffcoder/sft")
+    for recipe in (cpt, sft):
+        assert (recipe.fit.objective, recipe.fit.block_length, recipe.fit.context) == ("block_diffusion", 4, 8192)
+        assert (recipe.fit.clipped_noise, recipe.fit.mask_ratio) == ("paper", (0.0, 1.0))
+    assert (cpt.model.shift, cpt.fit.noise_warmup_start, cpt.fit.noise_warmup_steps > 0) == (0, 1e-3, True)
+    assert (sft.fit.end_tokens, sft.fit.noise_warmup_steps) == ((1, 4), 0)
+    tokens = {"adapt": 65e9, "midtrain": 16e9}
+    for name, published in tokens.items():
+        recipe = resolved(f"diffucoder/{name}")
+        assert recipe.fit.objective == "masked_diffusion"
+        assert recipe.num_steps * recipe.fit.batch_size * recipe.fit.context == pytest.approx(published, rel=1e-4)
+    assert resolved("diffucoder/adapt").model.shift == 1
+    tuned = resolved("diffucoder/sft")
+    assert tuned.num_steps * tuned.fit.batch_size == pytest.approx(436_000, rel=1e-3)
+    rl = resolved("diffucoder-7b-paper")
+    assert (rl.rollout.group_size, rl.rollout.canvas, rl.rollout.temperature, rl.num_updates) == (10, 256, 1.2, 2)
+    assert (rl.loss.reference, rl.loss.sync_every, rl.loss.sync_mix) == ("synced", 64, 0.6)
+    assert rl.num_steps * rl.rollout.num_prompts == 21_000
 
 
 def test_the_schema_file_is_the_one_of_the_code() -> None:
@@ -331,7 +363,7 @@ def test_overrides_of_a_recipe_leave_the_rest_alone() -> None:
 # --- round trip ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_a_dumped_recipe_is_the_same_recipe(path: Path) -> None:
     recipe = load_recipe(
         path, ("model.init=checkpoint", "model.adapter={rank: 4}", "reward.functions=[{path: 'x.py:f', weight: 0.1}]")

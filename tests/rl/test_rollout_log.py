@@ -7,7 +7,8 @@ import pytest
 from report_runs import TESTS, make_group
 
 from coupled.reward import Status, Task, Verdict
-from coupled.rl.rollout_log import NUM_TESTS, TEST_LENGTH, num_rollouts, read_rollouts, rollout_files, write_rollouts
+from coupled.rl.parquet import count_rows, read_chosen
+from coupled.rl.rollout_log import NUM_TESTS, TEST_LENGTH, rollout_files, write_rollouts
 from coupled.rl.types import Group, Prompt, Rollout
 
 pq = pytest.importorskip("pyarrow.parquet")
@@ -50,10 +51,10 @@ def test_the_verdict_on_every_test_is_written_and_long_tests_are_cut(tmp_path: P
 
 
 def test_rows_are_read_back_by_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coupled.rl.rollout_log.BATCH_ROWS", 3)
+    monkeypatch.setattr("coupled.rl.parquet.BATCH_ROWS", 3)
     path = write_rollouts(tmp_path, 7, [make_group(7, [f"text {i}" for i in range(8)], [2] * 8)])
-    assert num_rollouts(path) == 8
-    assert [row["completion"] for row in read_rollouts(path, [7, 0, 3])] == ["text 0", "text 3", "text 7"]
-    assert read_rollouts(path, []) == []
+    assert count_rows(path) == 8
+    assert [row["completion"] for row in read_chosen(path, [7, 0, 3])] == ["text 0", "text 3", "text 7"]
+    assert read_chosen(path, []) == []
     write_rollouts(tmp_path, 2, list(make_group(2, ["not judged"], [2]).rollouts))
     assert rollout_files(tmp_path) == {7: path}
