@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig
 from coupled.rl.errors import CheckpointError
 from coupled.rl.families import Family, family_of
 from coupled.rl.recipe import Recipe
+from coupled.rl.vocabulary import CHUNK_LOGITS
 
 PEAK_TFLOPS = {"H200": 790.0, "A100": 250.0}
 """bfloat16, dense, as measured by others on large products (H200), or published."""
@@ -41,13 +42,21 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """Shapes of checkpoints that recipes name on the hub, for machines that cannot ask it."""
+# What Dream-7B and Stable-DiffCoder were made of.
+PUBLISHED["qwen2"] = PUBLISHED["dream"] | {"model_type": "qwen2"}
+PUBLISHED["llama"] = PUBLISHED["stable_diffcoder"] | {"architectures": ["LlamaForCausalLM"]}
 HUB_NAMES = {
+    "apple/DiffuCoder-7B-Base": "dream",
     "apple/DiffuCoder-7B-Instruct": "dream",
     "Dream-org/Dream-v0-Instruct-7B": "dream",
     "GSAI-ML/LLaDA-8B-Instruct": "llada",
     "ByteDance-Seed/Stable-DiffCoder-8B-Instruct": "stable_diffcoder",
+    "ByteDance-Seed/Stable-DiffCoder-8B-Base": "stable_diffcoder",
     "JetLM/SDAR-8B-Chat": "sdar",
+    "Qwen/Qwen2.5-Coder-7B": "qwen2",
+    "ByteDance-Seed/Seed-Coder-8B-Base": "llama",
 }
+"""Hub name → key of PUBLISHED."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,7 +128,8 @@ def memory_gib(recipe: Recipe, shape: Shape, family: Family) -> dict[str, float]
     """What the trainer's device holds at its fullest, part by part.
 
     Trained weights have a gradient and two moments, all float32. Activations: per token and layer, what the backward
-    pass needs of norms, projections and the inner layer, kept for one micro-batch of the estimator's pair of inputs.
+    pass needs of norms, projections and the inner layer, kept for one micro-batch of all the estimator's inputs, or of
+    one with `has_two_passes`; with gradient checkpointing, the input of each layer and all of one.
     """
     adapter = recipe.model.adapter
     bytes_each = 2 if recipe.model.weights_dtype == "bfloat16" else 4
@@ -132,9 +142,10 @@ def memory_gib(recipe: Recipe, shape: Shape, family: Family) -> dict[str, float]
         parts["reference"] = copied * bytes_each
     if recipe.model.compute_dtype == "bfloat16" and bytes_each == 4:
         parts["autocast copies"] = shape.body * 2
-    streams = 1 if family.block_length is None else 2
+    streams = 2 if _has_two_streams(recipe, family) else 1
     if recipe.stage == "rl":
-        rows, canvas, views = recipe.optimizer.micro_batch_size, recipe.rollout.canvas, 2
+        rows, canvas = recipe.optimizer.micro_batch_size, recipe.rollout.canvas
+        views = 1 if recipe.optimizer.has_two_passes else 2 * recipe.estimator.num_pairs + 1
         length = recipe.data.max_prompt_tokens + canvas
     else:
         rows, views = recipe.fit.micro_batch_size or recipe.fit.batch_size, 1
@@ -142,13 +153,25 @@ def memory_gib(recipe: Recipe, shape: Shape, family: Family) -> dict[str, float]
         length = recipe.fit.context or recipe.data.max_prompt_tokens + canvas
     tokens = views * streams * rows * length
     compute_bytes = 2 if recipe.model.compute_dtype == "bfloat16" else 4
-    per_token = shape.layers * (16 * shape.hidden + 3 * shape.inner) * compute_bytes
-    parts["activations"] = tokens * per_token
-    parts["logits"] = rows * canvas * shape.vocabulary * 4 * 3
+    of_layer = 16 * shape.hidden + 3 * shape.inner
+    kept = shape.layers * of_layer
+    if recipe.optimizer.has_gradient_checkpointing:
+        kept = shape.layers * shape.hidden + of_layer
+    parts["activations"] = tokens * kept * compute_bytes
+    parts["logits"] = min(rows * canvas * shape.vocabulary, CHUNK_LOGITS["cuda"]) * 4 * 3
     return {name: size / GIB for name, size in parts.items()}
 
 
-def step_flops(recipe: Recipe, shape: Shape, family: Family) -> dict[str, int]:
+def fit_step_flops(recipe: Recipe, shape: Shape, family: Family) -> dict[str, int]:
+    """Operations of one step of likelihood training: forward and backward pass over every row, streams included."""
+    length = recipe.fit.context or recipe.data.max_prompt_tokens + recipe.fit.canvas
+    streams = 2 if _has_two_streams(recipe, family) else 1
+    once = recipe.fit.batch_size * shape.forward_flops(length * streams, length, length // 2)
+    backward = 2 if recipe.model.adapter is None else 1  # frozen weights need no gradient
+    return {"training": once * (1 + backward)}
+
+
+def rl_step_flops(recipe: Recipe, shape: Shape, family: Family) -> dict[str, int]:
     """Operations of one rollout step: making the completions, then scoring and training on them."""
     rollout, estimator = recipe.rollout, recipe.estimator
     rows = rollout.num_prompts * rollout.group_size
@@ -172,6 +195,12 @@ def step_flops(recipe: Recipe, shape: Shape, family: Family) -> dict[str, int]:
     return {"rollout": made, "scoring": scored, "update": recipe.num_updates * once * (1 + backward)}
 
 
+def _has_two_streams(recipe: Recipe, family: Family) -> bool:
+    if recipe.stage == "rl" or recipe.fit.objective is None:
+        return family.block_length is not None
+    return recipe.fit.objective == "block_diffusion"
+
+
 def estimate_run(recipe: Recipe) -> str:
     """A few lines for people; says so where the model's shape is not to be had."""
     try:
@@ -191,16 +220,15 @@ def estimate_run(recipe: Recipe) -> str:
         f"# memory: {sum(memory.values()):.1f} GiB = "
         + " + ".join(f"{name} {size:.1f}" for name, size in memory.items() if size),
     ]
-    if recipe.stage == "rl":
-        flops = step_flops(recipe, shape, family)
-        for name, peak in PEAK_TFLOPS.items():
-            seconds = {part: work / (peak * 1e12 * UTILISATION) for part, work in flops.items()}
-            parts = ", ".join(f"{part} {value:.3g} s" for part, value in seconds.items())
-            total = sum(seconds.values())
-            lines.append(
-                f"# one {name} at {UTILISATION:.0%} of {peak:g} TFLOP/s: {total:.3g} s a step ({parts}), "
-                f"{total * recipe.num_steps / 3600:.3g} h in all"
-            )
+    flops = rl_step_flops(recipe, shape, family) if recipe.stage == "rl" else fit_step_flops(recipe, shape, family)
+    for name, peak in PEAK_TFLOPS.items():
+        seconds = {part: work / (peak * 1e12 * UTILISATION) for part, work in flops.items()}
+        parts = ", ".join(f"{part} {value:.3g} s" for part, value in seconds.items())
+        total = sum(seconds.values())
+        lines.append(
+            f"# one {name} at {UTILISATION:.0%} of {peak:g} TFLOP/s: {total:.3g} s a step ({parts}), "
+            f"{total * recipe.num_steps / 3600:.3g} h in all"
+        )
     return "\n".join(lines)
 
 
@@ -208,6 +236,8 @@ def _config_of(recipe: Recipe) -> dict[str, Any]:
     path = recipe.model.path
     if not Path(path).is_dir() and path in HUB_NAMES:
         return PUBLISHED[HUB_NAMES[path]]
+    if path.startswith("owner/"):
+        raise CheckpointError(f"{path} stands for a checkpoint of yours: set model.path")
     try:
         values, _ = PreTrainedConfig.get_config_dict(path)
     except (OSError, ValueError) as error:

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from coupled.rl.cli import main
-from coupled.rl.estimate import HUB_NAMES, PUBLISHED, estimate_run, memory_gib, shape_of, step_flops
+from coupled.rl.estimate import HUB_NAMES, PUBLISHED, estimate_run, fit_step_flops, memory_gib, rl_step_flops, shape_of
 from coupled.rl.families import family_of
 from coupled.rl.loading import load_policy
 from coupled.rl.recipe import load_recipe
@@ -90,6 +90,33 @@ def test_a_recipe_is_valid_and_estimated_where_there_is_no_checkpoint(name: str)
 
 
 @pytest.mark.parametrize(
+    ("name", "family", "tokens"),
+    [
+        ("diffucoder/adapt", "qwen2", 65e9),
+        ("diffucoder/sft", "dream", 0),
+        ("stable-diffcoder/cpt", "llama", 21e9),
+        ("stable-diffcoder/sft", "stable_diffcoder", 0),
+    ],
+)
+def test_a_stage_before_rl_is_estimated(name: str, family: str, tokens: float) -> None:
+    """6 operations a parameter and token, or 12 where there are two streams, and what attention costs."""
+    recipe = load_recipe(ROOT / "recipes" / f"{name}.yaml")
+    text = estimate_run(recipe)
+    assert f"family {family}" in text
+    assert "s a step (training " in text
+    if tokens:
+        shape = shape_of(family_of(PUBLISHED[family], name=family).translate(PUBLISHED[family]))
+        flops = fit_step_flops(recipe, shape, family_of(PUBLISHED[family], name=family))["training"]
+        streams = 2 if recipe.fit.objective == "block_diffusion" else 1
+        least = 6 * shape.body * tokens * streams / recipe.num_steps
+        assert least < flops < 1.5 * least
+
+
+def test_a_checkpoint_that_is_yours_to_name_has_no_estimate() -> None:
+    assert "# no estimate: owner/" in estimate_run(load_recipe(ROOT / "recipes" / "diffucoder" / "midtrain.yaml"))
+
+
+@pytest.mark.parametrize(
     ("family", "billions"), [("dream", 7.6), ("llada", 8.0), ("stable_diffcoder", 8.25), ("sdar", 8.2)]
 )
 def test_the_published_shapes_have_as_many_parameters_as_is_said(family: str, billions: float) -> None:
@@ -109,7 +136,7 @@ def test_a_step_of_the_published_recipe_costs_what_others_computed() -> None:
     """Ten rollouts of 256 tokens after 200 in 256 steps: 6175 GFLOP a token, 20.0 s on an H200 at its peak."""
     recipe = load_recipe(ROOT / "recipes" / "diffucoder-7b-lora.yaml", ("rollout.num_prompts=1",))
     shape = shape_of(PUBLISHED["dream"])
-    flops = step_flops(recipe, shape, family_of(PUBLISHED["dream"]))
+    flops = rl_step_flops(recipe, shape, family_of(PUBLISHED["dream"]))
     assert flops["rollout"] / 2560 == pytest.approx(6175e9, rel=0.01)
     assert flops["rollout"] / 790e12 == pytest.approx(20.0, rel=0.01)
 
