@@ -238,6 +238,12 @@ def write_analysis(result: dict[str, Any], folder: Path) -> list[Path]:
     return written
 
 
+def default_out(path: Path) -> Path:
+    """`analysis/` of the run that a checkpoint is of, where `coupled report` finds it; else of the working folder."""
+    run = find_checkpoint(path).resolve().parent.parent
+    return (run if (run / "recipe.yaml").is_file() else Path()) / "analysis"
+
+
 def point_table(result: dict[str, Any]) -> Table:
     """Every point of the sweeps: per cent, with 95 % intervals."""
     most = f"pass@{result['sweep']['num_samples']}"

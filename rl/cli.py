@@ -174,10 +174,13 @@ def analyze(
     samples: Annotated[int, typer.Option(help="completions per problem above temperature 0", min=1)] = 8,
     temperatures: Annotated[str, typer.Option(help="comma-separated")] = "0,0.25,0.5,1,1.5",
     seed: Annotated[int, typer.Option(help="of the random draws", min=0)] = 0,
-    out: Annotated[Path, typer.Option(help="folder for analysis.json and the pictures")] = Path("analysis"),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="folder for analysis.json and the pictures; default: analysis/ in the (second) run"),
+    ] = None,
 ) -> None:
     """AR-ness, confidence and order of commit; scores against temperature and denoising steps; before and after."""
-    from coupled.rl.analyze import Sweep, analyze, claim_table, point_table, write_analysis
+    from coupled.rl.analyze import Sweep, analyze, claim_table, default_out, point_table, write_analysis
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False)
@@ -185,7 +188,7 @@ def analyze(
     sweep = Sweep(num_problems=problems, num_samples=samples, temperatures=_numbers(temperatures), seed=seed)
     paths = [checkpoint] if compare is None else [checkpoint, compare]
     result = analyze(paths, sweep, recipe, tuple(overrides or ()), benchmark=benchmark, data=data, say=say)
-    written = write_analysis(result, out)
+    written = write_analysis(result, out or default_out(paths[-1]))
     console.print(point_table(result))
     console.print(claim_table(result))
     console.print("wrote " + ", ".join(map(str, written)), highlight=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ STYLE = {"svg.hashsalt": "coupled", "axes.spines.top": False, "axes.spines.right
 """The salt makes equal pictures equal files."""
 
 
-def draw_curves(result: dict[str, Any], to: Path) -> None:
+def draw_curves(result: dict[str, Any], to: Path | BytesIO) -> None:
     """Score and AR-ness against temperature, denoising steps and k, and the entropy sink; one colour a checkpoint."""
     most = f"pass@{result['sweep']['num_samples']}"
     with mpl.rc_context(STYLE):
@@ -53,10 +54,10 @@ def draw_curves(result: dict[str, Any], to: Path) -> None:
             axis.set(xlabel=x, ylabel=y)
             axis.legend(frameon=False, fontsize=6.5)
         figure.tight_layout()
-        figure.savefig(to, metadata={"Date": None})
+        figure.savefig(to, format="svg", metadata={"Date": None})
 
 
-def draw_maps(result: dict[str, Any], to: Path) -> None:
+def draw_maps(result: dict[str, Any], to: Path | BytesIO) -> None:
     """Confidence of masked positions, and share committed, over (step, position); one row a checkpoint."""
     rows = result["checkpoints"]
     with mpl.rc_context(STYLE):
@@ -72,7 +73,7 @@ def draw_maps(result: dict[str, Any], to: Path) -> None:
                 axis.set(xlabel="position", ylabel="denoising step", title=f"{checkpoint['name']}: {title}")
                 figure.colorbar(image, ax=axis)
         figure.tight_layout()
-        figure.savefig(to, metadata={"Date": None})
+        figure.savefig(to, format="svg", metadata={"Date": None})
 
 
 def _line(axis: Any, points: list[dict[str, Any]], x: str, y: str, **style: Any) -> None:

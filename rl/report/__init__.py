@@ -18,6 +18,7 @@ from coupled.rl.errors import DataError
 from coupled.rl.report.curves import curve_groups, smoothing
 from coupled.rl.report.data import RunRecord, read_run
 from coupled.rl.report.held_out import held_out_results
+from coupled.rl.report.measured import analyses, benchmark_results
 from coupled.rl.report.plots import require_matplotlib
 from coupled.rl.report.sample import sample_rollouts
 from coupled.rl.report.words import differences, lead, rollout_words, run_words, tiles
@@ -85,6 +86,8 @@ def render(runs: Sequence[RunRecord], num_rollouts: int = NUM_ROLLOUTS) -> str:
         lead=lead(runs),
         tiles=tiles(runs, names),
         held_out=held_out,
+        benchmarks=benchmark_results(runs, names),
+        analyses=analyses(runs, names),
         groups=groups,
         smoothing=smoothing(runs),
         rollouts=rollout_words(samples),
