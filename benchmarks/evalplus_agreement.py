@@ -29,7 +29,8 @@ from verdicts import mutants
 from coupled.rl.benchmarks import BENCHMARKS, Benchmark, Problem, data_file, load_problems
 from coupled.rl.benchmarks.run import Arm, Plan, evaluate_benchmark, read_evaluation
 from coupled.rl.denoise import Request, Sampler
-from coupled.rl.policy import Policy, load_tokenizer
+from coupled.rl.loading import load_tokenizer
+from coupled.rl.policy import Policy
 from coupled.rl.types import Rollout
 from coupled.sandbox import open_executor
 

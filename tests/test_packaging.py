@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import shutil
 import subprocess
 import sys
@@ -104,3 +105,10 @@ def test_type_checkers_find_the_real_folders(package: str) -> None:
     assert link.is_symlink()
     assert not Path(link.readlink()).is_absolute(), "the repository may be cloned anywhere"
     assert link.resolve() == ROOT / package
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.stem)
+def test_every_benchmark_still_finds_what_it_imports(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(path.parent))
+    found = runpy.run_path(str(path), run_name="imported")
+    assert path.stem == "common" or callable(found["main"])
