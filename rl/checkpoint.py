@@ -7,6 +7,7 @@ where the weights are split over ranks, shards that each rank writes for itself.
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,9 @@ def _read_shards(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer)
     reference = policy.reference_tensors() if policy.has_moving_reference else {}
     wanted |= {f"reference.{name}": tensor for name, tensor in reference.items()}
     try:
-        dcp.load(wanted, storage_reader=reader, no_dist=not dist.is_initialized())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one rank has none
+            dcp.load(wanted, storage_reader=reader, no_dist=not dist.is_initialized())
     except (RuntimeError, dcp.api.CheckpointException) as error:
         raise CheckpointError(f"{folder} is not of this model, or not whole: {error}") from error
     optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -7,6 +7,7 @@ other hosts) hands over `Follower`s, so that a rank that ends is noticed at once
 
 from __future__ import annotations
 
+import hashlib
 import json
 import socket
 import subprocess
@@ -27,7 +28,7 @@ from coupled.rl.engine import Weights
 from coupled.rl.errors import CoupledError, RankError, RecipeError
 from coupled.rl.learner import Learner, Update
 from coupled.rl.policy import Policy
-from coupled.rl.ranks import join, moved
+from coupled.rl.ranks import Ranks, join, moved
 from coupled.rl.recipe import Recipe
 from coupled.rl.types import Anchor, MaskDraw, Prompt, Rollout, TrainBatch
 
@@ -119,7 +120,7 @@ class Gang:
             self._followers += [start(rank, port) for rank in range(1, size)]
             self._wait_until_all_are_there()
             self._ranks = join(self._store, index=0, size=size, is_gpu=is_gpu, timeout_seconds=self._timeout)
-            self._learner = self._guarded("start", lambda: Learner(recipe, policy, self._ranks))
+            self._learner = self._guarded("start", lambda: ready(Learner(recipe, policy, self._ranks), self._ranks))
         except BaseException:
             self.close()
             raise
@@ -216,13 +217,14 @@ class Gang:
         except CoupledError:
             raise
         except RuntimeError as error:
+            has_expired = "timed out" in str(error).lower()
             # A rank that ends closes its connections first.
-            deadline = time.monotonic() + GRACE_SECONDS
-            while is_of_connections(error) and time.monotonic() < deadline:
-                self._refuse_ended(method, error)
-                time.sleep(POLL_SECONDS)
+            deadline = time.monotonic() + (0 if has_expired else GRACE_SECONDS)
             self._refuse_ended(method, error)
-            if isinstance(error, dist.DistBackendError) or "imed out" in str(error):
+            while is_of_connections(error) and time.monotonic() < deadline:
+                time.sleep(POLL_SECONDS)
+                self._refuse_ended(method, error)
+            if has_expired:
                 late = [f for f in self._followers if not self._store.check([done_key(self._num_calls, f.rank)])]
                 raise RankError(
                     f"the trainer's ranks waited {self._timeout:g} s for each other in {method!r}; not done: "
@@ -274,6 +276,31 @@ def here_key(rank: int) -> str:
 def error_key(rank: int) -> str:
     """Where a rank says what ended it."""
     return f"error/{rank}"
+
+
+def ready(learner: Learner, ranks: Ranks) -> Learner:
+    """Wait until all ranks have their learners, and see to it that replicas begin alike.
+
+    Raises:
+        RankError: they do not; on the first rank.
+    """
+    found = ranks.gather(None if learner.is_sharded else digest(learner.trainable_state()))
+    if len(set(found)) > 1:
+        odd = [rank for rank, mine in enumerate(found) if mine != found[0]]
+        raise RankError(
+            f"all ranks of the trainer must begin with the same adapters; those of rank {', '.join(map(str, odd))} "
+            "differ from the first's. Install the same torch and peft everywhere, and give all the same checkpoint"
+        )
+    return learner
+
+
+def digest(state: dict[str, Tensor]) -> str:
+    """Equal for equal tensors of equal names."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        found.update(name.encode())
+        found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def is_of_connections(error: BaseException) -> bool:

@@ -1,6 +1,6 @@
 """A trainer of 1, 2 or 4 ranks on toy batches. As a program it is one of four processes that go through all cases.
 
-    python rank_cases.py INDEX PORT FOLDER      FOLDER/cases.pt: name → Case; results: FOLDER/NAME-RANKS.pt
+python rank_cases.py INDEX PORT FOLDER      FOLDER/cases.pt: name → Case; results: FOLDER/NAME-RANKS.pt
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def run_case(case: Case, ranks: Ranks = ALONE) -> dict[str, Any]:
     recipe = Recipe.model_validate(case.recipe)
     policy = open_policy(recipe.model, recipe.seed)
     learner = Learner(recipe, policy, ranks)
-    start = policy.trainable_state()
+    start = {name: tensor.clone() for name, tensor in learner.trainable_state().items()}
     first = 1 if case.resumes is None else learner.read(case.resumes)["step"] + 1
     requests = make_requests(5)
     before = learner.generate(requests, SAMPLER, seed=0, weight_version=0)

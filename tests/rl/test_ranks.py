@@ -169,7 +169,9 @@ def test_layers_that_are_gathered_in_bfloat16_train_as_under_autocast(
 def assert_goes_on(found: dict[str, Any], whole: dict[str, Any]) -> None:
     """The third step after a resumption is that of the run that was never interrupted."""
     assert len(found["losses"]) == 2
-    assert_same(found | {"losses": whole["losses"][:4] + found["losses"], "norms": whole["norms"][:4] + found["norms"]}, whole)
+    assert_same(
+        found | {"losses": whole["losses"][:4] + found["losses"], "norms": whole["norms"][:4] + found["norms"]}, whole
+    )
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])
