@@ -94,7 +94,7 @@ class Shape:
         """Parameters of LoRA factors: r (rows + columns) for each matrix."""
         return self.layers * sum(rank * sum(size) for name, size in self.linear.items() if name in targets)
 
-    def forward_flops(self, tokens: float, context: float, head_rows: float) -> float:
+    def forward_flops(self, tokens: int, context: int, head_rows: int) -> int:
         """2 operations a parameter and token, attention over the context, and the head at the rows it is asked for."""
         attention = 4 * self.layers * self.heads * self.head_dim * context
         return tokens * (2 * self.body + attention) + 2 * self.head * head_rows
@@ -147,7 +147,7 @@ def memory_gib(recipe: Recipe, shape: Shape, family: Family) -> dict[str, float]
     return {name: size / GIB for name, size in parts.items()}
 
 
-def step_flops(recipe: Recipe, shape: Shape, family: Family) -> dict[str, float]:
+def step_flops(recipe: Recipe, shape: Shape, family: Family) -> dict[str, int]:
     """Operations of one rollout step: making the completions, then scoring and training on them."""
     rollout, estimator = recipe.rollout, recipe.estimator
     rows = rollout.num_prompts * rollout.group_size
@@ -156,11 +156,11 @@ def step_flops(recipe: Recipe, shape: Shape, family: Family) -> dict[str, float]
     size = family.block_length
     if size is None:
         passes = rollout.denoising_steps
-        made = rows * passes * shape.forward_flops(length, length, canvas / 2)
+        made = rows * passes * shape.forward_flops(length, length, canvas // 2)
     else:
         per_block = max(1, min(size, -(-rollout.denoising_steps * size // canvas)))
         tokens = (per_block + 1) * canvas
-        made = rows * shape.forward_flops(tokens, length - canvas / 2, per_block * canvas / 2)
+        made = rows * shape.forward_flops(tokens, length - canvas // 2, per_block * canvas // 2)
         made += rollout.num_prompts * shape.forward_flops(prompt, prompt, 0)
     inputs = 2 * estimator.num_pairs + 1
     streams = 1 if size is None else 2
