@@ -7,6 +7,7 @@ where the weights are split over ranks, shards that each rank writes for itself.
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -188,6 +189,8 @@ def pick_device(wanted: str) -> str:
 
 
 def use_threads(recipe: Recipe) -> None:
-    """Set torch's thread count for this process, when the recipe names one."""
+    """Set torch's thread count for this process, when the recipe names one, or several ranks share the cores."""
     if recipe.num_threads:
         torch.set_num_threads(recipe.num_threads)
+    elif (num_ranks := recipe.cluster.trainer_ranks) > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))

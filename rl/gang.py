@@ -12,6 +12,7 @@ import json
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
@@ -103,6 +104,7 @@ class Gang:
         self._timeout = recipe.cluster.trainer_timeout_seconds
         self._num_calls = 0
         self._is_whole = False
+        self._has_closed = threading.Event()
         size, is_gpu = recipe.cluster.trainer_ranks, policy.device.type == "cuda"
         # Heard on this host alone.
         listener = socket.create_server((LOCAL_HOST, 0))
@@ -119,6 +121,9 @@ class Gang:
         try:
             self._followers += [start(rank, port) for rank in range(1, size)]
             self._wait_until_all_are_there()
+            if is_gpu:
+                watch = (self._followers, self._has_closed, abort_collectives)
+                threading.Thread(target=abort_when_one_ends, args=watch, daemon=True).start()
             self._ranks = join(self._store, index=0, size=size, is_gpu=is_gpu, timeout_seconds=self._timeout)
             self._learner = self._guarded("start", lambda: ready(Learner(recipe, policy, self._ranks), self._ranks))
         except BaseException:
@@ -172,6 +177,7 @@ class Gang:
 
     def close(self) -> None:
         """End the other ranks: when all is well by telling them, otherwise at once."""
+        self._has_closed.set()
         if self._is_whole:
             self._is_whole = False
             self._announce("close")
@@ -203,6 +209,7 @@ class Gang:
 
         self._is_whole = False
         result = self._guarded(method, run)
+        self._refuse_ended(method)  # what aborted collectives leave in tensors is nothing to go on with
         self._is_whole = True
         return result
 
@@ -256,6 +263,20 @@ class Gang:
                     f"{', '.join(f'{f.rank} ({f.log})' for f in missing)}"
                 )
             time.sleep(POLL_SECONDS)
+
+
+def abort_when_one_ends(followers: Sequence[Follower], has_closed: threading.Event, abort: Callable[[], None]) -> None:
+    """A rank that ends breaks gloo's connections, but NCCL's kernels go on waiting for it: end those, too."""
+    while not has_closed.wait(POLL_SECONDS):
+        if any(follower.ended() is not None for follower in followers):
+            abort()
+            return
+
+
+def abort_collectives() -> None:
+    """Let the collectives of this process fail now."""
+    if dist.is_initialized() and dist.group.WORLD is not None:
+        dist.group.WORLD.abort()
 
 
 def call_key(number: int) -> str:

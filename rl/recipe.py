@@ -436,7 +436,11 @@ class Recipe(Section):
     accuracy_range: tuple[Fraction, Fraction] = Field(
         default=(0.0, 1.0), description="open interval of the accuracy filter; (0, 1) wants some passes and some fails"
     )
-    num_threads: int = Field(default=0, ge=0, description="torch threads of each process; 0 leaves torch's choice")
+    num_threads: int = Field(
+        default=0,
+        ge=0,
+        description="torch threads of each process; 0 leaves torch's choice, shared among trainer_ranks",
+    )
     output_dir: str = Field(default="runs", description="folder that run folders are made in")
     model: Model
     data: Data

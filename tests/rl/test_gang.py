@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from toys import MakePolicy, make_batch, make_recipe, make_requests
@@ -16,7 +18,16 @@ from coupled.rl.checkpoint import open_policy
 from coupled.rl.denoise import Sampler
 from coupled.rl.engine import InlineEngine
 from coupled.rl.errors import RankError, RecipeError
-from coupled.rl.gang import FollowerProcess, Gang, GangEngine, digest, open_learner, ready, refuse_too_few_devices
+from coupled.rl.gang import (
+    FollowerProcess,
+    Gang,
+    GangEngine,
+    abort_when_one_ends,
+    digest,
+    open_learner,
+    ready,
+    refuse_too_few_devices,
+)
 from coupled.rl.learner import Learner
 from coupled.rl.masking import draw_masks
 from coupled.rl.ranks import Ranks
@@ -132,6 +143,26 @@ def test_replicas_that_begin_differently_are_refused(tiny_policy: MakePolicy) ->
     learner.policy, learner._shards = tiny_policy(), None
     with pytest.raises(RankError, match="the same adapters; those of rank 1 differ"):
         ready(learner, Heard(size=2))
+
+
+def test_collectives_are_aborted_when_a_rank_ends_and_only_then() -> None:
+    class Process:
+        rank, log = 1, "log"
+        answers: ClassVar[list[str | None]] = [None, None, "signal 9"]
+
+        def ended(self) -> str | None:
+            return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
+
+        def kill(self) -> None:
+            raise AssertionError("whoever watches kills nobody")
+
+    aborted: list[bool] = []
+    abort_when_one_ends([Process()], threading.Event(), lambda: aborted.append(True))
+    assert aborted == [True]
+    closed = threading.Event()
+    closed.set()
+    abort_when_one_ends([Process()], closed, lambda: aborted.append(True))
+    assert aborted == [True], "a gang that is closed ends its ranks itself"
 
 
 def test_a_rank_that_cannot_load_the_model_says_why(checkpoint: Path, tmp_path: Path) -> None:
