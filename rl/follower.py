@@ -18,7 +18,7 @@ from coupled.rl.learner import Learner
 from coupled.rl.ranks import join, moved
 from coupled.rl.recipe import Recipe
 
-IDLE_SECONDS = 60.0
+IDLE_SECONDS = 3600.0
 """How long one look for a call lasts. Between calls programs are judged, so any number of looks may be in vain."""
 ABANDONED = 3
 """Exit status of a rank whose first rank is gone."""
@@ -42,7 +42,10 @@ def follow(recipe: Recipe, *, rank: int, host: str, port: int, device: int) -> N
         number = 1
         while (method := wait_for_call(store, number)) != "close":
             arguments, named = moved(ranks.broadcast(None), learner.policy.device)
-            getattr(learner, method)(*arguments, **dict(named))
+            try:
+                getattr(learner, method)(*arguments, **dict(named))
+            except OSError:  # a full disk: the first rank knows of it, and decides
+                traceback.print_exc()
             store.set(done_key(number, rank), "")
             number += 1
         ranks.leave()

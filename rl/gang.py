@@ -7,6 +7,7 @@ other hosts) hands over `Follower`s, so that a rank that ends is noticed at once
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import socket
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -36,11 +37,14 @@ from coupled.rl.types import Anchor, MaskDraw, Prompt, Rollout, TrainBatch
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 10.0
 """How long ranks may take to leave when they are told to, and a failed one to be seen as ended."""
+SETTLE_SECONDS = 1.0
+"""How long to look, among ranks that ended, for one that did not do so because of another."""
 START_SECONDS = 300.0
 """How long the others may take to say that they are there; weights are loaded after that."""
 LOCAL_HOST = "127.0.0.1"
 
 
+@runtime_checkable
 class Follower(Protocol):
     """Another rank's process, wherever it runs."""
 
@@ -77,8 +81,9 @@ class FollowerProcess:
             )
         assert self._process.stdin is not None
         # The pipe stays open: its end tells the follower that this process is gone.
-        self._process.stdin.write(recipe.model_dump_json().encode() + b"\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended already, which is seen soon
+            self._process.stdin.write(recipe.model_dump_json().encode() + b"\n")
+            self._process.stdin.flush()
 
     @property
     def pid(self) -> int:
@@ -94,7 +99,8 @@ class FollowerProcess:
         self._process.kill()
         self._process.wait()
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
 
 
 class Gang:
@@ -119,7 +125,8 @@ class Gang:
         )
         self._followers: list[Follower] = []
         try:
-            self._followers += [start(rank, port) for rank in range(1, size)]
+            for rank in range(1, size):
+                self._followers.append(start(rank, port))
             self._wait_until_all_are_there()
             if is_gpu:
                 watch = (self._followers, self._has_closed, abort_collectives)
@@ -168,7 +175,10 @@ class Gang:
 
     def write(self, folder: Path, state: dict[str, Any]) -> None:
         """See `Learner.write`."""
-        self._call("write", folder, state)
+        if self._learner.is_sharded:
+            self._call("write", folder, state)
+        else:
+            self._learner.write(folder, state)
 
     def read(self, folder: Path) -> dict[str, Any]:
         """See `Learner.read`."""
@@ -208,7 +218,11 @@ class Gang:
             return getattr(self._learner, method)(*arguments, **named)
 
         self._is_whole = False
-        result = self._guarded(method, run)
+        try:
+            result = self._guarded(method, run)
+        except OSError:
+            self._is_whole = True  # a full disk ends no rank
+            raise
         self._refuse_ended(method)  # what aborted collectives leave in tensors is nothing to go on with
         self._is_whole = True
         return result
@@ -221,14 +235,15 @@ class Gang:
         """Say which rank is at fault when a collective fails."""
         try:
             return run()
-        except CoupledError:
+        except (CoupledError, OSError):
             raise
-        except RuntimeError as error:
-            has_expired = "timed out" in str(error).lower()
+        except Exception as error:  # whatever collectives make of it
+            text = str(error).lower()
+            has_expired = "timed out" in text or "timeout" in text
             # A rank that ends closes its connections first.
-            deadline = time.monotonic() + (0 if has_expired else GRACE_SECONDS)
+            deadline = time.monotonic() + (0 if has_expired or not is_of_connections(text) else GRACE_SECONDS)
             self._refuse_ended(method, error)
-            while is_of_connections(error) and time.monotonic() < deadline:
+            while time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
                 self._refuse_ended(method, error)
             if has_expired:
@@ -241,12 +256,22 @@ class Gang:
             raise
 
     def _refuse_ended(self, method: str, cause: BaseException | None = None) -> None:
-        for follower in self._followers:
-            if (how := follower.ended()) is not None:
-                raise RankError(
-                    f"rank {follower.rank} of the trainer ended with {how} in {method!r}{self._reason(follower.rank)}. "
-                    f"What it printed is in {follower.log}. Mend that, then continue with resume=auto"
-                ) from cause
+        if all(follower.ended() is None for follower in self._followers):
+            return
+        # Ranks that lose a connection end, too: look for the one that was first.
+        deadline = time.monotonic() + SETTLE_SECONDS
+        while (found := self._blame()) is None and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+        first = found or next(f for f in self._followers if f.ended() is not None)
+        raise RankError(
+            f"rank {first.rank} of the trainer ended with {first.ended()} in {method!r}{self._reason(first.rank)}. "
+            f"What it printed is in {first.log}. Mend that, then continue with resume=auto"
+        ) from cause
+
+    def _blame(self) -> Follower | None:
+        """A rank that ended by itself: without a word, or with a reason that is not the loss of another one."""
+        ended = [f for f in self._followers if f.ended() is not None]
+        return next((f for f in ended if not is_of_connections(self._reason(f.rank).lower())), None)
 
     def _reason(self, rank: int) -> str:
         key = error_key(rank)
@@ -324,10 +349,9 @@ def digest(state: dict[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def is_of_connections(error: BaseException) -> bool:
-    """Whether a collective failed because somebody is not there any more."""
-    text = str(error).lower()
-    return isinstance(error, dist.DistBackendError) or "connection" in text or "gloo" in text
+def is_of_connections(text: str) -> bool:
+    """Whether a collective failed because somebody is not there any more, by its message in lower case."""
+    return any(word in text for word in ("connection", "gloo", "nccl", "broken pipe"))
 
 
 class GangEngine:

@@ -9,9 +9,10 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
+import torch
+import torch.distributed as dist
 from toys import MakePolicy, make_batch, make_recipe, make_requests
 
 from coupled.rl.checkpoint import open_policy
@@ -24,6 +25,7 @@ from coupled.rl.gang import (
     GangEngine,
     abort_when_one_ends,
     digest,
+    error_key,
     open_learner,
     ready,
     refuse_too_few_devices,
@@ -104,6 +106,9 @@ def test_a_gang_does_what_a_learner_does_and_a_killed_rank_ends_it_with_its_name
             (r.uid, r.canvas_ids.tolist(), r.weight_version) for r in wanted
         ]
 
+        (tmp_path / "full").write_text("no folder can be made here")
+        with pytest.raises(OSError, match="full"):
+            gang.write(tmp_path / "full", {"step": 1})
         anchor = gang.anchor(batch, draw, is_first=True)
         started = time.monotonic()
         os.kill(other.pid, signal.SIGKILL)
@@ -145,23 +150,53 @@ def test_replicas_that_begin_differently_are_refused(tiny_policy: MakePolicy) ->
         ready(learner, Heard(size=2))
 
 
+class Ended:
+    """A follower that is seen as ended from the n-th look on."""
+
+    def __init__(self, rank: int, how: str, looks: int = 0) -> None:
+        self.rank, self.log = rank, f"rank_{rank}.log"
+        self._how, self._looks = how, looks
+
+    def ended(self) -> str | None:
+        self._looks -= 1
+        return self._how if self._looks < 0 else None
+
+    def kill(self) -> None:
+        raise AssertionError("nobody is killed for having ended")
+
+
+@pytest.mark.parametrize(
+    ("reasons", "named"),
+    [
+        (
+            {1: "RuntimeError: [gloo] Connection reset by peer"},
+            "rank 3 of the trainer ended with signal 9 in 'update'\\.",
+        ),
+        (
+            {1: "RuntimeError: Connection closed by peer", 3: "OutOfMemoryError: 40 GiB"},
+            "rank 3 of the trainer ended with signal 9 in 'update': OutOfMemoryError: 40 GiB",
+        ),
+        ({1: "RuntimeError: NCCL error", 3: "RuntimeError: NCCL error"}, "rank 1 .* NCCL error"),
+    ],
+    ids=["killed", "failed", "all lost somebody"],
+)
+def test_the_rank_that_ended_first_is_named_and_not_those_that_lost_it(reasons: dict[int, str], named: str) -> None:
+    gang = Gang.__new__(Gang)
+    gang._followers = [Ended(1, "status 1"), Ended(3, "signal 9", looks=3)]
+    gang._store = dist.HashStore()
+    for rank, reason in reasons.items():
+        gang._store.set(error_key(rank), reason)
+    with pytest.raises(RankError, match=named):
+        gang._refuse_ended("update")
+
+
 def test_collectives_are_aborted_when_a_rank_ends_and_only_then() -> None:
-    class Process:
-        rank, log = 1, "log"
-        answers: ClassVar[list[str | None]] = [None, None, "signal 9"]
-
-        def ended(self) -> str | None:
-            return self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
-
-        def kill(self) -> None:
-            raise AssertionError("whoever watches kills nobody")
-
     aborted: list[bool] = []
-    abort_when_one_ends([Process()], threading.Event(), lambda: aborted.append(True))
+    abort_when_one_ends([Ended(1, "signal 9", looks=2)], threading.Event(), lambda: aborted.append(True))
     assert aborted == [True]
     closed = threading.Event()
     closed.set()
-    abort_when_one_ends([Process()], closed, lambda: aborted.append(True))
+    abort_when_one_ends([Ended(1, "signal 9")], closed, lambda: aborted.append(True))
     assert aborted == [True], "a gang that is closed ends its ranks itself"
 
 
@@ -204,8 +239,6 @@ def test_a_rank_ends_when_the_process_that_started_it_is_gone(
 
 
 def test_one_rank_is_the_process_itself(checkpoint: Path, tmp_path: Path) -> None:
-    import torch.distributed as dist
-
     recipe = recipe_of(checkpoint, trainer_ranks=1)
     learner = open_learner(recipe, open_policy(recipe.model, 0), tmp_path)
     assert isinstance(learner, Learner)
@@ -214,8 +247,6 @@ def test_one_rank_is_the_process_itself(checkpoint: Path, tmp_path: Path) -> Non
 
 
 def test_more_ranks_than_gpus_are_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(RecipeError, match=r"trainer_ranks=2 needs as many GPUs, and torch sees 1; .*model\.device=cpu"):
