@@ -93,15 +93,15 @@ def main(index: int, port: int, folder: Path) -> None:
         for size in case.num_ranks:
             if index < size:
                 own = dist.PrefixStore(f"{name}-{size}", store)
-                ranks = join(own, index=index, size=size, is_gpu=False, timeout_seconds=60)
+                ranks = join(own, index=index, size=size, is_gpu=False, timeout_seconds=300)
                 found = run_case(case, ranks)
                 if ranks.is_first:
                     torch.save(found, folder / f"{name}-{size}.pt")
                 ranks.leave()
     store.set(f"finished/{index}", "")
-    store.wait([f"finished/{i}" for i in range(NUM_PROCESSES)], timedelta(seconds=120))
+    store.wait([f"finished/{i}" for i in range(NUM_PROCESSES)], timedelta(seconds=300))
     if index == 0:  # it holds the store
-        store.wait([f"gone/{i}" for i in range(1, NUM_PROCESSES)], timedelta(seconds=30))
+        store.wait([f"gone/{i}" for i in range(1, NUM_PROCESSES)], timedelta(seconds=60))
     else:
         store.set(f"gone/{index}", "")
 

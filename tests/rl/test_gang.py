@@ -8,11 +8,13 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
 from toys import MakePolicy, make_batch, make_recipe, make_requests
 
 from coupled.rl.checkpoint import open_policy
@@ -123,12 +125,15 @@ def test_a_gang_does_what_a_learner_does_and_a_killed_rank_ends_it_with_its_name
 
 
 def test_a_rank_that_stands_still_is_waited_for_until_the_deadline_and_named(checkpoint: Path, tmp_path: Path) -> None:
-    pair = opened(checkpoint, tmp_path, trainer_timeout_seconds=12.0)
+    pair = opened(checkpoint, tmp_path)
     gang, other = pair.gang, pair.others[0]
     try:
-        gang.sync_reference(1)  # both are up
+        gang.sync_reference(1)
+        # Not in the recipe: starting takes longer than this test should.
+        set_timeout(timedelta(seconds=3), dist.group.WORLD)
+        gang._timeout = 3
         os.kill(other.pid, signal.SIGSTOP)
-        with pytest.raises(RankError, match=r"waited 12 s for each other in 'trainable_state'; not done: rank 1 \("):
+        with pytest.raises(RankError, match=r"waited 3 s for each other in 'trainable_state'; not done: rank 1 \("):
             gang.trainable_state()
     finally:
         gang.close()

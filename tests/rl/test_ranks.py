@@ -57,7 +57,7 @@ def cases(tiny_policy: Callable[..., Any], tmp_path_factory: pytest.TempPathFact
     # Completions of one token: some views of a micro-batch score nothing, and must be computed all the same.
     for family in ("whole", "blocks"):
         found[f"low-memory-{family}"] = Case(
-            recipe=recipe_of(folder / family, optimizer=low_memory), num_ranks=(4,), lengths=ONES
+            recipe=recipe_of(folder / family, optimizer=low_memory), num_ranks=(2,), lengths=ONES
         )
     found["bfloat16"] = Case(recipe=recipe_of(folder / "whole", model={"compute_dtype": "bfloat16"}), num_ranks=(2,))
     return found
@@ -97,7 +97,7 @@ def together(
             processes.append(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT))
     try:
         for process, log in zip(processes, logs, strict=True):
-            assert process.wait(timeout=240) == 0, log.read_text()
+            assert process.wait(timeout=600) == 0, log.read_text()
     finally:
         for process in processes:
             process.kill()
@@ -128,7 +128,7 @@ def test_losses_norms_weights_and_reference_are_those_of_one_rank(
     assert found["is_sharded"] == name.startswith("full")
 
 
-@pytest.mark.parametrize("name", ["full-tied-2", "low-memory-whole-4", "low-memory-blocks-4"])
+@pytest.mark.parametrize("name", ["full-tied-2", "low-memory-whole-2", "low-memory-blocks-2"])
 def test_so_are_those_of_tied_weights_and_of_views_that_score_nothing(
     alone: dict[str, Any], together: dict[str, Any], name: str
 ) -> None:
