@@ -99,7 +99,9 @@ def read_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
     if has_shards:
         _read_shards(folder / SHARDS, policy, optimizer)
     else:
-        optimizer.load_state_dict(_shared_out(torch.load(folder / OPTIMIZER, weights_only=True), optimizer))
+        # To the CPU first: what was on the first rank's GPU is not to go there again from all ranks.
+        whole = torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu")
+        optimizer.load_state_dict(_shared_out(whole, optimizer))
         if policy.has_moving_reference:
             policy.load_reference_state(torch.load(folder / REFERENCE, weights_only=True))
     state: dict[str, Any] = json.loads((folder / STATE).read_text())

@@ -1,4 +1,4 @@
-"""A run owns what training needs: policy, optimizer, rollout engine, sandbox, tasks and the run folder.
+"""A run owns what training needs: learner (policy, reference, optimizer), engine, sandbox, tasks and the run folder.
 
 `train` reads as the algorithm because the handling of resources, clocks and files is here.
 """
