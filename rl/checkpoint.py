@@ -1,22 +1,31 @@
-"""What a checkpoint holds, and how it is read back into a live policy and optimizer."""
+"""What a checkpoint holds, and how it is read back into a live policy and optimizer.
+
+The weights are always whole files, which every command opens. Optimizer and moving reference are one file each, or
+where the weights are split over ranks, shards that each rank writes for itself. Either is read by any number of ranks.
+"""
 
 from __future__ import annotations
 
 import json
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from coupled.rl.errors import CheckpointError
 from coupled.rl.loading import add_adapter, load_policy
-from coupled.rl.policy import Policy
+from coupled.rl.policy import Policy, is_split, shard_like, whole_tensor
 from coupled.rl.recipe import Model, Recipe
 
 STATE = "state.json"
 OPTIMIZER = "optimizer.pt"
 REFERENCE = "reference.pt"
+SHARDS = "shards"
+"""The folder of what ranks write for themselves, in the format of torch.distributed.checkpoint."""
 
 
 def write_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -38,14 +47,46 @@ def write_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimi
         raise OSError(str(error)) from error
 
 
+def write_sharded_checkpoint(
+    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: dict[str, Any], *, is_first: bool
+) -> None:
+    """The same from ranks that hold shares of the weights: all call it, and the first writes what is not a share.
+
+    Raises:
+        OSError: as `write_checkpoint`.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    weights: dict[str, Tensor] = {}
+    for name, parameter in policy.model.named_parameters():
+        whole = whole_tensor(parameter.detach())
+        if is_first:
+            weights[name] = whole.cpu()
+    shards = {
+        f"optimizer.{name}.{key}": tensor
+        for name, parameter in policy.model.named_parameters()
+        for key, tensor in optimizer.state.get(parameter, {}).items()
+    }
+    if policy.has_moving_reference:
+        shards |= {f"reference.{name}": tensor for name, tensor in policy.reference_tensors().items()}
+    try:
+        dcp.save(shards, checkpoint_id=folder / SHARDS)
+        if is_first:
+            policy.save(folder, weights)
+            (folder / STATE).write_text(json.dumps(state) + "\n")
+    except (RuntimeError, SafetensorError, dcp.api.CheckpointException) as error:
+        raise OSError(str(error)) from error
+
+
 def read_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Put a checkpoint into `policy` (and its moving reference, if it has one) and `optimizer`; returns its state.
 
     Raises:
         CheckpointError: a part is missing, or the weights are of another model.
     """
-    parts = (STATE, OPTIMIZER, REFERENCE) if policy.has_moving_reference else (STATE, OPTIMIZER)
-    missing = [name for name in parts if not (folder / name).is_file()]
+    has_shards = (folder / SHARDS).is_dir()
+    needed = [STATE] if has_shards else [STATE, OPTIMIZER, *([REFERENCE] if policy.has_moving_reference else [])]
+    missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(f"{folder} lacks {' and '.join(missing)}: it cannot be resumed from, only evaluated")
     saved = load_policy(
@@ -55,11 +96,55 @@ def read_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
         block_length=policy.family.block_length or 0,
     )
     policy.load_trainable_state(saved.trainable_state())
-    optimizer.load_state_dict(torch.load(folder / OPTIMIZER, weights_only=True))
-    if policy.has_moving_reference:
-        policy.load_reference_state(torch.load(folder / REFERENCE, weights_only=True))
+    if has_shards:
+        _read_shards(folder / SHARDS, policy, optimizer)
+    else:
+        # To the CPU first: what was on the first rank's GPU is not to go there again from all ranks.
+        whole = torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu")
+        optimizer.load_state_dict(_shared_out(whole, optimizer))
+        if policy.has_moving_reference:
+            policy.load_reference_state(torch.load(folder / REFERENCE, weights_only=True))
     state: dict[str, Any] = json.loads((folder / STATE).read_text())
     return state
+
+
+def _read_shards(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
+    """Each rank reads what is its own, however many ranks wrote."""
+    import torch.distributed as dist
+    import torch.distributed.checkpoint as dcp
+
+    reader = dcp.FileSystemReader(folder)
+    known = reader.read_metadata().state_dict_metadata
+    names = {id(p): name for name, p in policy.model.named_parameters()}
+    wanted: dict[str, Tensor] = {}
+    states: dict[int, dict[str, Tensor]] = {}
+    for index, parameter in enumerate(_parameters(optimizer)):
+        prefix = f"optimizer.{names[id(parameter)]}."
+        for key in (name.removeprefix(prefix) for name in known if name.startswith(prefix)):
+            place = torch.zeros(()) if key == "step" else torch.zeros_like(parameter)
+            wanted[prefix + key] = states.setdefault(index, {})[key] = place
+    reference = policy.reference_tensors() if policy.has_moving_reference else {}
+    wanted |= {f"reference.{name}": tensor for name, tensor in reference.items()}
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one rank has none
+            dcp.load(wanted, storage_reader=reader, no_dist=not dist.is_initialized())
+    except (RuntimeError, dcp.api.CheckpointException) as error:
+        raise CheckpointError(f"{folder} is not of this model, or not whole: {error}") from error
+    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _shared_out(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The state of an optimizer of whole weights, for one of which this rank holds shares."""
+    for index, parameter in enumerate(_parameters(optimizer)):
+        if is_split(parameter):
+            state = saved["state"].get(index, {})
+            state |= {k: shard_like(t, parameter) for k, t in state.items() if t.shape == parameter.shape}
+    return saved
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 def open_policy(model: Model, seed: int) -> Policy:
@@ -106,6 +191,8 @@ def pick_device(wanted: str) -> str:
 
 
 def use_threads(recipe: Recipe) -> None:
-    """Set torch's thread count for this process, when the recipe names one."""
+    """Set torch's thread count for this process, when the recipe names one, or several ranks share the cores."""
     if recipe.num_threads:
         torch.set_num_threads(recipe.num_threads)
+    elif (num_ranks := recipe.cluster.trainer_ranks) > 1:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
+from torch import Tensor
 
 from coupled.rl.block_denoise import denoise_blocks
 from coupled.rl.denoise import Request, Sampler, denoise
 from coupled.rl.policy import Policy
 from coupled.rl.types import Rollout
+
+
+@runtime_checkable
+class Weights(Protocol):
+    """What holds the weights that rollouts are made with: a policy, or the trainer of several ranks."""
+
+    def trainable_state(self) -> dict[str, Tensor]:
+        """Name → tensor of everything that training changes, on the CPU."""
+        ...
 
 
 class RolloutEngine(Protocol):
@@ -20,7 +30,7 @@ class RolloutEngine(Protocol):
         """One rollout per request, in the order of the requests."""
         ...
 
-    def load_weights(self, policy: Policy, version: int) -> None:
+    def load_weights(self, policy: Weights, version: int) -> None:
         """Roll out with the policy's present weights from now on."""
         ...
 
@@ -44,7 +54,7 @@ class InlineEngine:
             made.update((r.uid, r) for r in rollouts)
         return [made[r.uid] for r in requests]
 
-    def load_weights(self, policy: Policy, version: int) -> None:
+    def load_weights(self, policy: Weights, version: int) -> None:
         self._version = version
 
     def close(self) -> None:

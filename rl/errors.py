@@ -26,6 +26,10 @@ class RolloutError(CoupledError):
     """Rollouts that cannot be trained on, such as a group whose samples are all the same by construction."""
 
 
+class RankError(CoupledError):
+    """A rank of the trainer ended, or did not answer in time."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?`, or the list of what exists when nothing is close."""
     known = sorted(known)

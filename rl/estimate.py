@@ -125,22 +125,28 @@ def shape_of(config: dict[str, Any]) -> Shape:
 
 
 def memory_gib(recipe: Recipe, shape: Shape, family: Family) -> dict[str, float]:
-    """What the trainer's device holds at its fullest, part by part.
+    """What a device of the trainer holds at its fullest, part by part.
 
     Trained weights have a gradient and two moments, all float32. Activations: per token and layer, what the backward
     pass needs of norms, projections and the inner layer, kept for one micro-batch of all the estimator's inputs, or of
     one with `has_two_passes`; with gradient checkpointing, the input of each layer and all of one.
+    Of weights that are sharded over ranks the device holds its share, and while it rolls out or scores, all layers of
+    one model in the compute type and what is outside of the layers in fp32.
     """
     adapter = recipe.model.adapter
     bytes_each = 2 if recipe.model.weights_dtype == "bfloat16" else 4
     trained = shape.parameters if adapter is None else shape.adapter(adapter.rank, adapter.targets)
-    parts = {"weights": shape.parameters * bytes_each, "gradients and moments": trained * 12}
+    shares = recipe.cluster.trainer_ranks if adapter is None else 1
+    parts = {"weights": shape.parameters * bytes_each / shares, "gradients and moments": trained * 12 / shares}
     if adapter is not None:
         parts["adapter"] = trained * 4
     if recipe.stage == "rl" and recipe.loss.kl_beta > 0 and recipe.loss.reference != "old":
         copied = trained if recipe.loss.reference == "synced" or adapter is None else 0
-        parts["reference"] = copied * bytes_each
-    if recipe.model.compute_dtype == "bfloat16" and bytes_each == 4:
+        parts["reference"] = copied * bytes_each / shares
+    compute_bytes = 2 if recipe.model.compute_dtype == "bfloat16" else 4
+    if shares > 1:
+        parts["gathered"] = shape.body * compute_bytes + (shape.parameters - shape.body) * 4
+    elif compute_bytes == 2 and bytes_each == 4:
         parts["autocast copies"] = shape.body * 2
     streams = 2 if _has_two_streams(recipe, family) else 1
     if recipe.stage == "rl":
@@ -152,7 +158,6 @@ def memory_gib(recipe: Recipe, shape: Shape, family: Family) -> dict[str, float]
         canvas = recipe.fit.context or recipe.fit.canvas
         length = recipe.fit.context or recipe.data.max_prompt_tokens + canvas
     tokens = views * streams * rows * length
-    compute_bytes = 2 if recipe.model.compute_dtype == "bfloat16" else 4
     of_layer = 16 * shape.hidden + 3 * shape.inner
     kept = shape.layers * of_layer
     if recipe.optimizer.has_gradient_checkpointing:
@@ -221,12 +226,14 @@ def estimate_run(recipe: Recipe) -> str:
         + " + ".join(f"{name} {size:.1f}" for name, size in memory.items() if size),
     ]
     flops = rl_step_flops(recipe, shape, family) if recipe.stage == "rl" else fit_step_flops(recipe, shape, family)
+    ranks = recipe.cluster.trainer_ranks
     for name, peak in PEAK_TFLOPS.items():
-        seconds = {part: work / (peak * 1e12 * UTILISATION) for part, work in flops.items()}
+        seconds = {part: work / (peak * 1e12 * UTILISATION * ranks) for part, work in flops.items()}
         parts = ", ".join(f"{part} {value:.3g} s" for part, value in seconds.items())
+        count = "one" if ranks == 1 else str(ranks)
         total = sum(seconds.values())
         lines.append(
-            f"# one {name} at {UTILISATION:.0%} of {peak:g} TFLOP/s: {total:.3g} s a step ({parts}), "
+            f"# {count} {name} at {UTILISATION:.0%} of {peak:g} TFLOP/s: {total:.3g} s a step ({parts}), "
             f"{total * recipe.num_steps / 3600:.3g} h in all"
         )
     return "\n".join(lines)

@@ -43,7 +43,8 @@ def estimate_logp(
     exp((E - E_old)/L), and the k2 penalties ½ (s_k - s_k^ref)² of a completion add up to ½ (E - E_ref)²/L [ESPO].
     """
     scores = torch.zeros(batch.valid.shape, device=batch.ids.device)
-    for terms in _terms(policy, batch, draw, estimator, temperature, _that_score(draw.forwards)):
+    forwards = draw.forwards if policy.is_in_lockstep else that_score(draw.forwards)
+    for terms in _terms(policy, batch, draw, estimator, temperature, forwards):
         for term in terms:
             scores = scores + term
     return _estimate_of(scores, batch, draw)
@@ -62,7 +63,9 @@ def backward_by_view(
     A loss is not linear in s, but s is linear in the views. So with slope = ∂loss/∂s, taken at the s of a pass without
     gradients, each view adds its own share to ∂loss/∂θ, however many there are.
     """
-    forwards = _that_score(tuple((view,) for view in draw.views))
+    forwards: tuple[tuple[View, ...], ...] = tuple((view,) for view in draw.views)
+    if not policy.is_in_lockstep:
+        forwards = that_score(forwards)
     for terms in _terms(policy, batch, draw, estimator, temperature, forwards):
         (_estimate_of(terms[0], batch, draw) * slope).sum().backward()
 
@@ -101,7 +104,7 @@ def spread_over_tokens(scores: Float[Tensor, " B"], valid: Bool[Tensor, "B C"]) 
     return (scores / valid.sum(-1).clamp(min=1))[:, None] * valid
 
 
-def _that_score(forwards: tuple[tuple[View, ...], ...]) -> tuple[tuple[View, ...], ...]:
+def that_score(forwards: tuple[tuple[View, ...], ...]) -> tuple[tuple[View, ...], ...]:
     """Forward passes that score something; at least one, so that the result always has a gradient."""
     return tuple(views for views in forwards if any(bool(view.scored.any()) for view in views)) or forwards[:1]
 

@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from coupled.rl.policy import Policy
+from coupled.rl.policy import Policy, whole_tensor
 from coupled.rl.recipe import Optimizer
 
 
@@ -41,7 +41,7 @@ def apply_step(optimizer: torch.optim.AdamW, policy: Policy, rate: float, max_gr
 
     A gradient that is not finite leaves the weights as they are: one bad batch must not end a run.
     """
-    norm = float(torch.nn.utils.clip_grad_norm_(policy.trainable_parameters(), max_grad_norm))
+    norm = float(whole_tensor(torch.nn.utils.clip_grad_norm_(policy.trainable_parameters(), max_grad_norm)))
     for group in optimizer.param_groups:
         group["lr"] = rate
     if math.isfinite(norm):

@@ -41,6 +41,8 @@ class Policy:
         self.tokenizer = tokenizer
         self.family = family
         self.compute_dtype = compute_dtype
+        self.is_in_lockstep = False
+        """Other ranks hold parts of the weights, and must make as many passes as this one does."""
         self._reference_model: nn.Module | None = None
         self.has_moving_reference = False
         config = self._base.config
@@ -231,14 +233,17 @@ class Policy:
 
     # --- the reference that KL pulls towards -------------------------------------------------------------------
 
-    def freeze_reference(self, *, is_moving: bool = False) -> None:
+    def freeze_reference(self, *, is_moving: bool = False, copied: nn.Module | None = None) -> None:
         """Remember the present weights as the reference; with adapters they are simply turned off.
 
         `is_moving`: the reference is to follow by `mix_reference`, so that with adapters, too, it is a copy. A copy
-        shares whatever is not trained: of an adapted policy it holds the adapters alone.
+        shares whatever is not trained: of an adapted policy it holds the adapters alone. `copied`: the copy, where it
+        is not to be made here.
         """
         self.has_moving_reference = is_moving
-        if is_moving or not self.has_adapter:
+        if copied is not None:
+            self._reference_model = copied
+        elif is_moving or not self.has_adapter:
             shared = {id(p): p for p in self.model.parameters() if not p.requires_grad}
             self._reference_model = copy.deepcopy(self.model, shared).requires_grad_(False).eval()
 
@@ -248,13 +253,13 @@ class Policy:
 
         Of adapters the factors are mixed, which is not the mean of the two products.
         """
-        for name, tensor in self._reference_tensors().items():
+        for name, tensor in self.reference_tensors().items():
             live = self.model.get_parameter(name)
             tensor.copy_(share * live + (1 - share) * tensor)
 
     def reference_state(self) -> dict[str, Tensor]:
         """Name → tensor of a copied reference, on the CPU."""
-        return {name: tensor.cpu() for name, tensor in self._reference_tensors().items()}
+        return {name: whole_tensor(tensor).cpu() for name, tensor in self.reference_tensors().items()}
 
     def load_reference_state(self, state: dict[str, Tensor]) -> None:
         """Put `reference_state()` back, in place.
@@ -262,16 +267,17 @@ class Policy:
         Raises:
             CheckpointError: it is the state of another model.
         """
-        mine = self._reference_tensors()
+        mine = self.reference_tensors()
         if {n: t.shape for n, t in mine.items()} != {n: t.shape for n, t in state.items()}:
             raise CheckpointError(
                 f"the saved reference ({len(state)} tensors) is not of this model ({len(mine)} trained tensors); "
                 "is model.adapter the same as when it was saved?"
             )
         for name, tensor in mine.items():
-            tensor.data.copy_(state[name])
+            tensor.data.copy_(shard_like(state[name], tensor))
 
-    def _reference_tensors(self) -> dict[str, Tensor]:
+    def reference_tensors(self) -> dict[str, Tensor]:
+        """Name → tensor of a copied reference, in place: this rank's share where the weights are split."""
         if self._reference_model is None:
             raise RuntimeError("freeze_reference(is_moving=True) was not called: there is no copy that could move")
         trained = {n for n, p in self.model.named_parameters() if p.requires_grad}
@@ -295,8 +301,8 @@ class Policy:
     # --- weights ------------------------------------------------------------------------------------------------
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """Name → tensor of everything that training changes, on the CPU."""
-        return {n: p.detach().cpu() for n, p in self.model.named_parameters() if p.requires_grad}
+        """Name → tensor of everything that training changes, on the CPU. Of split weights all ranks must ask."""
+        return {n: whole_tensor(p.detach()).cpu() for n, p in self.model.named_parameters() if p.requires_grad}
 
     def load_trainable_state(self, state: dict[str, Tensor]) -> None:
         """Put `trainable_state()` of an equal policy into this one, in place.
@@ -316,13 +322,18 @@ class Policy:
                 raise CheckpointError(
                     f"{name} has shape {tuple(parameter.shape)} here and {tuple(state[name].shape)} in the checkpoint"
                 )
-            parameter.data.copy_(state[name])
+            parameter.data.copy_(shard_like(state[name], parameter))
 
-    def save(self, folder: Path) -> None:
-        """Write an adapter, or the whole model, with the tokenizer: a folder that `load_policy` opens."""
+    def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+        """Write an adapter, or the whole model, with the tokenizer: a folder that `load_policy` opens.
+
+        `weights`: all of them, where the model holds a part.
+        """
         # Adapters never train embeddings, and a new MASK gets the same row whenever its base is opened.
-        only_adapter = {"save_embedding_layers": False} if self.has_adapter else {}
-        self.model.save_pretrained(folder, **only_adapter)  # type: ignore[operator]
+        chosen: dict[str, Any] = {"save_embedding_layers": False} if self.has_adapter else {}
+        if weights is not None:
+            chosen["state_dict"] = weights
+        self.model.save_pretrained(folder, **chosen)  # type: ignore[operator]
         self.tokenizer.save_pretrained(folder)
         if self.has_adapter:
             # The base's own files may not say how it was opened.
@@ -342,6 +353,25 @@ class Policy:
 def before(rows: Bool[Tensor, "B S"]) -> Bool[Tensor, "B S"]:
     """The positions one to the left of `rows`. Example: [0, 1, 1, 0] → [1, 1, 0, 0]."""
     return torch.cat((rows[:, 1:], torch.zeros_like(rows[:, :1])), dim=1)
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """All of a tensor of which ranks hold shares; all of them must ask. Others are returned as they are."""
+    return tensor.full_tensor() if is_split(tensor) else tensor  # type: ignore[attr-defined]
+
+
+def shard_like(tensor: Tensor, like: Any) -> Tensor:
+    """This rank's share of a tensor that every rank has whole, split as `like` is; all of it if that is not split."""
+    if not is_split(like):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def is_split(tensor: Tensor) -> bool:
+    """Whether ranks hold shares of it: a DTensor, whose module costs a third of a second to import."""
+    return hasattr(tensor, "device_mesh")
 
 
 def find_mask_id(tokenizer: Any, config: Any, family: Family) -> int:

@@ -15,9 +15,8 @@ import torch
 
 from coupled.rl.checkpoint import open_policy, use_threads
 from coupled.rl.denoise import Request, Sampler
-from coupled.rl.engine import request_chunks, roll_out
+from coupled.rl.engine import Weights, request_chunks, roll_out
 from coupled.rl.errors import RolloutError
-from coupled.rl.policy import Policy
 from coupled.rl.ray_cluster import close_ray, open_ray
 from coupled.rl.recipe import Recipe
 from coupled.rl.types import Rollout
@@ -86,7 +85,7 @@ class RayEngine:
             free.append(place)
         return [made[r.uid] for r in requests]
 
-    def load_weights(self, policy: Policy, version: int) -> None:
+    def load_weights(self, policy: Weights, version: int) -> None:
         """Publish the weights once; every actor reads the same copy."""
         self._state = self._ray.put({name: tensor.numpy() for name, tensor in policy.trainable_state().items()})
         self._version = version

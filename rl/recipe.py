@@ -386,6 +386,32 @@ class Checkpoint(Section):
     keep: Positive = Field(default=2, description="newest checkpoints kept")
 
 
+class Cluster(Section):
+    """What a run is spread over."""
+
+    trainer_ranks: Positive = Field(
+        default=1,
+        description="processes that share the updates and the inline rollouts, one a GPU; adapters are replicated, and "
+        "all weights (model.adapter=null) are sharded over them",
+    )
+    trainer_timeout_seconds: float = Field(
+        default=1800.0,
+        gt=0,
+        description="the ranks wait for each other this long at most; loading and the slowest share of a step must "
+        "fit in",
+    )
+
+    @model_validator(mode="after")
+    def _has_others_to_wait_for(self) -> Cluster:
+        default = type(self).model_fields["trainer_timeout_seconds"].default
+        if self.trainer_ranks == 1 and self.trainer_timeout_seconds != default:
+            raise ValueError(
+                f"trainer_timeout_seconds={self.trainer_timeout_seconds:g} has no effect with trainer_ranks=1, which "
+                "waits for nobody. Leave it out, or raise trainer_ranks"
+            )
+        return self
+
+
 class Fit(Section):
     """What `stage: pretrain` and `stage: sft` train on; the `rl` stage ignores it."""
 
@@ -476,7 +502,11 @@ class Recipe(Section):
     accuracy_range: tuple[Fraction, Fraction] = Field(
         default=(0.0, 1.0), description="open interval of the accuracy filter; (0, 1) wants some passes and some fails"
     )
-    num_threads: int = Field(default=0, ge=0, description="torch threads of each process; 0 leaves torch's choice")
+    num_threads: int = Field(
+        default=0,
+        ge=0,
+        description="torch threads of each process; 0 leaves torch's choice, shared among trainer_ranks",
+    )
     output_dir: str = Field(default="runs", description="folder that run folders are made in")
     model: Model
     data: Data
@@ -488,6 +518,7 @@ class Recipe(Section):
     sandbox: Sandbox = Sandbox()
     evaluation: Evaluation = Evaluation()
     checkpoint: Checkpoint = Checkpoint()
+    cluster: Cluster = Cluster()
     fit: Fit = Fit()
 
     @model_validator(mode="after")
@@ -504,6 +535,11 @@ class Recipe(Section):
             raise ValueError(
                 "group_filter=accuracy needs hidden tests, and reward.functions has no 'code'; add it (its weight may "
                 "be 0), or use group_filter=zero_std"
+            )
+        if self.stage != "rl" and self.cluster.trainer_ranks > 1:
+            raise ValueError(
+                f"cluster.trainer_ranks={self.cluster.trainer_ranks} has no effect with stage={self.stage}, which "
+                "trains in one process. Leave it out"
             )
         if self.optimizer.warmup_steps > self.num_steps:
             raise ValueError(

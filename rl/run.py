@@ -1,4 +1,4 @@
-"""A run owns what training needs: policy, optimizer, rollout engine, sandbox, tasks and the run folder.
+"""A run owns what training needs: learner (policy, reference, optimizer), engine, sandbox, tasks and the run folder.
 
 `train` reads as the algorithm because the handling of resources, clocks and files is here.
 """
@@ -12,32 +12,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
-import torch
 from rich.console import Console
 
 from coupled.reward import RewardError
 from coupled.rl.advantage import filter_groups, group_advantages
-from coupled.rl.batch import collate, micro_batches, passes_of, refuse_identical_groups, rewards_of
-from coupled.rl.checkpoint import open_policy, read_checkpoint, use_threads, write_checkpoint
+from coupled.rl.batch import collate, passes_of, refuse_identical_groups, rewards_of
+from coupled.rl.checkpoint import open_policy, use_threads
 from coupled.rl.data import encode_prompts, load_tasks, rows_of_step
 from coupled.rl.denoise import Request
 from coupled.rl.engine import InlineEngine, RolloutEngine
 from coupled.rl.errors import DataError, RecipeError
 from coupled.rl.evaluate import Evaluation, evaluate, sampler_of
-from coupled.rl.gradient_checkpointing import checkpoint_gradients
+from coupled.rl.gang import Gang, GangEngine, open_learner
 from coupled.rl.grading import Grader, open_grader
-from coupled.rl.logprob import estimate_logp
-from coupled.rl.loss import loss_denominator
-from coupled.rl.metrics import StepMetrics, add_sums
-from coupled.rl.optimizer import apply_step, learning_rate, make_optimizer
-from coupled.rl.parity import check_parity, prompts_to_check, sampler_for_parity
+from coupled.rl.learner import Learner
+from coupled.rl.metrics import StepMetrics
+from coupled.rl.parity import prompts_to_check, sampler_for_parity
 from coupled.rl.policy import Policy
 from coupled.rl.progress import Progress
 from coupled.rl.recipe import Recipe
 from coupled.rl.rollout_log import write_rollouts
 from coupled.rl.rundir import RunDir, open_run_dir
 from coupled.rl.types import Anchor, Group, MaskDraw, Prompt, Rollout, TrainBatch
-from coupled.rl.update import add_gradient
 
 
 class Run:
@@ -52,6 +48,7 @@ class Run:
         grader: Grader,
         folder: RunDir,
         engine: RolloutEngine,
+        learner: Learner | Gang | None = None,
     ) -> None:
         self.recipe = recipe
         self.policy = policy
@@ -60,21 +57,15 @@ class Run:
         self._held_out = held_out
         self._grader = grader
         self._engine = engine
-        self._optimizer = make_optimizer(policy, recipe.optimizer)
+        self.learner = Learner(recipe, policy) if learner is None else learner
         self._metrics = StepMetrics()
         self._progress: Progress | None = None
         self._console = Console(soft_wrap=True)
-        scored_at = recipe.estimator.temperature
-        self._temperature = recipe.rollout.temperature if scored_at is None else scored_at
-        if recipe.loss.kl_beta > 0 and recipe.loss.reference != "old":
-            policy.freeze_reference(is_moving=recipe.loss.reference == "synced")
-        if recipe.optimizer.has_gradient_checkpointing:
-            checkpoint_gradients(policy)
         self._done = 0
         if (latest := folder.latest()) is not None:
-            self._done = int(read_checkpoint(latest, policy, self._optimizer)["step"])
+            self._done = int(self.learner.read(latest)["step"])
         folder.forget_after(self._done)
-        engine.load_weights(policy, self._done)
+        engine.load_weights(self.learner, self._done)
 
     def __enter__(self) -> Run:
         return self
@@ -83,6 +74,7 @@ class Run:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._engine.close()
+        self.learner.close()
         self._grader.close()
         self.folder.close()
 
@@ -108,10 +100,7 @@ class Run:
         made = self._engine.generate(
             requests, sampler_for_parity(sampler_of(recipe), self.policy.family.block_length), seed=recipe.seed
         )
-        # A recipe may score at another temperature on purpose; that is not what is looked for here.
-        is_chosen = recipe.estimator.temperature is not None
-        temperature = recipe.rollout.temperature if is_chosen else self._temperature
-        found = check_parity(self.policy, prompts, made, temperature, recipe.optimizer.micro_batch_size)
+        found = self.learner.check_parity(prompts, made)
         self._console.print(
             f"scoring agrees with {len(made)} replayed rollouts within {found:.1g} nats", highlight=False
         )
@@ -164,49 +153,25 @@ class Run:
         self._metrics.of_advantages(advantages)
         return collate(groups, advantages, self.policy)
 
-    @torch.no_grad()
     def anchor(self, batch: TrainBatch, masks: MaskDraw, *, is_first: bool) -> Anchor:
-        """Scores under the rollout policy and the reference, before any weight moves.
-
-        For the first update the rollout policy *is* the policy: its scores are taken from the update's own forward
-        pass instead of a second one. So they are where the loss makes no use of them.
-        """
+        """Scores under the rollout policy and the reference, before any weight moves."""
         with self._clock("scoring"):
-            old = None if is_first or not self.recipe.loss.has_old else self._scores(self.policy, batch, masks)
-            reference = None
-            if self.recipe.loss.kl_beta > 0 and self.recipe.loss.reference != "old":
-                with self.policy.reference() as frozen:
-                    reference = self._scores(frozen, batch, masks)
-        return Anchor(old=old, reference=reference)
+            return self.learner.anchor(batch, masks, is_first=is_first)
 
     def update(self, step: int, batch: TrainBatch, masks: MaskDraw, anchor: Anchor) -> None:
-        """One clipped optimizer step on the whole batch, in micro-batches whose gradients add up to the joint one."""
-        recipe = self.recipe
-        denominator = loss_denominator(batch.valid, recipe.loss.norm)
-        sums: dict[str, float] = {}
+        """One clipped optimizer step on the whole batch."""
         with self._clock("update"):
-            for rows in micro_batches(len(batch), recipe.optimizer.micro_batch_size):
-                part, part_anchor = batch.rows(rows), anchor.rows(rows)
-                if not part.valid.any():
-                    continue
-                output = add_gradient(
-                    self.policy, part, masks.rows(rows), part_anchor, recipe, self._temperature, denominator
-                )
-                add_sums(sums, output.sums)
-            rate = learning_rate(step - 1, recipe.num_steps, recipe.optimizer)
-            norm = apply_step(self._optimizer, self.policy, rate, recipe.optimizer.max_grad_norm)
-        self._metrics.of_update(sums, norm, rate)
+            done = self.learner.update(step, batch, masks, anchor)
+        self._metrics.of_update(done.sums, done.grad_norm, done.learning_rate)
 
     def sync_reference(self, step: int) -> None:
         """Let a `synced` reference follow the policy, every `sync_every` steps; others stay where they are."""
-        loss = self.recipe.loss
-        if self.policy.has_moving_reference and step % loss.sync_every == 0:
-            self.policy.mix_reference(loss.sync_mix)
+        self.learner.sync_reference(step)
 
     def sync_weights(self, step: int) -> None:
         """From here on rollouts are made with the updated weights."""
         with self._clock("sync"):
-            self._engine.load_weights(self.policy, step)
+            self._engine.load_weights(self.learner, step)
 
     def log(self, step: int) -> None:
         """Write the step's metrics and show them."""
@@ -244,14 +209,7 @@ class Run:
         """Write a checkpoint: from here on, a crash loses nothing of this step."""
         if step % self.recipe.checkpoint.every == 0 or step == self.recipe.num_steps:
             state = {"step": step}
-            self.folder.commit(step, lambda to: write_checkpoint(to, self.policy, self._optimizer, state))
-
-    def _scores(self, policy: Policy, batch: TrainBatch, masks: MaskDraw) -> torch.Tensor:
-        size = self.recipe.optimizer.micro_batch_size
-        return torch.cat([self._estimate(policy, batch, masks, rows) for rows in micro_batches(len(batch), size)])
-
-    def _estimate(self, policy: Policy, batch: TrainBatch, masks: MaskDraw, rows: slice) -> torch.Tensor:
-        return estimate_logp(policy, batch.rows(rows), masks.rows(rows), self.recipe.estimator, self._temperature)
+            self.folder.commit(step, lambda to: self.learner.write(to, state))
 
     def _judge(self, step: int, prompts: Sequence[Prompt], made: Sequence[Rollout]) -> list[Group]:
         size = self.recipe.rollout.group_size
@@ -295,18 +253,25 @@ def open_run(recipe: Recipe, resume: str = "never") -> Run:
     _check_fit(recipe, policy, [*prompts, *held_out])
     judged = [*prompts, *held_out] if needs_tests else held_out
     grader = open_grader(recipe, [prompt.task for prompt in judged])
+    learner: Learner | Gang | None = None
     try:
         folder = open_run_dir(recipe, resume)
-        return Run(recipe, policy, prompts, held_out, grader, folder, open_engine(recipe, policy, folder.path))
+        learner = open_learner(recipe, policy, folder.path)
+        engine = open_engine(recipe, policy, folder.path, learner)
+        return Run(recipe, policy, prompts, held_out, grader, folder, engine, learner)
     except BaseException:
+        if learner is not None:
+            learner.close()
         grader.close()
         raise
 
 
-def open_engine(recipe: Recipe, policy: Policy, folder: Path | None = None) -> RolloutEngine:
-    """The engine that `rollout.workers` names."""
+def open_engine(
+    recipe: Recipe, policy: Policy, folder: Path | None = None, learner: Learner | Gang | None = None
+) -> RolloutEngine:
+    """The engine that `rollout.workers` names; `inline` are the processes that train."""
     if recipe.rollout.workers == "inline":
-        return InlineEngine(policy, recipe.rollout.batch_size)
+        return GangEngine(learner) if isinstance(learner, Gang) else InlineEngine(policy, recipe.rollout.batch_size)
     from coupled.rl.ray_engine import RayEngine
 
     return RayEngine(recipe, log_dir=folder)

@@ -5,6 +5,7 @@ environment.jsonl      commit, command, machine and versions: one row per start 
 metrics.jsonl          one row per step, appended after the step is committed
 rollouts/*.parquet     every completion with its verdict
 checkpoints/step_N/    weights, tokenizer, optimizer, state.json; appears by one rename or not at all
+logs/rank_N.log        what the trainer's ranks other than the first print
 evaluation.jsonl       held-out results
 tensorboard/           the same metrics for TensorBoard
 """
@@ -27,7 +28,7 @@ from coupled.rl.recipe import Recipe, dump_recipe, validate
 
 COMMITTED = re.compile(r"step_(\d+)$")
 ENVIRONMENT = "environment.jsonl"
-MAY_CHANGE = ("num_threads", "checkpoint", "output_dir")
+MAY_CHANGE = ("num_threads", "checkpoint", "output_dir", "cluster")
 """Recipe fields that may differ between a run and its resumption."""
 
 

@@ -19,8 +19,12 @@ def add_gradient(
     recipe: Recipe,
     temperature: float,
     denominator: int,
+    *,
+    is_silent: bool = False,
 ) -> LossOutput:
     """Add what these rows give to the gradient of the loss of the whole batch, whose `denominator` is given.
+
+    `is_silent`: make the same passes and add nothing, for the sake of ranks that wait for this one's share of a layer.
 
     With `optimizer.has_two_passes` the scores are first estimated without gradients, the loss is differentiated at
     them, and the scores then view by view: the memory of one masked input, for one more forward pass of each.
@@ -34,7 +38,7 @@ def add_gradient(
     pulls_to_old = recipe.loss.kl_beta > 0 and recipe.loss.reference == "old"
     reference = old if pulls_to_old else anchor.reference
     output = coupled_grpo_loss(new, old, reference, batch.advantages, batch.valid, denominator, recipe.loss)
-    output.loss.backward()
+    (0 * output.loss if is_silent else output.loss).backward()
     if has_two_passes:
         assert new.grad is not None, "new is a leaf, and the loss depends on it"
         backward_by_view(policy, batch, masks, recipe.estimator, new.grad, temperature)

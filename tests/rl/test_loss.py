@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from toys import MakePolicy, make_batch, make_recipe
 
+from coupled.rl import learner as learner_module
 from coupled.rl import run as run_module
 from coupled.rl.advantage import group_advantages
 from coupled.rl.batch import micro_batches
@@ -196,7 +197,9 @@ def test_the_gradient_of_any_micro_batch_split_is_the_joint_gradient(
     """Through the update of a run: groups may be larger or smaller than a micro-batch."""
     seen: list[Tensor] = []
     sums: list[dict[str, float]] = []
-    monkeypatch.setattr(run_module, "apply_step", lambda optimizer, policy, *rest: seen.append(gradient(policy)) or 1.0)
+    monkeypatch.setattr(
+        learner_module, "apply_step", lambda optimizer, policy, *rest: seen.append(gradient(policy)) or 1.0
+    )
     monkeypatch.setattr(run_module.StepMetrics, "of_update", lambda self, found, *rest: sums.append(found))
     policy, batch = tiny_policy(), make_batch(*SEVEN)
     estimator = Estimator(num_pairs=2, post_eos=post_eos)
@@ -218,7 +221,9 @@ def test_the_first_update_takes_its_own_scores_as_the_old_ones(
     tiny_policy: MakePolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[Tensor] = []
-    monkeypatch.setattr(run_module, "apply_step", lambda optimizer, policy, *rest: seen.append(gradient(policy)) or 1.0)
+    monkeypatch.setattr(
+        learner_module, "apply_step", lambda optimizer, policy, *rest: seen.append(gradient(policy)) or 1.0
+    )
     policy, batch, estimator = tiny_policy(), make_batch(*SEVEN), Estimator()
     run = open_toy_run(make_recipe(optimizer={"micro_batch_size": 3}), policy, tmp_path)
     masks = draw_masks(batch, estimator, KEY)
@@ -519,7 +524,9 @@ def test_with_every_norm_the_gradient_of_a_split_is_the_joint_gradient(
     """The batch has a row without a verdict, which must not count as a completion in any micro-batch."""
     seen: list[Tensor] = []
     losses: list[float] = []
-    monkeypatch.setattr(run_module, "apply_step", lambda optimizer, policy, *rest: seen.append(gradient(policy)) or 1.0)
+    monkeypatch.setattr(
+        learner_module, "apply_step", lambda optimizer, policy, *rest: seen.append(gradient(policy)) or 1.0
+    )
     monkeypatch.setattr(run_module.StepMetrics, "of_update", lambda self, found, *rest: losses.append(found["loss"]))
     policy, batch = tiny_policy(), make_batch(*SEVEN)
     is_scored = torch.tensor([True, True, False, True, True, True, True])

@@ -285,7 +285,7 @@ def test_a_run_that_scores_at_another_temperature_than_it_should_is_refused(
 ) -> None:
     policy = tiny_policy()
     run = toy_run(policy, policy, tmp_path)
-    run._temperature = 1.0
+    run.learner.temperature = 1.0
     with pytest.raises(RolloutError, match=r"the temperature: the rollout used 1\.3, scoring 1\."):
         run.check_parity()
     toy_run(policy, policy, tmp_path, estimator={"temperature": 1.0}).check_parity()

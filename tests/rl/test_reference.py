@@ -212,7 +212,7 @@ def test_a_reference_that_is_the_old_policy_has_no_kl_at_first_and_that_to_old_a
     assert run._metrics.row()["kl"] == 0
     run._metrics = type(run._metrics)()
     with torch.no_grad():
-        r = later.old - run._scores(policy, batch, masks)
+        r = later.old - run.learner.scores(policy, batch, masks)
     run.update(1, batch, masks, later)
     expected = float(((r.exp() - r - 1) * batch.valid).sum() / batch.valid.sum())
     assert run._metrics.row()["kl"] == pytest.approx(expected, rel=1e-4)

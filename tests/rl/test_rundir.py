@@ -263,9 +263,9 @@ def test_resuming_with_another_recipe_names_what_differs(tmp_path: Path) -> None
     assert open_run_dir(other, "never").path.name == "run-002"
 
 
-def test_resuming_may_change_threads_and_checkpoint_frequency(tmp_path: Path) -> None:
+def test_resuming_may_change_threads_ranks_and_checkpoint_frequency(tmp_path: Path) -> None:
     first = open_run_dir(recipe_in(tmp_path)).path
-    changed = recipe_in(tmp_path, num_threads=3, checkpoint={"every": 5, "keep": 7})
+    changed = recipe_in(tmp_path, num_threads=3, checkpoint={"every": 5, "keep": 7}, cluster={"trainer_ranks": 4})
     assert open_run_dir(changed, "auto").path == first
 
 

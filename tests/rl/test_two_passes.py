@@ -11,6 +11,7 @@ from test_estimators import KEY, VARIANTS, every_estimator, five, flat_gradient,
 from torch import Tensor
 from toys import MakePolicy
 
+import coupled.rl.learner as learner_module
 import coupled.rl.run as run_module
 from coupled.rl.logprob import estimate_logp
 from coupled.rl.masking import draw_masks
@@ -41,7 +42,9 @@ class Updates:
         self.gradients: list[Tensor] = []
         self.sums: list[dict[str, float]] = []
         monkeypatch.setattr(
-            run_module, "apply_step", lambda optimizer, policy, *rest: self.gradients.append(flat_gradient(policy)) or 1
+            learner_module,
+            "apply_step",
+            lambda optimizer, policy, *rest: self.gradients.append(flat_gradient(policy)) or 1.0,
         )
         monkeypatch.setattr(run_module.StepMetrics, "of_update", lambda _, found, *rest: self.sums.append(found))
 

@@ -1,0 +1,258 @@
+"""The processes of a trainer: they come up; when one is lost the run ends with its name, and leaves nobody behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
+from toys import MakePolicy, make_batch, make_recipe, make_requests
+
+from coupled.rl.checkpoint import open_policy
+from coupled.rl.denoise import Sampler
+from coupled.rl.engine import InlineEngine
+from coupled.rl.errors import RankError, RecipeError
+from coupled.rl.gang import (
+    FollowerProcess,
+    Gang,
+    GangEngine,
+    abort_when_one_ends,
+    digest,
+    error_key,
+    open_learner,
+    ready,
+    refuse_too_few_devices,
+)
+from coupled.rl.learner import Learner
+from coupled.rl.masking import draw_masks
+from coupled.rl.ranks import Ranks
+from coupled.rl.recipe import Recipe
+
+pytestmark = pytest.mark.slow
+SAMPLER = Sampler(canvas=6, denoising_steps=6, temperature=1.0)
+
+
+def recipe_of(folder: Path, **cluster: object) -> Recipe:
+    return make_recipe(
+        model={"path": str(folder)},
+        optimizer={"learning_rate": 1e-4, "micro_batch_size": 2},
+        rollout={"canvas": 6, "denoising_steps": 6, "batch_size": 2},
+        cluster={"trainer_ranks": 2} | cluster,
+    )
+
+
+class Opened:
+    """A gang of two and the process of its second rank."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.recipe = recipe
+        self.others: list[FollowerProcess] = []
+        self.gang = Gang(recipe, open_policy(recipe.model, recipe.seed), self._start)
+
+    def _start(self, rank: int, port: int) -> FollowerProcess:
+        self.others.append(FollowerProcess(self.recipe, rank, port, Path(self.recipe.output_dir)))
+        return self.others[-1]
+
+
+@pytest.fixture
+def checkpoint(tiny_policy: MakePolicy, tmp_path: Path) -> Path:
+    tiny_policy().save(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def opened(checkpoint: Path, tmp_path: Path, **cluster: object) -> Opened:
+    recipe = recipe_of(checkpoint, **cluster).model_copy(update={"output_dir": str(tmp_path / "logs")})
+    return Opened(recipe, tmp_path)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_gang_does_what_a_learner_does_and_a_killed_rank_ends_it_with_its_name(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    pair = opened(checkpoint, tmp_path)
+    gang, other = pair.gang, pair.others[0]
+    try:
+        alone = Learner(pair.recipe, open_policy(pair.recipe.model, 0))
+        batch = make_batch(seed=1)
+        draw = draw_masks(batch, pair.recipe.estimator, (0, "mask", 1, 0))
+        done = gang.update(1, batch, draw, gang.anchor(batch, draw, is_first=True))
+        expected = alone.update(1, batch, draw, alone.anchor(batch, draw, is_first=True))
+        assert done.sums["loss"] == pytest.approx(expected.sums["loss"], abs=1e-6)
+        assert done.grad_norm == pytest.approx(expected.grad_norm, abs=1e-6)
+        state = gang.trainable_state()
+        for name, tensor in alone.trainable_state().items():
+            assert (state[name] - tensor).abs().max() < 1e-6
+
+        engine, plain = GangEngine(gang), InlineEngine(alone.policy, 2)
+        for each in (engine, plain):
+            each.load_weights(gang, 1)
+        requests = make_requests(5)
+        made, wanted = (each.generate(requests, SAMPLER, seed=0) for each in (engine, plain))
+        assert [(r.uid, r.canvas_ids.tolist(), r.weight_version) for r in made] == [
+            (r.uid, r.canvas_ids.tolist(), r.weight_version) for r in wanted
+        ]
+
+        (tmp_path / "full").write_text("no folder can be made here")
+        with pytest.raises(OSError, match="full"):
+            gang.write(tmp_path / "full", {"step": 1})
+        anchor = gang.anchor(batch, draw, is_first=True)
+        started = time.monotonic()
+        os.kill(other.pid, signal.SIGKILL)
+        with pytest.raises(RankError, match=r"rank 1 of the trainer ended with signal 9 in 'update'.*rank_1\.log"):
+            gang.update(2, batch, draw, anchor)
+        assert time.monotonic() - started < 30
+        with pytest.raises(RankError, match="has lost a rank before"):
+            gang.sync_reference(2)
+    finally:
+        gang.close()
+    assert not is_alive(other.pid)
+
+
+def test_a_rank_that_stands_still_is_waited_for_until_the_deadline_and_named(checkpoint: Path, tmp_path: Path) -> None:
+    pair = opened(checkpoint, tmp_path)
+    gang, other = pair.gang, pair.others[0]
+    try:
+        gang.sync_reference(1)
+        # Not in the recipe: starting takes longer than this test should.
+        set_timeout(timedelta(seconds=3), dist.group.WORLD)
+        gang._timeout = 3
+        os.kill(other.pid, signal.SIGSTOP)
+        with pytest.raises(RankError, match=r"waited 3 s for each other in 'trainable_state'; not done: rank 1 \("):
+            gang.trainable_state()
+    finally:
+        gang.close()
+    assert not is_alive(other.pid)
+
+
+def test_replicas_that_begin_differently_are_refused(tiny_policy: MakePolicy) -> None:
+    state = tiny_policy().trainable_state()
+    other = tiny_policy(seed=1).trainable_state()
+    assert digest(state) == digest(tiny_policy().trainable_state()) != digest(other)
+
+    class Heard(Ranks):
+        def gather(self, item: str) -> list[str]:
+            return [item, digest(other)]
+
+    learner = Learner.__new__(Learner)
+    learner.policy, learner._shards = tiny_policy(), None
+    with pytest.raises(RankError, match="the same adapters; those of rank 1 differ"):
+        ready(learner, Heard(size=2))
+
+
+class Ended:
+    """A follower that is seen as ended from the n-th look on."""
+
+    def __init__(self, rank: int, how: str, looks: int = 0) -> None:
+        self.rank, self.log = rank, f"rank_{rank}.log"
+        self._how, self._looks = how, looks
+
+    def ended(self) -> str | None:
+        self._looks -= 1
+        return self._how if self._looks < 0 else None
+
+    def kill(self) -> None:
+        raise AssertionError("nobody is killed for having ended")
+
+
+@pytest.mark.parametrize(
+    ("reasons", "named"),
+    [
+        (
+            {1: "RuntimeError: [gloo] Connection reset by peer"},
+            "rank 3 of the trainer ended with signal 9 in 'update'\\.",
+        ),
+        (
+            {1: "RuntimeError: Connection closed by peer", 3: "OutOfMemoryError: 40 GiB"},
+            "rank 3 of the trainer ended with signal 9 in 'update': OutOfMemoryError: 40 GiB",
+        ),
+        ({1: "RuntimeError: NCCL error", 3: "RuntimeError: NCCL error"}, "rank 1 .* NCCL error"),
+    ],
+    ids=["killed", "failed", "all lost somebody"],
+)
+def test_the_rank_that_ended_first_is_named_and_not_those_that_lost_it(reasons: dict[int, str], named: str) -> None:
+    gang = Gang.__new__(Gang)
+    gang._followers = [Ended(1, "status 1"), Ended(3, "signal 9", looks=3)]
+    gang._store = dist.HashStore()
+    for rank, reason in reasons.items():
+        gang._store.set(error_key(rank), reason)
+    with pytest.raises(RankError, match=named):
+        gang._refuse_ended("update")
+
+
+def test_collectives_are_aborted_when_a_rank_ends_and_only_then() -> None:
+    aborted: list[bool] = []
+    abort_when_one_ends([Ended(1, "signal 9", looks=2)], threading.Event(), lambda: aborted.append(True))
+    assert aborted == [True]
+    closed = threading.Event()
+    closed.set()
+    abort_when_one_ends([Ended(1, "signal 9")], closed, lambda: aborted.append(True))
+    assert aborted == [True], "a gang that is closed ends its ranks itself"
+
+
+def test_a_rank_that_cannot_load_the_model_says_why(checkpoint: Path, tmp_path: Path) -> None:
+    here = recipe_of(checkpoint)
+    there = recipe_of(tmp_path / "nowhere")
+    policy = open_policy(here.model, 0)
+    started = []
+
+    def start(rank: int, port: int) -> FollowerProcess:
+        started.append(FollowerProcess(there, rank, port, tmp_path))
+        return started[-1]
+
+    with pytest.raises(RankError, match=r"rank 1 .* ended with status 1 in 'start': CheckpointError: .*nowhere"):
+        Gang(here, policy, start)
+    assert not is_alive(started[0].pid)
+
+
+@pytest.fixture
+def nobody_home() -> Iterator[int]:
+    """A port that accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+def test_a_rank_ends_when_the_process_that_started_it_is_gone(
+    checkpoint: Path, tmp_path: Path, nobody_home: int
+) -> None:
+    follower = FollowerProcess(recipe_of(checkpoint), 1, nobody_home, tmp_path)
+    try:
+        assert follower._process.stdin is not None
+        follower._process.stdin.close()  # as the kernel does for a killed process
+        deadline = time.monotonic() + 60
+        while follower.ended() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert follower.ended() == "status 3"
+        assert "the process of the first rank has ended" in (tmp_path / "rank_1.log").read_text()
+    finally:
+        follower.kill()
+
+
+def test_one_rank_is_the_process_itself(checkpoint: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(checkpoint, trainer_ranks=1)
+    learner = open_learner(recipe, open_policy(recipe.model, 0), tmp_path)
+    assert isinstance(learner, Learner)
+    assert not dist.is_initialized()
+    assert not (tmp_path / "logs").exists()
+
+
+def test_more_ranks_than_gpus_are_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(RecipeError, match=r"trainer_ranks=2 needs as many GPUs, and torch sees 1; .*model\.device=cpu"):
+        refuse_too_few_devices(recipe_of(checkpoint))
