@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from coupled.rl.errors import CheckpointError
 from coupled.rl.policy import Policy, add_adapter, load_policy
@@ -16,6 +18,8 @@ from coupled.rl.recipe import Model, Recipe
 STATE = "state.json"
 OPTIMIZER = "optimizer.pt"
 REFERENCE = "reference.pt"
+CARRIED = "rollout_weights"
+"""A folder, so that no one takes it for the model's own weights."""
 
 
 def write_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -54,6 +58,27 @@ def read_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
         policy.load_reference_state(torch.load(folder / REFERENCE, weights_only=True))
     state: dict[str, Any] = json.loads((folder / STATE).read_text())
     return state
+
+
+def write_carried(folder: Path, carried: dict[int, dict[str, Tensor]]) -> None:
+    """Earlier weights that rollouts under way were begun with: a resumed run goes on with those rollouts as they were.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    try:
+        for version, state in carried.items():
+            path = folder / CARRIED / f"version_{version:06d}.safetensors"
+            path.parent.mkdir(exist_ok=True)
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(str(error)) from error
+
+
+def read_carried(folder: Path) -> dict[int, dict[str, Tensor]]:
+    """What `write_carried` wrote: version → weights."""
+    files = sorted((folder / CARRIED).glob("version_*.safetensors"))
+    return {int(file.stem.removeprefix("version_")): load_file(file) for file in files}
 
 
 def open_policy(model: Model, seed: int) -> Policy:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -18,12 +19,21 @@ from rich.console import Console
 from coupled.reward import RewardError
 from coupled.rl.advantage import filter_groups, group_advantages
 from coupled.rl.batch import collate, micro_batches, passes_of, refuse_identical_groups, rewards_of
-from coupled.rl.checkpoint import open_policy, read_checkpoint, use_threads, write_checkpoint
+from coupled.rl.checkpoint import (
+    open_policy,
+    read_carried,
+    read_checkpoint,
+    use_threads,
+    write_carried,
+    write_checkpoint,
+)
+from coupled.rl.cluster.open import open_engine
+from coupled.rl.cluster.rollouts import ClusterEngine
 from coupled.rl.data import encode_prompts, load_tasks, rows_of_step
 from coupled.rl.denoise import Request
-from coupled.rl.engine import InlineEngine, RolloutEngine
 from coupled.rl.errors import DataError, RecipeError
 from coupled.rl.evaluate import Evaluation, evaluate, sampler_of
+from coupled.rl.events import EventLog
 from coupled.rl.gradient_checkpointing import checkpoint_gradients
 from coupled.rl.grading import Grader, open_grader
 from coupled.rl.logprob import estimate_logp
@@ -51,7 +61,8 @@ class Run:
         held_out: Sequence[Prompt],
         grader: Grader,
         folder: RunDir,
-        engine: RolloutEngine,
+        engine: ClusterEngine,
+        events: EventLog | None = None,
     ) -> None:
         self.recipe = recipe
         self.policy = policy
@@ -60,6 +71,12 @@ class Run:
         self._held_out = held_out
         self._grader = grader
         self._engine = engine
+        self._events = events or EventLog()
+        self._version = 0
+        """Of the weights that rolled out the step under way."""
+        self._staleness = 0
+        """Training steps between those and the weights that are there; 0 is on-policy."""
+        self._num_mismatched = 0
         self._optimizer = make_optimizer(policy, recipe.optimizer)
         self._metrics = StepMetrics()
         self._progress: Progress | None = None
@@ -71,8 +88,12 @@ class Run:
         if recipe.optimizer.has_gradient_checkpointing:
             checkpoint_gradients(policy)
         self._done = 0
+        self._under_way: dict[int, int] = {}
+        """Steps that were begun before the run was interrupted, and the version of their weights."""
         if (latest := folder.latest()) is not None:
-            self._done = int(read_checkpoint(latest, policy, self._optimizer)["step"])
+            state = read_checkpoint(latest, policy, self._optimizer)
+            self._done = int(state["step"])
+            self._under_way = self._restore(latest, state)
         folder.forget_after(self._done)
         engine.load_weights(policy, self._done)
 
@@ -84,11 +105,20 @@ class Run:
     ) -> None:
         self._engine.close()
         self._grader.close()
+        self._events.close()
         self.folder.close()
 
     def steps(self) -> Iterator[int]:
         """The steps still to do, 1 … num_steps, with the progress display around them."""
         title = f"coupled-GRPO {self.folder.path}"
+        self._engine.begin(
+            self._requests_of,
+            sampler_of(self.recipe),
+            seed=self.recipe.seed,
+            num_trained=self._done,
+            num_steps=self.recipe.num_steps,
+            versions=self._under_way,
+        )
         with Progress(self.recipe.num_steps, self._done, title=title, console=self._console) as self._progress:
             for step in range(self._done + 1, self.recipe.num_steps + 1):
                 self._metrics = StepMetrics()
@@ -116,22 +146,22 @@ class Run:
 
     def rollouts(self, step: int) -> list[Group]:
         """Denoise a group of completions per prompt of the step, and have every program executed and scored."""
-        rollout = self.recipe.rollout
-        chosen = rows_of_step(
-            len(self._prompts),
-            step=step - 1,
-            per_step=rollout.num_prompts,
-            seed=self.recipe.seed,
-            stream="prompts",
-        )
-        prompts = [self._prompts[i] for i in chosen]
-        requests = [
-            Request(uid=f"step-{step}/{place}-{p.task.uid}/{sample}", prompt_ids=p.token_ids)
-            for place, p in enumerate(prompts)
-            for sample in range(rollout.group_size)
-        ]
+        prompts = self._prompts_of(step)
         with self._clock("rollout"):
-            made = self._engine.generate(requests, sampler_of(self.recipe), seed=self.recipe.seed)
+            found = self._engine.rollouts(step)
+        uids = [
+            [self._uid(step, place, prompt, sample) for sample in self._samples] for place, prompt in enumerate(prompts)
+        ]
+        whole = [place for place in range(len(prompts)) if all(uid in found for uid in uids[place])]
+        if len(whole) < len(prompts):
+            lost = ", ".join(prompts[place].task.uid for place in range(len(prompts)) if place not in whole)
+            self._console.print(
+                f"step {step}: no rollouts of {lost}, see events.jsonl; they are left out", highlight=False
+            )
+        prompts = [prompts[place] for place in whole]
+        made = [found[uid] for place in whole for uid in uids[place]]
+        self._version = made[0].weight_version
+        self._staleness = step - 1 - self._version
         before = self._grader.cache_statistics()
         with self._clock("sandbox"):
             groups = self._judge(step, prompts, made)
@@ -167,10 +197,18 @@ class Run:
         """Scores under the rollout policy and the reference, before any weight moves.
 
         For the first update the rollout policy *is* the policy: its scores are taken from the update's own forward
-        pass instead of a second one. So they are where the loss makes no use of them.
+        pass instead of a second one. So they are where the loss makes no use of them. Rollouts that were made ahead
+        have a policy of their own, with the weights of their version.
         """
         with self._clock("scoring"):
-            old = None if is_first or not self.recipe.loss.has_old else self._scores(self.policy, batch, masks)
+            old = None
+            if self._staleness:
+                with self._under(self._version):
+                    old = self._scores(self.policy, batch, masks) if self.recipe.loss.has_old else None
+                if is_first and old is not None:
+                    self._watch_mismatch(old, self._scores(self.policy, batch, masks), batch)
+            elif not is_first and self.recipe.loss.has_old:
+                old = self._scores(self.policy, batch, masks)
             reference = None
             if self.recipe.loss.kl_beta > 0 and self.recipe.loss.reference != "old":
                 with self.policy.reference() as frozen:
@@ -205,9 +243,12 @@ class Run:
         """From here on rollouts are made with the updated weights."""
         with self._clock("sync"):
             self._engine.load_weights(self.policy, step)
+            self._engine.trained(step)
 
     def log(self, step: int) -> None:
         """Write the step's metrics and show them."""
+        if self.recipe.rollout.workers != "inline":
+            self._metrics.of_cluster(self._engine.take_counters(), self._staleness)
         peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         row = {"step": step, **self._metrics.row(), "memory/peak_mb": peak_mb}
         self.folder.log(row)
@@ -241,8 +282,84 @@ class Run:
     def commit_if_due(self, step: int) -> None:
         """Write a checkpoint: from here on, a crash loses nothing of this step."""
         if step % self.recipe.checkpoint.every == 0 or step == self.recipe.num_steps:
-            state = {"step": step}
-            self.folder.commit(step, lambda to: write_checkpoint(to, self.policy, self._optimizer, state))
+            state: dict[str, Any] = {"step": step}
+            coordinator = self._engine.snapshot()
+            carried = {v: self._engine.state_of(v) for v in coordinator["versions"].values() if v != step}
+            if self.recipe.rollout.workers != "inline":
+                fallen = coordinator["lag"] < self.recipe.cluster.lag
+                state["coordinator"] = {"versions": coordinator["versions"], "has_fallen_back": fallen}
+
+            def write(to: Path) -> None:
+                write_checkpoint(to, self.policy, self._optimizer, state)
+                write_carried(to, carried)
+
+            self.folder.commit(step, write)
+
+    @property
+    def _samples(self) -> range:
+        return range(self.recipe.rollout.group_size)
+
+    def _prompts_of(self, step: int) -> list[Prompt]:
+        """The prompts of a step: a function of the step alone, so that none is skipped or repeated, come what may."""
+        chosen = rows_of_step(
+            len(self._prompts),
+            step=step - 1,
+            per_step=self.recipe.rollout.num_prompts,
+            seed=self.recipe.seed,
+            stream="prompts",
+        )
+        return [self._prompts[i] for i in chosen]
+
+    def _uid(self, step: int, place: int, prompt: Prompt, sample: int) -> str:
+        return f"step-{step}/{place}-{prompt.task.uid}/{sample}"
+
+    def _requests_of(self, step: int) -> list[Request]:
+        return [
+            Request(uid=self._uid(step, place, prompt, sample), prompt_ids=prompt.token_ids)
+            for place, prompt in enumerate(self._prompts_of(step))
+            for sample in self._samples
+        ]
+
+    def _restore(self, checkpoint: Path, state: dict[str, Any]) -> dict[int, int]:
+        """Load the weights that rollouts under way had; returns the version of each of those steps."""
+        coordinator = state.get("coordinator", {"versions": {}, "has_fallen_back": False})
+        versions = {int(step): int(version) for step, version in coordinator["versions"].items()}
+        if coordinator["has_fallen_back"]:
+            self._engine.fall_back()
+        if self.recipe.rollout.workers == "inline":
+            return {}
+        for version, tensors in read_carried(checkpoint).items():
+            self._engine.load_state(tensors, version)
+        return versions
+
+    @contextmanager
+    def _under(self, version: int) -> Iterator[None]:
+        """The policy with earlier weights, for as long as the block lasts."""
+        present = {name: tensor.clone() for name, tensor in self.policy.trainable_state().items()}
+        self.policy.load_trainable_state(self._engine.state_of(version))
+        try:
+            yield
+        finally:
+            self.policy.load_trainable_state(present)
+
+    def _watch_mismatch(self, old: torch.Tensor, present: torch.Tensor, batch: TrainBatch) -> None:
+        """How far the policy has moved from the one that rolled out; too far, twice running: no more running ahead.
+
+        KL(old ‖ present) by its estimate k3 = r - 1 - log r, with r = present / old [Schulman 2020].
+        """
+        log_ratio = (present - old)[batch.valid].clamp(max=self.recipe.loss.max_log_ratio)
+        mismatch = float((log_ratio.exp() - 1 - log_ratio).mean()) if len(log_ratio) else 0.0
+        self._metrics.of_mismatch(mismatch)
+        limit = self.recipe.cluster.max_mismatch
+        self._num_mismatched = self._num_mismatched + 1 if mismatch > limit else 0
+        if self._num_mismatched >= 2 and self._engine.lag:
+            self._engine.fall_back()
+            self._events.tell("fall_back", mismatch=mismatch)
+            self._console.print(
+                f"the policy moved {mismatch:.3g} nats per token from the one that rolled out, twice more than "
+                f"cluster.max_mismatch={limit:g}: rollouts run ahead no more (lag 0)",
+                highlight=False,
+            )
 
     def _scores(self, policy: Policy, batch: TrainBatch, masks: MaskDraw) -> torch.Tensor:
         size = self.recipe.optimizer.micro_batch_size
@@ -292,22 +409,18 @@ def open_run(recipe: Recipe, resume: str = "never") -> Run:
     held_out = _held_out(recipe, policy, prompts)
     _check_fit(recipe, policy, [*prompts, *held_out])
     judged = [*prompts, *held_out] if needs_tests else held_out
-    grader = open_grader(recipe, [prompt.task for prompt in judged])
-    try:
+    events = EventLog()
+    with ExitStack() as opened:
+        grader = open_grader(recipe, [prompt.task for prompt in judged], tell=events.tell)
+        opened.callback(grader.close)
         folder = open_run_dir(recipe, resume)
-        return Run(recipe, policy, prompts, held_out, grader, folder, open_engine(recipe, policy, folder.path))
-    except BaseException:
-        grader.close()
-        raise
-
-
-def open_engine(recipe: Recipe, policy: Policy, folder: Path | None = None) -> RolloutEngine:
-    """The engine that `rollout.workers` names."""
-    if recipe.rollout.workers == "inline":
-        return InlineEngine(policy, recipe.rollout.batch_size)
-    from coupled.rl.ray_engine import RayEngine
-
-    return RayEngine(recipe, log_dir=folder)
+        events.bind(folder.path)
+        opened.callback(events.close)
+        engine = open_engine(recipe, policy, folder.path, events.tell)
+        opened.callback(engine.close)
+        run = Run(recipe, policy, prompts, held_out, grader, folder, engine, events)
+        opened.pop_all()
+    return run
 
 
 def _held_out(recipe: Recipe, policy: Policy, prompts: Sequence[Prompt]) -> list[Prompt]:

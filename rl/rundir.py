@@ -27,7 +27,7 @@ from coupled.rl.recipe import Recipe, dump_recipe, validate
 
 COMMITTED = re.compile(r"step_(\d+)$")
 ENVIRONMENT = "environment.jsonl"
-MAY_CHANGE = ("num_threads", "checkpoint", "output_dir")
+MAY_CHANGE = ("num_threads", "checkpoint", "output_dir", "cluster")
 """Recipe fields that may differ between a run and its resumption."""
 
 

@@ -34,6 +34,7 @@ from coupled.sandbox import Executor
 runtime_checkable(Executor)
 runtime_checkable(coupled.rl.engine.RolloutEngine)
 runtime_checkable(coupled.rl.cluster.transport.Transport)
+runtime_checkable(coupled.rl.cluster.transport.Carrier)
 
 torch.set_num_threads(1)
 

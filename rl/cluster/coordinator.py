@@ -22,7 +22,6 @@ from coupled.rl.cluster.types import (
     GroupKey,
     Health,
     Stage,
-    State,
     Unit,
     WorkerLost,
     WorkFailed,
@@ -83,13 +82,17 @@ class Coordinator:
 
     # --- what the run asks for ------------------------------------------------------------------------------------
 
-    def publish(self, weights: Weights) -> None:
-        """Units may ask for this version from now on; versions that nobody asks for any more are dropped."""
+    def publish(self, weights: Weights) -> list[int]:
+        """Units may ask for this version from now on; versions that nobody asks for any more are dropped.
+
+        Returns those that are kept.
+        """
         self._weights[weights.version] = weights
         needed = [entry.unit.version for entry in self.ledger.entries.values()]
         oldest = min([self.admission.version_for(self._next_step), weights.version, *(v for v in needed if v >= 0)])
         for version in [version for version in self._weights if version < oldest]:
             del self._weights[version]
+        return list(self._weights)
 
     def begin(self, num_trained: int, versions: dict[int, int], make: MakeUnits, last: int) -> None:
         """Go on after `num_trained` steps. `versions` are those of steps that were under way: they are kept."""
@@ -109,6 +112,7 @@ class Coordinator:
 
     def submit(self, units: Iterable[Unit]) -> None:
         """Units outside of training: done at once, before everything else."""
+        self._mark_start()
         for unit in units:
             self.ledger.add(unit)
         self.dispatch()
@@ -276,6 +280,7 @@ class Coordinator:
             worker.state = WorkerState.RETIRED
             self._tell("retired", worker=worker.holder, why=worker.why)
             return
+        worker.num_failures += 1
         worker.is_waiting = True
         worker.since = now + pool.backoff(worker)
 
@@ -303,9 +308,15 @@ class Coordinator:
     def _issue(self, step: int, version: int, make: MakeUnits) -> None:
         assert step == self._next_step, f"steps are issued in order: {step} where {self._next_step} is next"
         self._next_step = step + 1
+        self._mark_start()
         for unit in make(step, version):
             self.ledger.add(unit)
         self._tell("issue", step=step, version=version)
+
+    def _mark_start(self) -> None:
+        """The stall watchdog counts from here when nothing was under way: nobody may have pumped for hours."""
+        if all(entry.is_done for entry in self.ledger.entries.values()):
+            self._progress = self.transport.now()
 
     def _begin(self, pool: WorkerPool, worker: Worker, job: Job) -> None:
         attempt = self.ledger.start(job, worker.holder, self.transport.now(), pool.patience(job))
@@ -333,7 +344,8 @@ class Coordinator:
                 self._failed(pool, call, error)
                 return
             worker.state, worker.hello, worker.why, worker.error = WorkerState.READY, value, "", None
-            self._tell("ready", worker=worker.holder)
+            known = value if isinstance(value, dict) else {}
+            self._tell("ready", worker=worker.holder, host=known.get("host", ""), pid=known.get("pid", 0))
             return
         assert attempt is not None
         if call.purpose == "load":
@@ -350,6 +362,7 @@ class Coordinator:
             is_first = self.ledger.rolled(attempt, value)
         else:
             is_first = self.ledger.scored(attempt, value)
+        worker.num_failures = 0
         if is_first:
             pool.took(self.transport.now() - attempt.started)
 
@@ -377,8 +390,3 @@ class Coordinator:
             present = busy + sum(w.state is WorkerState.READY and not w.attempts for w in pool.workers)
             counters.busy_seconds[stage] = counters.busy_seconds.get(stage, 0.0) + passed * busy
             counters.present_seconds[stage] = counters.present_seconds.get(stage, 0.0) + passed * present
-
-
-def is_usable(entry: Entry) -> bool:
-    """Whether a unit has a payload to go on with."""
-    return entry.state is not State.QUARANTINED and entry.error is None

@@ -67,6 +67,8 @@ class Worker:
     """When it began to start; while it waits to be started again, when that is due."""
     is_waiting: bool = False
     restarts: deque[float] = field(default_factory=deque)
+    num_failures: int = 0
+    """How often it ended since it last did its work."""
     hello: Any = None
     why: str = ""
     """What ended the last incarnation; empty while one is ready."""
@@ -127,8 +129,8 @@ class WorkerPool:
         return len(worker.restarts) <= self._health.restarts_per_hour
 
     def backoff(self, worker: Worker) -> float:
-        """Seconds before the next start: none at first, then more and more."""
-        return 0.0 if len(worker.restarts) <= 2 else min(MAX_BACKOFF_SECONDS, 2.0 ** (len(worker.restarts) - 3))
+        """Seconds before the next start: none at first, then more and more for one that never gets to work."""
+        return 0.0 if worker.num_failures <= 2 else min(MAX_BACKOFF_SECONDS, 2.0 ** (worker.num_failures - 3))
 
     @property
     def has_room(self) -> bool:

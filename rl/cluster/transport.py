@@ -7,7 +7,7 @@ are done. A call runs at most once, whatever happens; trying again is the ledger
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -54,6 +54,18 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """End everything that was started."""
+        ...
+
+
+class Carrier(Protocol):
+    """How weights travel: makes a handle that a worker's `load` understands, and throws it away."""
+
+    def send(self, state: Mapping[str, Any], version: int) -> Any:
+        """Put the weights, name → tensor, where workers find them."""
+        ...
+
+    def drop(self, version: int) -> None:
+        """Nobody asks for this version any more."""
         ...
 
 

@@ -15,8 +15,8 @@ from toys import MakePolicy, global_random_states, make_batch, make_recipe, make
 import coupled.rl.run as run_module
 from coupled.reward import Status, Task, Verdict
 from coupled.rl.batch import collate, micro_batches
+from coupled.rl.cluster.rollouts import inline_engine
 from coupled.rl.denoise import Sampler, denoise
-from coupled.rl.engine import InlineEngine
 from coupled.rl.estimators import ESTIMATORS
 from coupled.rl.families import FAMILIES
 from coupled.rl.grading import Grader
@@ -288,7 +288,7 @@ def flat_gradient(policy: Policy) -> Tensor:
 
 def open_toy_run(policy: Policy, folder: Path, estimator: Estimator, **sections: object) -> Run:
     recipe = make_recipe(estimator=estimator, **sections)
-    return Run(recipe, policy, [], [], Grader.__new__(Grader), RunDir(folder, keep=1), InlineEngine(policy, 4))
+    return Run(recipe, policy, [], [], Grader.__new__(Grader), RunDir(folder, keep=1), inline_engine(policy, 4))
 
 
 @every_estimator

@@ -92,7 +92,7 @@ def test_every_field_of_the_schema_is_described() -> None:
     sections = {"model", "data", "rollout", "estimator", "loss", "optimizer", "reward", "sandbox", "evaluation"}
     for name, part in {"Recipe": schema, **schema["$defs"]}.items():
         for field, about in part["properties"].items():
-            is_section = name == "Recipe" and field in sections | {"checkpoint", "fit"}
+            is_section = name == "Recipe" and field in sections | {"checkpoint", "cluster", "fit"}
             assert is_section or about.get("description"), f"{name}.{field} says nothing of its unit and range"
 
 

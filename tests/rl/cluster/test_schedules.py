@@ -46,8 +46,9 @@ def cursor_for_mark(self: Coordinator) -> dict[str, Any]:
     return {"num_trained": self._next_step - 1, "lag": self.admission.lag, "versions": {}}
 
 
-def keep_the_newest(self: Coordinator, weights: coordinator.Weights) -> None:
+def keep_the_newest(self: Coordinator, weights: coordinator.Weights) -> list[int]:
     self._weights = {weights.version: weights}
+    return [weights.version]
 
 
 def retry_by_itself(self: SimTransport, call: simulate._Call) -> None:
