@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -30,6 +31,8 @@ sandbox_app = typer.Typer(no_args_is_help=True, help="Try the sandbox by hand.")
 app.add_typer(sandbox_app, name="sandbox")
 console = Console(soft_wrap=True)
 INTERRUPTED = 130
+BUG = 70
+"""EX_SOFTWARE: an error that no user could have caused."""
 
 
 @app.command()
@@ -37,8 +40,12 @@ def train(
     recipe: Annotated[str, typer.Argument(help="recipe file, or the name of one that ships with the package")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. num_steps=10 resume=auto")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the resolved recipe and stop")] = False,
+    supervised: Annotated[bool, typer.Option("--supervise", help="resume the run when it is interrupted")] = False,
 ) -> None:
-    """Train as the recipe says: stage rl, sft or pretrain. `resume=auto` continues the newest run of the recipe."""
+    """Train as the recipe says: stage rl, sft or pretrain. `resume=auto` continues the newest run of the recipe.
+
+    Exit status 0: done; 2: something must be mended first; 75: resuming may succeed; 70: a mistake of ours.
+    """
     from coupled.rl.recipe import dump_recipe, load_recipe
 
     resume, settings = _split_resume(overrides or [])
@@ -46,6 +53,12 @@ def train(
     if dry_run:
         print(dump_recipe(loaded), end="")
         return
+    if supervised:
+        from coupled.rl.supervise import supervise
+
+        command = [sys.executable, "-m", "coupled.rl.cli", "train", recipe]
+        again = [*command, *settings, "resume=auto" if resume == "never" else f"resume={resume}"]
+        raise typer.Exit(supervise([*command, *(overrides or [])], again, lambda text: print(text, file=sys.stderr)))
     try:
         _train(loaded, resume)
     except KeyboardInterrupt:
@@ -254,7 +267,10 @@ def main() -> None:
     try:
         app()
     except (CoupledError, RewardError, SandboxUnavailable) as error:
-        _fail(str(error), code=2)
+        _fail(str(error), code=getattr(error, "exit_code", 2))
+    except Exception:
+        traceback.print_exc()
+        sys.exit(BUG)
 
 
 def _train(recipe: Recipe, resume: str) -> None:

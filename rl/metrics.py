@@ -110,6 +110,10 @@ class StepMetrics:
         busy = counters.busy_seconds.get("roll", 0.0)
         self._row["cluster/rollout_idle"] = 1 - busy / present if present else 0.0  # share of the workers' time
 
+    def of_failed_saves(self, number: int) -> None:
+        """Checkpoints in a row that could not be written; absent while they can."""
+        self._row["failed_saves"] = float(number)
+
     def of_mismatch(self, mismatch: float) -> None:
         """KL of the policy to the one that rolled out, nats per token; only where that is an earlier one."""
         self._row["cluster/mismatch"] = mismatch

@@ -31,7 +31,7 @@ from coupled.rl.cluster.open import open_engine
 from coupled.rl.cluster.rollouts import ClusterEngine
 from coupled.rl.data import encode_prompts, load_tasks, rows_of_step
 from coupled.rl.denoise import Request
-from coupled.rl.errors import DataError, RecipeError
+from coupled.rl.errors import DataError, RecipeError, SaveError
 from coupled.rl.evaluate import Evaluation, evaluate, sampler_of
 from coupled.rl.events import EventLog
 from coupled.rl.gradient_checkpointing import checkpoint_gradients
@@ -48,6 +48,9 @@ from coupled.rl.rollout_log import write_rollouts
 from coupled.rl.rundir import RunDir, open_run_dir
 from coupled.rl.types import Anchor, Group, MaskDraw, Prompt, Rollout, TrainBatch
 from coupled.rl.update import add_gradient
+
+MAX_FAILED_SAVES = 5
+"""Checkpoints in a row that cannot be written before the run ends: what it computes would be lost."""
 
 
 class Run:
@@ -77,6 +80,7 @@ class Run:
         self._staleness = 0
         """Training steps between those and the weights that are there; 0 is on-policy."""
         self._num_mismatched = 0
+        self._num_failed_saves = 0
         self._optimizer = make_optimizer(policy, recipe.optimizer)
         self._metrics = StepMetrics()
         self._progress: Progress | None = None
@@ -166,7 +170,10 @@ class Run:
         with self._clock("sandbox"):
             groups = self._judge(step, prompts, made)
         self._metrics.of_cache(before, self._grader.cache_statistics())
-        write_rollouts(self.folder.path, step, groups)
+        try:
+            write_rollouts(self.folder.path, step, groups)
+        except OSError as error:
+            self._console.print(f"alarm: the rollouts of step {step} are not written ({error})", highlight=False)
         refuse_identical_groups(groups)
         self._metrics.of_groups(groups)
         return groups
@@ -249,6 +256,8 @@ class Run:
         """Write the step's metrics and show them."""
         if self.recipe.rollout.workers != "inline":
             self._metrics.of_cluster(self._engine.take_counters(), self._staleness)
+        if self._num_failed_saves:
+            self._metrics.of_failed_saves(self._num_failed_saves)
         peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         row = {"step": step, **self._metrics.row(), "memory/peak_mb": peak_mb}
         self.folder.log(row)
@@ -280,20 +289,38 @@ class Run:
         return Evaluation.from_row(rows[0]) if rows else None
 
     def commit_if_due(self, step: int) -> None:
-        """Write a checkpoint: from here on, a crash loses nothing of this step."""
-        if step % self.recipe.checkpoint.every == 0 or step == self.recipe.num_steps:
-            state: dict[str, Any] = {"step": step}
-            coordinator = self._engine.snapshot()
-            carried = {v: self._engine.state_of(v) for v in coordinator["versions"].values() if v != step}
-            if self.recipe.rollout.workers != "inline":
-                fallen = coordinator["lag"] < self.recipe.cluster.lag
-                state["coordinator"] = {"versions": coordinator["versions"], "has_fallen_back": fallen}
+        """Write a checkpoint: from here on, a crash loses nothing of this step.
 
-            def write(to: Path) -> None:
-                write_checkpoint(to, self.policy, self._optimizer, state)
-                write_carried(to, carried)
+        One that cannot be written is no reason to stop: it is said, and tried again after the next step.
 
-            self.folder.commit(step, write)
+        Raises:
+            SaveError: it cannot be written time after time, or at the end.
+            FencedError: another process has the run by now.
+        """
+        is_last = step == self.recipe.num_steps
+        if not (is_last or step % self.recipe.checkpoint.every == 0 or self._num_failed_saves):
+            return
+        state: dict[str, Any] = {"step": step}
+        coordinator = self._engine.snapshot()
+        carried = {v: self._engine.state_of(v) for v in coordinator["versions"].values() if v != step}
+        if self.recipe.rollout.workers != "inline":
+            has_fallen_back = coordinator["lag"] < self.recipe.cluster.lag
+            state["coordinator"] = {"versions": coordinator["versions"], "has_fallen_back": has_fallen_back}
+
+        def write(to: Path) -> None:
+            write_checkpoint(to, self.policy, self._optimizer, state)
+            write_carried(to, carried)
+
+        try:
+            self.folder.commit(step, write, {"exactness": _exactness(self.policy), "lag": coordinator["lag"]})
+        except SaveError as error:
+            self._num_failed_saves += 1
+            self._events.tell("save_failed", step=step, why=str(error))
+            if is_last or self._num_failed_saves >= MAX_FAILED_SAVES:
+                raise
+            self._console.print(f"alarm: {error}. Training goes on, and the next step is tried", highlight=False)
+        else:
+            self._num_failed_saves = 0
 
     @property
     def _samples(self) -> range:
@@ -421,6 +448,12 @@ def open_run(recipe: Recipe, resume: str = "never") -> Run:
         run = Run(recipe, policy, prompts, held_out, grader, folder, engine, events)
         opened.pop_all()
     return run
+
+
+def _exactness(policy: Policy) -> str:
+    """What a resumed run promises. E2: every bit the same. E1: the same prompts in the same order, none twice."""
+    is_exact = policy.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+    return "E2" if is_exact else "E1"
 
 
 def _held_out(recipe: Recipe, policy: Policy, prompts: Sequence[Prompt]) -> list[Prompt]:

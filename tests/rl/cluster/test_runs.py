@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -16,9 +17,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import coupled.rl.run
+from coupled.rl import ray_sandbox
 from coupled.rl.metrics import DETERMINISTIC_EXCEPT
 from coupled.rl.recipe import Recipe, load_recipe
-from coupled.rl.rundir import read_rows
+from coupled.rl.rundir import committed_checkpoints, read_rows
 from coupled.rl.train import TrainResult, train
 
 QUICKSTART = Path(__file__).parents[3] / "recipes" / "quickstart.yaml"
@@ -60,6 +63,33 @@ def events(run: Path) -> list[dict[str, object]]:
     return read_rows(run / "events.jsonl") if (run / "events.jsonl").is_file() else []
 
 
+@pytest.mark.ray
+@pytest.mark.slow
+def test_actors_and_supervisors_that_are_killed_and_stopped_in_mid_step_change_no_number(
+    inline: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rollout actors and one supervisor: each is killed once and stopped once."""
+    monkeypatch.setattr(ray_sandbox, "_patience", lambda jobs: 10.0)
+    run = tmp_path / "quickstart-001"
+
+    def hit(worker: str, number: signal.Signals) -> Callable[[list[dict[str, object]]], None]:
+        return lambda found: os.kill(pid_of(found, worker), number)
+
+    faults = [
+        when(run, is_start_of("train/1/", "roll-0#1"), hit("roll-0#1", signal.SIGKILL)),
+        when(run, is_start_of("train/3/", "roll-1#1"), hit("roll-1#1", signal.SIGSTOP)),
+        when(run, is_start_of("programs/2/", "score-0#1"), hit("score-0#1", signal.SIGKILL)),
+        when(run, is_start_of("programs/4/", "score-0#2"), hit("score-0#2", signal.SIGSTOP)),
+    ]
+    result = train(small(tmp_path, "rollout.workers=ray", "rollout.num_workers=2", "sandbox.workers=ray"))
+    for fault in faults:
+        fault.join(timeout=10)
+        assert not fault.is_alive(), "every fault happened"
+    assert_same_run(inline, result)
+    lost = {str(event["worker"]) for event in events(result.path) if event["event"] == "lost"}
+    assert {"roll-0#1", "score-0#1", "score-0#2"} <= lost
+
+
 def when(
     run: Path, happened: Callable[[dict[str, object]], bool], do: Callable[[list[dict[str, object]]], None]
 ) -> threading.Thread:
@@ -85,8 +115,8 @@ def pid_of(found: list[dict[str, object]], worker: str) -> int:
     )
 
 
-def is_start_of(step: int, worker: str) -> Callable[[dict[str, object]], bool]:
-    return lambda e: e["event"] == "start" and str(e["key"]).startswith(f"train/{step}/") and e["worker"] == worker
+def is_start_of(key: str, worker: str) -> Callable[[dict[str, object]], bool]:
+    return lambda e: e["event"] == "start" and str(e["key"]).startswith(key) and e["worker"] == worker
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +131,12 @@ def test_processes_that_are_killed_and_stopped_in_mid_step_change_no_number(
 ) -> None:
     run = tmp_path / "quickstart-001"
     faults = [
-        when(run, is_start_of(2, "roll-0#1"), lambda found: os.kill(pid_of(found, "roll-0#1"), signal.SIGKILL)),
-        when(run, is_start_of(3, "roll-1#1"), lambda found: os.kill(pid_of(found, "roll-1#1"), signal.SIGSTOP)),
+        when(
+            run, is_start_of("train/2/", "roll-0#1"), lambda found: os.kill(pid_of(found, "roll-0#1"), signal.SIGKILL)
+        ),
+        when(
+            run, is_start_of("train/3/", "roll-1#1"), lambda found: os.kill(pid_of(found, "roll-1#1"), signal.SIGSTOP)
+        ),
     ]
     result = train(small(tmp_path, *PROCESSES))
     for fault in faults:
@@ -112,6 +146,26 @@ def test_processes_that_are_killed_and_stopped_in_mid_step_change_no_number(
     assert sum(row["cluster/redispatched"] + row["cluster/hedged"] for row in rows) >= 2
     assert sum(row["cluster/lost_workers"] for row in rows) >= 1
     assert {row["cluster/staleness"] for row in rows} == {0.0}
+
+
+def test_checkpoints_that_cannot_be_written_are_told_and_training_goes_on(
+    inline: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = coupled.rl.run.write_checkpoint
+    full = iter((True, True, False, False))
+
+    def fill(folder: Path, *rest: object) -> None:
+        write(folder, *rest)  # type: ignore[arg-type]
+        if next(full):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(coupled.rl.run, "write_checkpoint", fill)
+    result = train(small(tmp_path))
+    assert_same_run(inline, result)
+    assert [row.get("failed_saves") for row in read_rows(result.path / "metrics.jsonl")] == [None, 1.0, 2.0, None]
+    assert capsys.readouterr().out.count("alarm: could not write checkpoint") == 2
+    assert [event["step"] for event in events(result.path) if event["event"] == "save_failed"] == [1, 2]
+    assert [path.name for path in committed_checkpoints(result.path / "checkpoints")] == ["step_000003", "step_000004"]
 
 
 @pytest.mark.slow
