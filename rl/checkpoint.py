@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coupled.rl.errors import CheckpointError
@@ -26,6 +27,8 @@ OPTIMIZER = "optimizer.pt"
 REFERENCE = "reference.pt"
 SHARDS = "shards"
 """The folder of what ranks write for themselves, in the format of torch.distributed.checkpoint."""
+CARRIED = "rollout_weights"
+"""A folder, so that no one takes it for the model's own weights."""
 
 
 def write_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -145,6 +148,27 @@ def _shared_out(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def write_carried(folder: Path, carried: dict[int, dict[str, Tensor]]) -> None:
+    """Earlier weights that rollouts under way were begun with: a resumed run goes on with those rollouts as they were.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
+    try:
+        for version, state in carried.items():
+            path = folder / CARRIED / f"version_{version:06d}.safetensors"
+            path.parent.mkdir(exist_ok=True)
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    except (RuntimeError, SafetensorError) as error:
+        raise OSError(str(error)) from error
+
+
+def read_carried(folder: Path) -> dict[int, dict[str, Tensor]]:
+    """What `write_carried` wrote: version → weights."""
+    files = sorted((folder / CARRIED).glob("version_*.safetensors"))
+    return {int(file.stem.removeprefix("version_")): load_file(file) for file in files}
 
 
 def open_policy(model: Model, seed: int) -> Policy:

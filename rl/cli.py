@@ -1,10 +1,11 @@
-"""The command line: train, eval, sample, export, analyze, report, sandbox run, doctor, schema."""
+"""The command line: train, eval, sample, export, analyze, report, sandbox run, top, doctor, schema."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -30,6 +31,8 @@ sandbox_app = typer.Typer(no_args_is_help=True, help="Try the sandbox by hand.")
 app.add_typer(sandbox_app, name="sandbox")
 console = Console(soft_wrap=True)
 INTERRUPTED = 130
+BUG = 70
+"""EX_SOFTWARE: an error that no user could have caused."""
 
 
 @app.command()
@@ -39,8 +42,12 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print the resolved recipe, and what it may take, and stop")
     ] = False,
+    supervised: Annotated[bool, typer.Option("--supervise", help="resume the run when it is interrupted")] = False,
 ) -> None:
-    """Train as the recipe says: stage rl, sft or pretrain. `resume=auto` continues the newest run of the recipe."""
+    """Train as the recipe says: stage rl, sft or pretrain. `resume=auto` continues the newest run of the recipe.
+
+    Exit status 0: done; 2: something must be mended first; 75: resuming may succeed; 70: a mistake of ours.
+    """
     from coupled.rl.recipe import dump_recipe, load_recipe
 
     resume, settings = _split_resume(overrides or [])
@@ -51,6 +58,12 @@ def train(
 
         print(estimate_run(loaded), file=sys.stderr)
         return
+    if supervised:
+        from coupled.rl.supervise import supervise
+
+        command = [sys.executable, "-m", "coupled.rl.cli", "train", recipe]
+        again = [*command, *settings, "resume=auto" if resume == "never" else f"resume={resume}"]
+        raise typer.Exit(supervise([*command, *(overrides or [])], again, lambda text: print(text, file=sys.stderr)))
     try:
         _train(loaded, resume)
     except KeyboardInterrupt:
@@ -251,6 +264,32 @@ def sandbox_run(
 
 
 @app.command()
+def top(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    watch: Annotated[bool, typer.Option(help="show it anew every second, until Ctrl-C")] = True,
+) -> None:
+    """Show a run's workers: who is there, who has what, and what is waited for longest."""
+    from coupled.rl.cluster.top import show, view_of
+    from coupled.rl.events import FILE
+    from coupled.rl.rundir import read_rows
+
+    if not (run / FILE).is_file():
+        raise CoupledError(f"{run} holds no {FILE}: give the folder of a run that trains or has trained")
+    is_live = watch and console.is_terminal
+    try:
+        while True:
+            shown = show(view_of(read_rows(run / FILE)), time.time())
+            if is_live:
+                console.clear()
+            console.print(shown, highlight=False)
+            if not is_live:
+                return
+            time.sleep(1.0)
+    except KeyboardInterrupt:
+        raise typer.Exit(0) from None
+
+
+@app.command()
 def doctor() -> None:
     """Say what this machine can and cannot do, and the remedy."""
     from coupled.rl.doctor import examine
@@ -281,7 +320,10 @@ def main() -> None:
     try:
         app()
     except (CoupledError, RewardError, SandboxUnavailable) as error:
-        _fail(str(error), code=2)
+        _fail(str(error), code=getattr(error, "exit_code", 2))
+    except Exception:
+        traceback.print_exc()
+        sys.exit(BUG)
 
 
 def _train(recipe: Recipe, resume: str) -> None:

@@ -1,4 +1,4 @@
-"""Rollout engines: who denoises. The policy's own process, or Ray actors (`ray_engine`), with equal results."""
+"""Rollout engines: who denoises. The policy's own process, or workers elsewhere (`cluster`), with equal results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from coupled.rl.types import Rollout
 
 
 @runtime_checkable
-class Weights(Protocol):
+class HasWeights(Protocol):
     """What holds the weights that rollouts are made with: a policy, or the trainer of several ranks."""
 
     def trainable_state(self) -> dict[str, Tensor]:
@@ -30,7 +30,7 @@ class RolloutEngine(Protocol):
         """One rollout per request, in the order of the requests."""
         ...
 
-    def load_weights(self, policy: Weights, version: int) -> None:
+    def load_weights(self, policy: HasWeights, version: int) -> None:
         """Roll out with the policy's present weights from now on."""
         ...
 
@@ -54,7 +54,7 @@ class InlineEngine:
             made.update((r.uid, r) for r in rollouts)
         return [made[r.uid] for r in requests]
 
-    def load_weights(self, policy: Weights, version: int) -> None:
+    def load_weights(self, policy: HasWeights, version: int) -> None:
         self._version = version
 
     def close(self) -> None:

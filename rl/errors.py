@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import ClassVar
 
 
 class CoupledError(ValueError):
     """Base of every error that the user's input can cause; the command line prints it without a traceback."""
+
+    exit_code: ClassVar[int] = 2
+    """Of the command: 2 wants something mended first; 75 (EX_TEMPFAIL) may succeed when the run is resumed."""
 
 
 class RecipeError(CoupledError):
@@ -20,6 +24,16 @@ class DataError(CoupledError):
 
 class CheckpointError(CoupledError):
     """A checkpoint is missing, incomplete, or does not fit the recipe."""
+
+
+class SaveError(CheckpointError):
+    """A checkpoint could not be written; those before it are whole."""
+
+    exit_code = 75
+
+
+class FencedError(CheckpointError):
+    """Another process has taken over the run folder since this one opened it."""
 
 
 class RolloutError(CoupledError):

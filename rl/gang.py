@@ -26,7 +26,6 @@ from torch import Tensor
 
 from coupled.rl.checkpoint import pick_device
 from coupled.rl.denoise import Request, Sampler
-from coupled.rl.engine import Weights
 from coupled.rl.errors import CoupledError, RankError, RecipeError
 from coupled.rl.learner import Learner, Update
 from coupled.rl.policy import Policy
@@ -142,10 +141,17 @@ class Gang:
     def policy(self) -> Policy:
         return self._learner.policy
 
-    def anchor(self, batch: TrainBatch, masks: MaskDraw, *, is_first: bool) -> Anchor:
+    def anchor(
+        self, batch: TrainBatch, masks: MaskDraw, *, is_first: bool, earlier: dict[str, Tensor] | None = None
+    ) -> Anchor:
         """See `Learner.anchor`."""
-        found: Anchor = self._call("anchor", batch, masks, is_first=is_first)
+        found: Anchor = self._call("anchor", batch, masks, is_first=is_first, earlier=earlier)
         return found
+
+    def present_scores(self, batch: TrainBatch, masks: MaskDraw) -> Tensor:
+        """See `Learner.present_scores`."""
+        scores: Tensor = self._call("present_scores", batch, masks)
+        return scores
 
     def update(self, step: int, batch: TrainBatch, masks: MaskDraw, anchor: Anchor) -> Update:
         """See `Learner.update`."""
@@ -352,23 +358,6 @@ def digest(state: dict[str, Tensor]) -> str:
 def is_of_connections(text: str) -> bool:
     """Whether a collective failed because somebody is not there any more, by its message in lower case."""
     return any(word in text for word in ("connection", "gloo", "nccl", "broken pipe"))
-
-
-class GangEngine:
-    """Rollouts by the trainer's ranks, on their live weights."""
-
-    def __init__(self, gang: Gang) -> None:
-        self._gang = gang
-        self._version = 0
-
-    def generate(self, requests: list[Request], sampler: Sampler, *, seed: int) -> list[Rollout]:
-        return self._gang.generate(requests, sampler, seed=seed, weight_version=self._version)
-
-    def load_weights(self, policy: Weights, version: int) -> None:
-        self._version = version
-
-    def close(self) -> None:
-        """The gang is closed by whoever opened it."""
 
 
 def open_learner(recipe: Recipe, policy: Policy, folder: Path) -> Learner | Gang:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from coupled.reward import Judge, Judgement, RewardSpec, Scorer, Task, Verdict, plan
 from coupled.rl.recipe import Recipe, Sandbox
@@ -43,8 +43,12 @@ class Grader:
         self._executor.close()
 
 
-def open_grader(recipe: Recipe, tasks: Sequence[Task] = ()) -> Grader:
+def open_grader(
+    recipe: Recipe, tasks: Sequence[Task] = (), tell: Callable[..., None] = lambda event, **facts: None
+) -> Grader:
     """The grader of a recipe; close it when done. `tasks` are those that it will be asked about.
+
+    `tell` hears what becomes of supervisors and their batches, where there are any.
 
     Raises:
         SandboxUnavailable: this host cannot give the tier that the recipe asks for, or the tier cannot run the
@@ -54,7 +58,7 @@ def open_grader(recipe: Recipe, tasks: Sequence[Task] = ()) -> Grader:
     sandbox = recipe.sandbox
     limits = Limits(cpu_seconds=sandbox.cpu_seconds, wall_seconds=sandbox.wall_seconds, memory_mb=sandbox.memory_mb)
     specs = [RewardSpec(name=f.name, path=f.path, weight=f.weight) for f in recipe.reward.functions]
-    executor = CachedExecutor(open_sandbox(recipe))
+    executor = CachedExecutor(open_sandbox(recipe, tell))
     try:
         _check_tests(tasks, executor.isolation().tier, recipe.reward.allow_weak)
         weak = recipe.reward.allow_weak
@@ -93,10 +97,10 @@ def open_local_sandbox(sandbox: Sandbox) -> Executor:
     return open_executor(tier=sandbox.tier, num_workers=sandbox.num_workers)
 
 
-def open_sandbox(recipe: Recipe) -> Executor:
+def open_sandbox(recipe: Recipe, tell: Callable[..., None] = lambda event, **facts: None) -> Executor:
     """The workers that a recipe asks for: of this process, or of a Ray cluster."""
     if recipe.sandbox.workers == "inline":
         return open_local_sandbox(recipe.sandbox)
     from coupled.rl.ray_sandbox import RayExecutor
 
-    return RayExecutor(recipe)
+    return RayExecutor(recipe, tell=tell)

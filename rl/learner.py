@@ -76,22 +76,33 @@ class Learner:
     # --- scoring and updates ------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def anchor(self, batch: TrainBatch, masks: MaskDraw, *, is_first: bool) -> Anchor:
+    def anchor(
+        self, batch: TrainBatch, masks: MaskDraw, *, is_first: bool, earlier: dict[str, Tensor] | None = None
+    ) -> Anchor:
         """Scores under the rollout policy and the reference, before any weight moves.
 
         For the first update the rollout policy *is* the policy: its scores are taken from the update's own forward
         pass instead of a second one. So they are where the loss makes no use of them.
+
+        Args:
+            earlier: the weights that rolled out, as `trainable_state` gave them, if they are not those that are there.
         """
         loss = self.recipe.loss
         old = None
-        if not is_first and loss.has_old:
-            with self._whole():
+        if loss.has_old and (earlier is not None or not is_first):
+            with self._under(earlier), self._whole():
                 old = self.scores(self.policy, batch, masks)
         reference = None
         if loss.kl_beta > 0 and loss.reference != "old":
             with self.policy.reference() as frozen, self._whole(is_reference=True):
                 reference = self.scores(frozen, batch, masks)
         return Anchor(old=old, reference=reference)
+
+    @torch.no_grad()
+    def present_scores(self, batch: TrainBatch, masks: MaskDraw) -> Tensor:
+        """`scores` under the weights that are there."""
+        with self._whole():
+            return self.scores(self.policy, batch, masks)
 
     def scores(self, policy: Policy, batch: TrainBatch, masks: MaskDraw) -> Tensor:
         """s of every row [B, C], each rank scoring some of the micro-batches."""
@@ -196,6 +207,19 @@ class Learner:
 
     def close(self) -> None:
         """Nothing is held by one rank."""
+
+    @contextmanager
+    def _under(self, earlier: dict[str, Tensor] | None) -> Iterator[None]:
+        """The policy with earlier weights, for as long as the block lasts."""
+        if earlier is None:
+            yield
+            return
+        present = {name: tensor.clone() for name, tensor in self.policy.trainable_state().items()}
+        self.policy.load_trainable_state(earlier)
+        try:
+            yield
+        finally:
+            self.policy.load_trainable_state(present)
 
     # --- weights that are split ---------------------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from coupled.reward import Status
 from coupled.rl.advantage import GroupFilter
 from coupled.rl.batch import rewards_of
+from coupled.rl.cluster.types import Counters
 from coupled.rl.shapes import Float
 from coupled.rl.types import Group
 from coupled.sandbox import CacheStatistics
@@ -97,6 +98,26 @@ class StepMetrics:
             update["clip_fraction_dual"] = sums["clip_dual"] / tokens
         self._updates.append(update)
 
+    def of_cluster(self, counters: Counters, staleness: int) -> None:
+        """What the coordinator had to do; only where workers are outside of this process."""
+        self._row["cluster/staleness"] = float(staleness)  # training steps the rollouts' weights were behind
+        self._row["cluster/redispatched"] = float(counters.num_redispatched)  # batches tried again
+        self._row["cluster/hedged"] = float(counters.num_hedged)  # batches given to a second worker meanwhile
+        self._row["cluster/duplicates"] = float(counters.num_duplicates)  # results that came second, and were dropped
+        self._row["cluster/quarantined"] = float(counters.num_quarantined)  # batches that ended three workers
+        self._row["cluster/lost_workers"] = float(counters.num_lost_workers)
+        present = counters.present_seconds.get("roll", 0.0)
+        busy = counters.busy_seconds.get("roll", 0.0)
+        self._row["cluster/rollout_idle"] = 1 - busy / present if present else 0.0  # share of the workers' time
+
+    def of_failed_saves(self, number: int) -> None:
+        """Checkpoints in a row that could not be written; absent while they can."""
+        self._row["failed_saves"] = float(number)
+
+    def of_mismatch(self, mismatch: float) -> None:
+        """KL of the policy to the one that rolled out, nats per token; only where that is an earlier one."""
+        self._row["cluster/mismatch"] = mismatch
+
     def row(self) -> dict[str, float]:
         """Name → number; updates are averaged over the inner iterations."""
         row = dict(self._row)
@@ -104,6 +125,8 @@ class StepMetrics:
             row |= {name: float(np.mean([u[name] for u in self._updates])) for name in self._updates[0]}
         row |= {f"time/{part}_seconds": seconds for part, seconds in self._seconds.items()}
         total = sum(self._seconds.values())
+        if "cluster/rollout_idle" in row and total:
+            row["cluster/trainer_idle"] = self._seconds.get("rollout", 0.0) / total  # share of the step
         row["time/step_seconds"] = total
         # In none of the parts: collating, logging. Evaluations and checkpoints come after the row.
         row["time/other_seconds"] = max(0.0, time.perf_counter() - self._started - total)
@@ -125,5 +148,5 @@ class StepMetrics:
         return {label: row[name] for label, name in shown.items() if name in row}
 
 
-DETERMINISTIC_EXCEPT = ("time/", "memory/", "cache/", "tokens_per_second")
+DETERMINISTIC_EXCEPT = ("time/", "memory/", "cache/", "cluster/", "tokens_per_second")
 """Metrics that start with one of these depend on the machine or the process; all others are those of a resumed run."""

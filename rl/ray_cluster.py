@@ -1,5 +1,5 @@
-"""The local Ray instance of this process, shared by rollout actors and sandbox supervisors. The only file that
-imports ray."""
+"""The Ray of this process, its own or a cluster that runs, shared by rollout actors and sandbox supervisors. The only
+file that imports ray."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from coupled.rl.errors import CoupledError, RecipeError
 from coupled.rl.recipe import Recipe
 
 _lock = threading.Lock()
@@ -20,9 +21,20 @@ _num_users = 0
 def open_ray(recipe: Recipe, log_dir: Path | None = None) -> Any:
     """Start Ray, or join the instance that this process has started, and return the module `ray`.
 
-    A bare `ray.init()` would join whatever cluster it finds on the host. Each call wants its `close_ray`.
+    With `cluster.address` the cluster that runs there is joined. A bare `ray.init()` would join whatever it finds on
+    the host. Each call wants its `close_ray`.
+
+    Raises:
+        CoupledError: there is no cluster at the address, or it wants a token that is not known here.
     """
-    _require_token()  # before the import, which reads the mode
+    if recipe.cluster.address is None:
+        _require_token()  # before the import, which reads the mode
+    elif "RAY_AUTH_MODE" not in os.environ:
+        raise RecipeError(
+            "a Ray cluster is joined with RAY_AUTH_MODE set to what it is on every host of it, 'token' or 'disabled'; "
+            "it is not set here. Ray guesses otherwise, and differently on the head: export it before `ray start` and "
+            "before `coupled train`"
+        )
     import ray
 
     global _num_users
@@ -79,15 +91,27 @@ def _require_token() -> None:
 def _start_quietly(ray: Any, recipe: Recipe) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     threads = str(recipe.num_threads or 1)
+    common: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": "ERROR",
+        "configure_logging": True,
+        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads}},
+    }
+    if recipe.cluster.address is not None:
+        try:
+            ray.init(address=recipe.cluster.address, **common)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise CoupledError(
+                f"no Ray cluster answers at cluster.address={recipe.cluster.address} ({error}). Is it the head's "
+                "ip:port, and are RAY_AUTH_MODE and the token those of the head?"
+            ) from error
+        return
     ray.init(
         address="local",
         num_cpus=max(recipe.rollout.num_workers, os.cpu_count() or 1),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="ERROR",
-        configure_logging=True,
+        include_dashboard=recipe.cluster.dashboard,
         _node_ip_address="127.0.0.1",
-        runtime_env={"env_vars": {"OMP_NUM_THREADS": threads}},
+        **common,
     )
 
 

@@ -132,8 +132,12 @@ class Data(Section):
 
 
 class Rollout(Section):
-    workers: Literal["inline", "ray"] = Field(default="inline", description="inline: in this process; ray: actors")
-    num_workers: Positive = Field(default=2, description="rollout actors, when workers is ray")
+    workers: Literal["inline", "process", "ray"] = Field(
+        default="inline",
+        description="inline: in this process, on the weights that are trained; process: processes of this host; ray: "
+        "actors, here or on a cluster (cluster.address)",
+    )
+    num_workers: Positive = Field(default=2, description="rollout workers, when workers is process or ray")
     num_prompts: Positive = Field(default=16, description="prompts per step")
     group_size: Annotated[int, Field(ge=2)] = Field(default=10, description="completions per prompt, G")
     canvas: Positive = Field(default=256, description="positions denoised after the prompt, in tokens")
@@ -387,7 +391,7 @@ class Checkpoint(Section):
 
 
 class Cluster(Section):
-    """What a run is spread over."""
+    """What a run is spread over: ranks that train, and workers outside of them, which may run ahead."""
 
     trainer_ranks: Positive = Field(
         default=1,
@@ -400,6 +404,37 @@ class Cluster(Section):
         description="the ranks wait for each other this long at most; loading and the slowest share of a step must "
         "fit in",
     )
+    address: str | None = Field(
+        default=None,
+        pattern=r"^(auto|[^/:]+:\d+)$",
+        description="ip:port of a running Ray cluster, or auto; none starts Ray on this host",
+    )
+    lag: int = Field(
+        default=0,
+        ge=0,
+        le=2,
+        description="training steps that rollouts run ahead; 0: on-policy, rollouts and training take turns",
+    )
+    max_mismatch: float = Field(
+        default=0.1,
+        gt=0,
+        description="lag falls to 0 when the policy has moved from the one that rolled out by more than this (KL, nats "
+        "per token) in two steps running",
+    )
+    min_workers: Positive = Field(
+        default=1, description="rollout workers without which the run ends, to be resumed; others may come and go"
+    )
+    gpus_per_worker: float = Field(default=0.0, ge=0, description="share of GPUs that each Ray rollout actor reserves")
+    weights: Literal["object", "file"] = Field(
+        default="object",
+        description="object: through Ray's object store; file: in the run folder, which every host must see",
+    )
+    health: Literal["patient", "fast"] = Field(
+        default="patient",
+        description="patient: hosts may be silent for a minute, a batch takes minutes; fast: one host or a quiet "
+        "network, a batch takes seconds",
+    )
+    dashboard: bool = Field(default=False, description="whether a Ray started here has its dashboard")
 
     @model_validator(mode="after")
     def _has_others_to_wait_for(self) -> Cluster:
@@ -527,6 +562,16 @@ class Recipe(Section):
             raise ValueError(
                 f"rollout.denoising_steps ({self.rollout.denoising_steps}) must not exceed rollout.canvas "
                 f"({self.rollout.canvas}): a step that unmasks nothing is wasted"
+            )
+        if self.cluster.lag and self.rollout.workers == "inline":
+            raise ValueError(
+                f"cluster.lag={self.cluster.lag} needs rollout workers that go on while this process trains: set "
+                "rollout.workers to process or ray, or cluster.lag to 0"
+            )
+        if self.rollout.workers != "inline" and self.cluster.min_workers > self.rollout.num_workers:
+            raise ValueError(
+                f"cluster.min_workers ({self.cluster.min_workers}) must not exceed rollout.num_workers "
+                f"({self.rollout.num_workers})"
             )
         low, high = self.accuracy_range
         if low >= high:

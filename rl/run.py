@@ -8,22 +8,26 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
+import torch
 from rich.console import Console
 
 from coupled.reward import RewardError
 from coupled.rl.advantage import filter_groups, group_advantages
 from coupled.rl.batch import collate, passes_of, refuse_identical_groups, rewards_of
-from coupled.rl.checkpoint import open_policy, use_threads
+from coupled.rl.checkpoint import open_policy, read_carried, use_threads, write_carried
+from coupled.rl.cluster.open import open_engine
+from coupled.rl.cluster.rollouts import ClusterEngine
 from coupled.rl.data import encode_prompts, load_tasks, rows_of_step
 from coupled.rl.denoise import Request
-from coupled.rl.engine import InlineEngine, RolloutEngine
-from coupled.rl.errors import DataError, RecipeError
+from coupled.rl.errors import DataError, RecipeError, RolloutError, SaveError
 from coupled.rl.evaluate import Evaluation, evaluate, sampler_of
-from coupled.rl.gang import Gang, GangEngine, open_learner
+from coupled.rl.events import EventLog
+from coupled.rl.gang import Gang, open_learner
 from coupled.rl.grading import Grader, open_grader
 from coupled.rl.learner import Learner
 from coupled.rl.metrics import StepMetrics
@@ -34,6 +38,9 @@ from coupled.rl.recipe import Recipe
 from coupled.rl.rollout_log import write_rollouts
 from coupled.rl.rundir import RunDir, open_run_dir
 from coupled.rl.types import Anchor, Group, MaskDraw, Prompt, Rollout, TrainBatch
+
+MAX_FAILED_SAVES = 5
+"""Checkpoints in a row that cannot be written before the run ends: what it computes would be lost."""
 
 
 class Run:
@@ -47,8 +54,9 @@ class Run:
         held_out: Sequence[Prompt],
         grader: Grader,
         folder: RunDir,
-        engine: RolloutEngine,
+        engine: ClusterEngine,
         learner: Learner | Gang | None = None,
+        events: EventLog | None = None,
     ) -> None:
         self.recipe = recipe
         self.policy = policy
@@ -58,12 +66,23 @@ class Run:
         self._grader = grader
         self._engine = engine
         self.learner = Learner(recipe, policy) if learner is None else learner
+        self._events = events or EventLog()
+        self._version = 0
+        """Of the weights that rolled out the step under way."""
+        self._staleness = 0
+        """Training steps between those and the weights that are there; 0 is on-policy."""
+        self._num_mismatched = 0
+        self._num_failed_saves = 0
         self._metrics = StepMetrics()
         self._progress: Progress | None = None
         self._console = Console(soft_wrap=True)
         self._done = 0
+        self._under_way: dict[int, int] = {}
+        """Steps that were begun before the run was interrupted, and the version of their weights."""
         if (latest := folder.latest()) is not None:
-            self._done = int(self.learner.read(latest)["step"])
+            state = self.learner.read(latest)
+            self._done = int(state["step"])
+            self._under_way = self._restore(latest, state)
         folder.forget_after(self._done)
         engine.load_weights(self.learner, self._done)
 
@@ -76,11 +95,20 @@ class Run:
         self._engine.close()
         self.learner.close()
         self._grader.close()
+        self._events.close()
         self.folder.close()
 
     def steps(self) -> Iterator[int]:
         """The steps still to do, 1 … num_steps, with the progress display around them."""
         title = f"coupled-GRPO {self.folder.path}"
+        self._engine.begin(
+            self._requests_of,
+            sampler_of(self.recipe),
+            seed=self.recipe.seed,
+            num_trained=self._done,
+            num_steps=self.recipe.num_steps,
+            versions=self._under_way,
+        )
         with Progress(self.recipe.num_steps, self._done, title=title, console=self._console) as self._progress:
             for step in range(self._done + 1, self.recipe.num_steps + 1):
                 self._metrics = StepMetrics()
@@ -107,27 +135,35 @@ class Run:
 
     def rollouts(self, step: int) -> list[Group]:
         """Denoise a group of completions per prompt of the step, and have every program executed and scored."""
-        rollout = self.recipe.rollout
-        chosen = rows_of_step(
-            len(self._prompts),
-            step=step - 1,
-            per_step=rollout.num_prompts,
-            seed=self.recipe.seed,
-            stream="prompts",
-        )
-        prompts = [self._prompts[i] for i in chosen]
-        requests = [
-            Request(uid=f"step-{step}/{place}-{p.task.uid}/{sample}", prompt_ids=p.token_ids)
-            for place, p in enumerate(prompts)
-            for sample in range(rollout.group_size)
-        ]
+        prompts = self._prompts_of(step)
         with self._clock("rollout"):
-            made = self._engine.generate(requests, sampler_of(self.recipe), seed=self.recipe.seed)
+            found = self._engine.rollouts(step)
+        uids = [
+            [self._uid(step, place, prompt, sample) for sample in self._samples] for place, prompt in enumerate(prompts)
+        ]
+        whole = [place for place in range(len(prompts)) if all(uid in found for uid in uids[place])]
+        if len(whole) < len(prompts):
+            lost = ", ".join(prompts[place].task.uid for place in range(len(prompts)) if place not in whole)
+            self._console.print(
+                f"step {step}: no rollouts of {lost}, see events.jsonl; they are left out", highlight=False
+            )
+        if not whole:
+            raise RolloutError(
+                f"step {step} has no prompt all of whose completions could be made; events.jsonl says what ended the "
+                "workers. Look at the memory they have; lower rollout.batch_size"
+            )
+        prompts = [prompts[place] for place in whole]
+        made = [found[uid] for place in whole for uid in uids[place]]
+        self._version = made[0].weight_version
+        self._staleness = step - 1 - self._version
         before = self._grader.cache_statistics()
         with self._clock("sandbox"):
             groups = self._judge(step, prompts, made)
         self._metrics.of_cache(before, self._grader.cache_statistics())
-        write_rollouts(self.folder.path, step, groups)
+        try:
+            write_rollouts(self.folder.path, step, groups)
+        except OSError as error:
+            self._console.print(f"alarm: the rollouts of step {step} are not written ({error})", highlight=False)
         refuse_identical_groups(groups)
         self._metrics.of_groups(groups)
         return groups
@@ -154,9 +190,17 @@ class Run:
         return collate(groups, advantages, self.policy)
 
     def anchor(self, batch: TrainBatch, masks: MaskDraw, *, is_first: bool) -> Anchor:
-        """Scores under the rollout policy and the reference, before any weight moves."""
+        """Scores under the rollout policy and the reference, before any weight moves.
+
+        Rollouts that were made ahead have a policy of their own, with the weights of their version.
+        """
         with self._clock("scoring"):
-            return self.learner.anchor(batch, masks, is_first=is_first)
+            if not self._staleness:
+                return self.learner.anchor(batch, masks, is_first=is_first)
+            anchor = self.learner.anchor(batch, masks, is_first=is_first, earlier=self._engine.state_of(self._version))
+            if is_first and anchor.old is not None:
+                self._watch_mismatch(anchor.old, self.learner.present_scores(batch, masks), batch)
+            return anchor
 
     def update(self, step: int, batch: TrainBatch, masks: MaskDraw, anchor: Anchor) -> None:
         """One clipped optimizer step on the whole batch."""
@@ -172,9 +216,14 @@ class Run:
         """From here on rollouts are made with the updated weights."""
         with self._clock("sync"):
             self._engine.load_weights(self.learner, step)
+            self._engine.trained(step)
 
     def log(self, step: int) -> None:
         """Write the step's metrics and show them."""
+        if self.recipe.rollout.workers != "inline":
+            self._metrics.of_cluster(self._engine.take_counters(), self._staleness)
+        if self._num_failed_saves:
+            self._metrics.of_failed_saves(self._num_failed_saves)
         peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         row = {"step": step, **self._metrics.row(), "memory/peak_mb": peak_mb}
         self.folder.log(row)
@@ -206,10 +255,94 @@ class Run:
         return Evaluation.from_row(rows[0]) if rows else None
 
     def commit_if_due(self, step: int) -> None:
-        """Write a checkpoint: from here on, a crash loses nothing of this step."""
-        if step % self.recipe.checkpoint.every == 0 or step == self.recipe.num_steps:
-            state = {"step": step}
-            self.folder.commit(step, lambda to: self.learner.write(to, state))
+        """Write a checkpoint: from here on, a crash loses nothing of this step.
+
+        One that cannot be written is no reason to stop: it is said, and tried again after the next step.
+
+        Raises:
+            SaveError: it cannot be written time after time, or at the end.
+            FencedError: another process has the run by now.
+        """
+        is_last = step == self.recipe.num_steps
+        if not (is_last or step % self.recipe.checkpoint.every == 0 or self._num_failed_saves):
+            return
+        state: dict[str, Any] = {"step": step}
+        coordinator = self._engine.snapshot()
+        carried = {v: self._engine.state_of(v) for v in coordinator["versions"].values() if v != step}
+        if self.recipe.rollout.workers != "inline":
+            has_fallen_back = coordinator["lag"] < self.recipe.cluster.lag
+            state["coordinator"] = {"versions": coordinator["versions"], "has_fallen_back": has_fallen_back}
+
+        def write(to: Path) -> None:
+            self.learner.write(to, state)
+            write_carried(to, carried)
+
+        try:
+            self.folder.commit(step, write, {"exactness": _exactness(self.policy), "lag": coordinator["lag"]})
+        except SaveError as error:
+            self._num_failed_saves += 1
+            self._events.tell("save_failed", step=step, why=str(error))
+            if is_last or self._num_failed_saves >= MAX_FAILED_SAVES:
+                raise
+            self._console.print(f"alarm: {error}. Training goes on, and the next step is tried", highlight=False)
+        else:
+            self._num_failed_saves = 0
+
+    @property
+    def _samples(self) -> range:
+        return range(self.recipe.rollout.group_size)
+
+    def _prompts_of(self, step: int) -> list[Prompt]:
+        """The prompts of a step: a function of the step alone, so that none is skipped or repeated, come what may."""
+        chosen = rows_of_step(
+            len(self._prompts),
+            step=step - 1,
+            per_step=self.recipe.rollout.num_prompts,
+            seed=self.recipe.seed,
+            stream="prompts",
+        )
+        return [self._prompts[i] for i in chosen]
+
+    def _uid(self, step: int, place: int, prompt: Prompt, sample: int) -> str:
+        return f"step-{step}/{place}-{prompt.task.uid}/{sample}"
+
+    def _requests_of(self, step: int) -> list[Request]:
+        return [
+            Request(uid=self._uid(step, place, prompt, sample), prompt_ids=prompt.token_ids)
+            for place, prompt in enumerate(self._prompts_of(step))
+            for sample in self._samples
+        ]
+
+    def _restore(self, checkpoint: Path, state: dict[str, Any]) -> dict[int, int]:
+        """Load the weights that rollouts under way had; returns the version of each of those steps."""
+        coordinator = state.get("coordinator", {"versions": {}, "has_fallen_back": False})
+        versions = {int(step): int(version) for step, version in coordinator["versions"].items()}
+        if coordinator["has_fallen_back"]:
+            self._engine.fall_back()
+        if self.recipe.rollout.workers == "inline":
+            return {}
+        for version, tensors in read_carried(checkpoint).items():
+            self._engine.load_state(tensors, version)
+        return versions
+
+    def _watch_mismatch(self, old: torch.Tensor, present: torch.Tensor, batch: TrainBatch) -> None:
+        """How far the policy has moved from the one that rolled out; too far, twice running: no more running ahead.
+
+        KL(old ‖ present) by its estimate k3 = r - 1 - log r, with r = present / old [Schulman 2020].
+        """
+        log_ratio = (present - old)[batch.valid].clamp(max=self.recipe.loss.max_log_ratio)
+        mismatch = float((log_ratio.exp() - 1 - log_ratio).mean()) if len(log_ratio) else 0.0
+        self._metrics.of_mismatch(mismatch)
+        limit = self.recipe.cluster.max_mismatch
+        self._num_mismatched = self._num_mismatched + 1 if mismatch > limit else 0
+        if self._num_mismatched >= 2 and self._engine.lag:
+            self._engine.fall_back()
+            self._events.tell("fall_back", mismatch=mismatch)
+            self._console.print(
+                f"the policy moved {mismatch:.3g} nats per token from the one that rolled out, twice more than "
+                f"cluster.max_mismatch={limit:g}: rollouts run ahead no more (lag 0)",
+                highlight=False,
+            )
 
     def _judge(self, step: int, prompts: Sequence[Prompt], made: Sequence[Rollout]) -> list[Group]:
         size = self.recipe.rollout.group_size
@@ -252,29 +385,26 @@ def open_run(recipe: Recipe, resume: str = "never") -> Run:
     held_out = _held_out(recipe, policy, prompts)
     _check_fit(recipe, policy, [*prompts, *held_out])
     judged = [*prompts, *held_out] if needs_tests else held_out
-    grader = open_grader(recipe, [prompt.task for prompt in judged])
-    learner: Learner | Gang | None = None
-    try:
+    events = EventLog()
+    with ExitStack() as opened:
+        grader = open_grader(recipe, [prompt.task for prompt in judged], tell=events.tell)
+        opened.callback(grader.close)
         folder = open_run_dir(recipe, resume)
+        events.bind(folder.path)
+        opened.callback(events.close)
         learner = open_learner(recipe, policy, folder.path)
-        engine = open_engine(recipe, policy, folder.path, learner)
-        return Run(recipe, policy, prompts, held_out, grader, folder, engine, learner)
-    except BaseException:
-        if learner is not None:
-            learner.close()
-        grader.close()
-        raise
+        opened.callback(learner.close)
+        engine = open_engine(recipe, learner, folder.path, events.tell)
+        opened.callback(engine.close)
+        run = Run(recipe, policy, prompts, held_out, grader, folder, engine, learner, events)
+        opened.pop_all()
+    return run
 
 
-def open_engine(
-    recipe: Recipe, policy: Policy, folder: Path | None = None, learner: Learner | Gang | None = None
-) -> RolloutEngine:
-    """The engine that `rollout.workers` names; `inline` are the processes that train."""
-    if recipe.rollout.workers == "inline":
-        return GangEngine(learner) if isinstance(learner, Gang) else InlineEngine(policy, recipe.rollout.batch_size)
-    from coupled.rl.ray_engine import RayEngine
-
-    return RayEngine(recipe, log_dir=folder)
+def _exactness(policy: Policy) -> str:
+    """What a resumed run promises. E2: every bit the same. E1: the same prompts in the same order, none twice."""
+    is_exact = policy.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+    return "E2" if is_exact else "E1"
 
 
 def _held_out(recipe: Recipe, policy: Policy, prompts: Sequence[Prompt]) -> list[Prompt]:

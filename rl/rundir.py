@@ -4,14 +4,18 @@ recipe.yaml            the resolved recipe
 environment.jsonl      commit, command, machine and versions: one row per start or resumption
 metrics.jsonl          one row per step, appended after the step is committed
 rollouts/*.parquet     every completion with its verdict
-checkpoints/step_N/    weights, tokenizer, optimizer, state.json; appears by one rename or not at all
+checkpoints/step_N/    weights, tokenizer, optimizer, state.json, MANIFEST.json; appears by one rename or not at all
 logs/rank_N.log        what the trainer's ranks other than the first print
+events.jsonl           what became of every batch and worker
+fence/epoch_N          one per process that had the run; only the newest may commit
 evaluation.jsonl       held-out results
 tensorboard/           the same metrics for TensorBoard
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import re
@@ -23,9 +27,10 @@ from typing import Any
 import yaml
 
 from coupled.rl.environment import describe_environment
-from coupled.rl.errors import CheckpointError
+from coupled.rl.errors import CheckpointError, FencedError, SaveError
 from coupled.rl.recipe import Recipe, dump_recipe, validate
 
+MANIFEST = "MANIFEST.json"
 COMMITTED = re.compile(r"step_(\d+)$")
 ENVIRONMENT = "environment.jsonl"
 MAY_CHANGE = ("num_threads", "checkpoint", "output_dir", "cluster")
@@ -35,60 +40,94 @@ MAY_CHANGE = ("num_threads", "checkpoint", "output_dir", "cluster")
 class RunDir:
     """A folder that owns one run. Use `open_run_dir`."""
 
-    def __init__(self, path: Path, *, keep: int) -> None:
+    def __init__(self, path: Path, *, keep: int, epoch: int = 0) -> None:
         self.path = path
         self._keep = keep
+        self._epoch = epoch
         self._tensorboard: Any = None
+        self._unwritten: dict[str, list[str]] = {}
 
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
 
     def latest(self) -> Path | None:
-        """The newest committed checkpoint, or None."""
-        found = committed_checkpoints(self.checkpoints)
-        return found[-1] if found else None
+        """The newest committed checkpoint whose files are what its manifest says, or None."""
+        for folder in reversed(committed_checkpoints(self.checkpoints)):
+            if not broken_files(folder):
+                return folder
+        return None
 
-    def commit(self, step: int, write: Callable[[Path], None]) -> Path:
-        """Write checkpoint `step` (steps finished) so that it exists whole or not at all, then drop the oldest."""
-        self.checkpoints.mkdir(exist_ok=True)
+    def commit(self, step: int, write: Callable[[Path], None], facts: Mapping[str, Any] | None = None) -> Path:
+        """Write checkpoint `step` (steps finished) so that it exists whole or not at all, then drop the oldest.
+
+        `facts` go into its manifest.
+
+        Raises:
+            SaveError: the disk is full or not writable; earlier checkpoints are whole.
+            FencedError: another process has the run by now.
+        """
         final = self.checkpoints / f"step_{step:06d}"
-        partial = self.checkpoints / f".partial-{final.name}"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+        partial = self.checkpoints / f".partial-{final.name}.e{self._epoch}"
+        self._refuse_if_fenced()
         try:
+            self.checkpoints.mkdir(exist_ok=True)
+            for left in self.checkpoints.glob(".partial-*"):  # of a crash, or of a step that could not be written
+                shutil.rmtree(left, ignore_errors=True)
+            partial.mkdir()
             write(partial)
+            about = {"step": step, "epoch": self._epoch, **(facts or {}), "sha256": _hashes(partial)}
+            (partial / MANIFEST).write_text(json.dumps(about, indent=1) + "\n")
             for file in partial.rglob("*"):
                 if file.is_file():
                     _sync(file)
+            self._refuse_if_fenced()
             shutil.rmtree(final, ignore_errors=True)
             partial.rename(final)
+            _sync(self.checkpoints)
         except BaseException as error:
             shutil.rmtree(partial, ignore_errors=True)
             if not isinstance(error, OSError):
                 raise
-            raise CheckpointError(
+            raise SaveError(
                 f"could not write checkpoint {final} ({error}); earlier checkpoints are whole. Free some space, "
                 "then continue with resume=auto"
             ) from error
-        _sync(self.checkpoints)
         for old in committed_checkpoints(self.checkpoints)[: -self._keep]:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
         return final
 
     def log(self, row: Mapping[str, Any], *, file: str = "metrics.jsonl") -> None:
-        """Append one row, whole, and mirror its numbers to TensorBoard."""
-        with (self.path / file).open("a") as out:
-            out.write(json.dumps(row) + "\n")
-            out.flush()
-            os.fsync(out.fileno())
-        if self._tensorboard is None:
-            from torch.utils.tensorboard import SummaryWriter
+        """Append one row, whole, and mirror its numbers to TensorBoard.
 
-            self._tensorboard = SummaryWriter(str(self.path / "tensorboard"))
-        for name, value in row.items():
-            if isinstance(value, (int, float)) and name != "step":
-                self._tensorboard.add_scalar(name, value, row["step"])
+        What a full disk does not take is kept, and written with the next row.
+        """
+        self._unwritten.setdefault(file, []).append(json.dumps(row) + "\n")
+        try:
+            self._write(file)
+            if self._tensorboard is None:
+                from torch.utils.tensorboard import SummaryWriter
+
+                self._tensorboard = SummaryWriter(str(self.path / "tensorboard"))
+            for name, value in row.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self._tensorboard.add_scalar(name, value, row["step"])
+        except OSError as error:
+            print(f"alarm: {self.path / file} cannot be written ({error}); its rows are kept until it can", flush=True)
+
+    def _write(self, file: str) -> None:
+        path = self.path / file
+        size = path.stat().st_size if path.is_file() else 0
+        try:
+            with path.open("a") as out:
+                out.writelines(self._unwritten[file])
+                out.flush()
+                os.fsync(out.fileno())
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)  # no half of a row
+            raise
+        self._unwritten[file] = []
 
     def rows(self, file: str = "metrics.jsonl") -> list[dict[str, Any]]:
         """All whole rows of a log; a line cut off by a crash is left out."""
@@ -108,6 +147,14 @@ class RunDir:
     def close(self) -> None:
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+    def _refuse_if_fenced(self) -> None:
+        newest = _newest_epoch(self.path)
+        if self._epoch and newest > self._epoch:
+            raise FencedError(
+                f"process {newest} has taken over {self.path} since this one, process {self._epoch}, opened it; this "
+                "one stops and writes nothing more. Only one process may train a run: start another with resume=never"
+            )
 
 
 def open_run_dir(recipe: Recipe, resume: str = "never") -> RunDir:
@@ -138,7 +185,7 @@ def open_run_dir(recipe: Recipe, resume: str = "never") -> RunDir:
     if chosen is not None:
         _refuse_other_recipe(chosen, recipe)
         _record_environment(chosen)
-        return RunDir(chosen, keep=recipe.checkpoint.keep)
+        return RunDir(chosen, keep=recipe.checkpoint.keep, epoch=_claim(chosen))
     number = 1 + (int(earlier[-1].name[len(recipe.name) + 1 :]) if earlier else 0)
     while True:
         path = parent / f"{recipe.name}-{number:03d}"
@@ -149,7 +196,18 @@ def open_run_dir(recipe: Recipe, resume: str = "never") -> RunDir:
             number += 1
     atomic_write(path / "recipe.yaml", dump_recipe(recipe))
     _record_environment(path)
-    return RunDir(path, keep=recipe.checkpoint.keep)
+    return RunDir(path, keep=recipe.checkpoint.keep, epoch=_claim(path))
+
+
+def broken_files(folder: Path) -> list[str]:
+    """Files of a checkpoint that are missing or not what its manifest says; one of an earlier version has none."""
+    try:
+        hashes = json.loads((folder / MANIFEST).read_text())["sha256"]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError):
+        return [MANIFEST]
+    return [name for name, wanted in hashes.items() if _sha256(folder / name) != wanted]
 
 
 def committed_checkpoints(folder: Path) -> list[Path]:
@@ -194,6 +252,35 @@ def _refuse_other_recipe(run: Path, recipe: Recipe) -> None:
             f"{run} was made with another recipe: {', '.join(differing)} differ. Resume with the same recipe, "
             "or start a new run with resume=never"
         )
+
+
+def _claim(run: Path) -> int:
+    """The number of this process among those that had the run; from here on the earlier ones cannot commit."""
+    (run / "fence").mkdir(exist_ok=True)
+    while True:
+        epoch = _newest_epoch(run) + 1
+        try:
+            # O_EXCL: of two processes that come at the same moment, one gets the number.
+            os.close(os.open(run / "fence" / f"epoch_{epoch:06d}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            return epoch
+        except FileExistsError:
+            continue
+
+
+def _newest_epoch(run: Path) -> int:
+    return max((int(path.name.removeprefix("epoch_")) for path in (run / "fence").glob("epoch_*")), default=0)
+
+
+def _hashes(folder: Path) -> dict[str, str | None]:
+    return {str(file.relative_to(folder)): _sha256(file) for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+def _sha256(path: Path) -> str | None:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
 
 
 def _sync(path: Path) -> None:

@@ -24,6 +24,7 @@ import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+import coupled.rl.cluster.transport
 import coupled.rl.engine
 from coupled.rl.families import Family
 from coupled.rl.policy import Policy
@@ -32,6 +33,8 @@ from coupled.sandbox import Executor
 # beartype checks a protocol by its method names, which Python allows only for protocols that are marked so.
 runtime_checkable(Executor)
 runtime_checkable(coupled.rl.engine.RolloutEngine)
+runtime_checkable(coupled.rl.cluster.transport.Transport)
+runtime_checkable(coupled.rl.cluster.transport.Carrier)
 
 torch.set_num_threads(1)
 

@@ -15,8 +15,9 @@ from toys import MakePolicy, global_random_states, make_batch, make_recipe, make
 import coupled.rl.learner as learner_module
 from coupled.reward import Status, Task, Verdict
 from coupled.rl.batch import collate, micro_batches
+from coupled.rl.cluster.rollouts import inline_engine
 from coupled.rl.denoise import Sampler
-from coupled.rl.engine import InlineEngine, roll_out
+from coupled.rl.engine import roll_out
 from coupled.rl.estimators import ESTIMATORS
 from coupled.rl.grading import Grader
 from coupled.rl.logprob import estimate_logp, spread_over_tokens
@@ -294,7 +295,7 @@ def flat_gradient(policy: Policy) -> Tensor:
 
 def open_toy_run(policy: Policy, folder: Path, estimator: Estimator, **sections: object) -> Run:
     recipe = make_recipe(estimator=estimator, **sections)
-    return Run(recipe, policy, [], [], Grader.__new__(Grader), RunDir(folder, keep=1), InlineEngine(policy, 4))
+    return Run(recipe, policy, [], [], Grader.__new__(Grader), RunDir(folder, keep=1), inline_engine(policy, 4))
 
 
 @every_attention

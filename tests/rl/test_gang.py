@@ -18,13 +18,13 @@ from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
 from toys import MakePolicy, make_batch, make_recipe, make_requests
 
 from coupled.rl.checkpoint import open_policy
+from coupled.rl.cluster.rollouts import gang_engine
 from coupled.rl.denoise import Sampler
 from coupled.rl.engine import InlineEngine
 from coupled.rl.errors import RankError, RecipeError
 from coupled.rl.gang import (
     FollowerProcess,
     Gang,
-    GangEngine,
     abort_when_one_ends,
     digest,
     error_key,
@@ -99,7 +99,7 @@ def test_a_gang_does_what_a_learner_does_and_a_killed_rank_ends_it_with_its_name
         for name, tensor in alone.trainable_state().items():
             assert (state[name] - tensor).abs().max() < 1e-6
 
-        engine, plain = GangEngine(gang), InlineEngine(alone.policy, 2)
+        engine, plain = gang_engine(gang), InlineEngine(alone.policy, 2)
         for each in (engine, plain):
             each.load_weights(gang, 1)
         requests = make_requests(5)

@@ -13,7 +13,7 @@ from coupled.rl import learner as learner_module
 from coupled.rl import run as run_module
 from coupled.rl.advantage import group_advantages
 from coupled.rl.batch import micro_batches
-from coupled.rl.engine import InlineEngine
+from coupled.rl.cluster.rollouts import inline_engine
 from coupled.rl.grading import Grader
 from coupled.rl.logprob import estimate_logp
 from coupled.rl.loss import coupled_grpo_loss, kl_estimate, loss_denominator, policy_log_ratio
@@ -186,7 +186,7 @@ def moved(policy: Policy, batch: TrainBatch, estimator: Estimator) -> Anchor:
 
 def open_toy_run(recipe: Recipe, policy: Policy, folder: Path) -> Run:
     grader = Grader.__new__(Grader)
-    return Run(recipe, policy, [], [], grader, RunDir(folder, keep=1), InlineEngine(policy, 4))
+    return Run(recipe, policy, [], [], grader, RunDir(folder, keep=1), inline_engine(policy, 4))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 6])

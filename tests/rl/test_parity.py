@@ -13,8 +13,8 @@ from torch import Tensor
 from toys import MakePolicy, make_recipe, make_requests, plain_logits
 
 from coupled.reward import Task
+from coupled.rl.cluster.rollouts import inline_engine
 from coupled.rl.denoise import Sampler, denoise
-from coupled.rl.engine import InlineEngine
 from coupled.rl.errors import RolloutError
 from coupled.rl.grading import Grader
 from coupled.rl.parity import (
@@ -259,15 +259,12 @@ def test_a_temperature_that_is_a_little_off_is_found_to_four_digits(tiny_policy:
 # --- in a run -------------------------------------------------------------------------------------------------------
 
 
-class OtherPolicyEngine(InlineEngine):
-    """An engine that does not hold the trainer's policy, as an engine outside this process would not."""
-
-
 def toy_run(policy: Policy, engine_policy: Policy, folder: Path, **sections: object) -> Run:
     rollout = {"canvas": 6, "denoising_steps": 6, "temperature": 1.3, "top_p": 0.8}
     recipe = make_recipe(**({"rollout": rollout, "num_steps": 2} | sections))
     prompts = [prompt_of(tuple(range(4, 4 + n))) for n in (3, 6, 1, 9, 4)]
-    engine = OtherPolicyEngine(engine_policy, 4)
+    # An engine that does not hold the trainer's policy, as one outside this process would not.
+    engine = inline_engine(engine_policy, 4)
     return Run(recipe, policy, prompts, [], Grader.__new__(Grader), RunDir(folder, keep=1), engine)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -13,10 +14,11 @@ from pathlib import Path
 import pytest
 
 from coupled.rl import ray_sandbox
+from coupled.rl.cluster.types import INFRA_BUDGET
 from coupled.rl.ray_cluster import alive_nodes, close_ray, open_ray
 from coupled.rl.ray_sandbox import RayExecutor
 from coupled.rl.recipe import Recipe, load_recipe
-from coupled.sandbox import Call, Job, Limits, Outcome, SandboxUnavailable
+from coupled.sandbox import Call, Isolation, Job, Limits, Outcome, SandboxUnavailable
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 
@@ -31,13 +33,32 @@ def job(uid: str, body: str = "return x * 2", x: int = 21) -> Job:
     return Job(uid=uid, source=source, calls=(Call(function="f", args=(x,)),), limits=limits)
 
 
+def actors(executor: RayExecutor) -> list[object]:
+    return [worker.handle for worker in executor._coordinator.pools["score"].workers]
+
+
+def both_are_back(executor: RayExecutor) -> None:
+    assert executor._runtime is not None
+    assert executor._runtime.wait_for(lambda c: c.pools["score"].num_ready == 2, 120.0)
+
+
 @pytest.fixture(scope="module")
-def executor() -> Iterator[RayExecutor]:
+def events() -> list[dict[str, object]]:
+    """What the executor's coordinator tells."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def executor(events: list[dict[str, object]]) -> Iterator[RayExecutor]:
     """Two supervisors, both on the one node that a test machine has."""
     chosen = recipe()
+
+    def tell(event: str, **facts: object) -> None:
+        events.append({"event": event} | facts)
+
     ray = open_ray(chosen)
     try:
-        with RayExecutor(chosen, nodes=alive_nodes(ray) * 2) as executor:
+        with RayExecutor(chosen, nodes=alive_nodes(ray) * 2, tell=tell) as executor:
             yield executor
     finally:
         close_ray()
@@ -45,7 +66,7 @@ def executor() -> Iterator[RayExecutor]:
 
 def test_groups_travel_together_and_small_ones_share_a_batch() -> None:
     jobs = [job(uid) for uid in "aaaaabbbbbccdd"]
-    cut = [[jobs[index].uid for index in batch.places] for batch in ray_sandbox._batches(jobs, num_workers=2)]
+    cut = [[each.uid for each in batch] for batch in ray_sandbox._batches(jobs, num_workers=2)]
     assert cut == [list("aaaaa"), list("bbbbb"), list("ccdd")]
     assert ray_sandbox._batches([], num_workers=2) == []
 
@@ -62,7 +83,7 @@ def test_executions_come_in_order_and_the_tier_is_that_of_the_nodes(executor: Ra
 
 @pytest.mark.ray
 def test_a_supervisor_killed_in_the_middle_of_a_batch_loses_nothing(executor: RayExecutor) -> None:
-    first = list(executor._actors)
+    first = actors(executor)
     jobs = [job(str(n // 4), "time.sleep(0.2); return x", x=n) for n in range(24)]
     killer = threading.Timer(0.6, lambda: [executor._ray.kill(actor) for actor in first])
     killer.start()
@@ -70,43 +91,39 @@ def test_a_supervisor_killed_in_the_middle_of_a_batch_loses_nothing(executor: Ra
     killer.join()
     assert [execution.outcome for execution in executions] == [Outcome.OK] * 24
     assert [execution.results[0].value for execution in executions] == list(range(24))
-    assert not set(first) & set(executor._actors), "both were replaced"
+    assert not set(first) & set(actors(executor)), "both were replaced"
     assert {execution.tier for execution in executions} == {executor.isolation().tier}
-    assert executor._recipe.sandbox.tier == executor.isolation().tier, "a replacement has no choice"
+    other = {"namespaces": "landlock", "landlock": "namespaces"}[executor.isolation().tier]
+    with pytest.raises(SandboxUnavailable, match="this node gives tier"):
+        executor._check({"isolation": replace(executor.isolation(), tier=other)})
 
 
 @pytest.mark.ray
 def test_a_supervisor_that_does_not_answer_is_replaced(executor: RayExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_sandbox, "_patience", lambda jobs: 2.0 if jobs[0].uid == "slow" else 60.0)
-    first = list(executor._actors)
+    first = actors(executor)
     slow, quick = executor.run([job("slow", "time.sleep(25); return x"), job("quick")])
     assert slow.outcome is Outcome.SANDBOX_ERROR
     assert slow.outcome.is_infrastructure
-    assert "its supervisor ended 3 times" in slow.detail
+    assert "it ended 3 workers" in slow.detail
+    assert "no answer in" in slow.detail
     assert quick.outcome is Outcome.OK
-    assert set(first) != set(executor._actors)
+    assert set(first) != set(actors(executor))
 
 
 @pytest.mark.ray
 def test_infrastructure_is_tried_on_another_supervisor_and_stays_infrastructure(
-    executor: RayExecutor, monkeypatch: pytest.MonkeyPatch
+    executor: RayExecutor, events: list[dict[str, object]]
 ) -> None:
-    sent: list[int] = []
-    free_place = RayExecutor._free_place
-
-    def watched(self: RayExecutor, running: object, batch: ray_sandbox._Batch) -> int | None:
-        place = free_place(self, running, batch)  # type: ignore[arg-type]
-        if place is not None:
-            sent.append(place)
-        return place
-
-    monkeypatch.setattr(RayExecutor, "_free_place", watched)
     broken = job("broken")
     object.__setattr__(broken.limits, "max_files", -7)  # no limit of the kernel's: the lock-down fails
+    both_are_back(executor)
+    events.clear()
     (execution,) = executor.run([broken])
     assert execution.outcome is Outcome.SANDBOX_ERROR
-    assert len(sent) == 3
-    assert sent[0] != sent[1] != sent[2]
+    sent = [event["worker"] for event in events if event["event"] == "start"]
+    assert len(sent) == INFRA_BUDGET
+    assert all(one != other for one, other in itertools.pairwise(sent))
 
 
 @pytest.mark.ray
@@ -145,35 +162,46 @@ def test_a_lost_answer_is_made_again(executor: RayExecutor, monkeypatch: pytest.
 def test_a_mistake_of_ours_inside_a_supervisor_is_not_taken_for_a_loss(executor: RayExecutor) -> None:
     mistaken = job("mistaken")
     object.__setattr__(mistaken, "calls", (5,))
-    first = list(executor._actors)
+    both_are_back(executor)
+    first = actors(executor)
     with pytest.raises(AttributeError, match="'int' object has no attribute 'function'"):
         executor.run([mistaken])
-    assert executor._actors == first
+    assert actors(executor) == first
     assert executor.run([job("a")])[0].outcome is Outcome.OK
 
 
 @pytest.mark.ray
-def test_a_supervisor_that_cannot_be_replaced_leaves_its_programs_out(
+def test_a_supervisor_that_does_not_come_back_at_once_is_waited_for(
     executor: RayExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(self: RayExecutor, actor: object) -> None:
-        raise SandboxUnavailable("no")
+    refusals = iter(range(3))
 
-    with monkeypatch.context() as context:
-        context.setattr(RayExecutor, "_greet", refuse)
-        for actor in executor._actors:
-            executor._ray.kill(actor)
-        (execution,) = executor.run([job("a")])
-    assert execution.outcome is Outcome.SANDBOX_ERROR
-    assert executor.run([job("a")])[0].outcome is Outcome.OK, "and the next batch finds new ones"
+    def refuse(isolation: object) -> None:
+        if next(refusals, None) is not None:
+            raise SandboxUnavailable("no")
+
+    pool = executor._coordinator.pools["score"]
+    monkeypatch.setattr(pool, "spec", replace(pool.spec, check=refuse))
+    for actor in actors(executor):
+        executor._ray.kill(actor)
+    (execution,) = executor.run([job("a")])
+    assert execution.outcome is Outcome.OK
 
 
-@pytest.mark.ray
-def test_nodes_that_give_different_tiers_are_refused(executor: RayExecutor, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = [replace(executor.isolation(), tier=tier) for tier in ("namespaces", "landlock")]
-    monkeypatch.setattr(RayExecutor, "_greet", lambda self, actor: found.pop(0))
+def test_nodes_that_give_different_tiers_are_refused() -> None:
+    one = Isolation(
+        tier="landlock",
+        user="uid 1",
+        has_network=False,
+        filesystem="host",
+        processes="none can be started",
+        has_own_ipc=False,
+        has_filter=True,
+    )
+    found = [("this", one), ("that", replace(one, tier="namespaces"))]
     with pytest.raises(SandboxUnavailable, match=r"(?s)same tier; they give .*landlock.*remedy: .*sandbox.tier=landl"):
-        RayExecutor(recipe(), nodes=executor._nodes)
+        ray_sandbox._common(found)
+    assert ray_sandbox._common(found[:1]) is found[0][1]
 
 
 @pytest.mark.ray

@@ -9,7 +9,7 @@ import torch
 from toys import MakePolicy, make_batch, make_recipe
 
 from coupled.rl.checkpoint import REFERENCE, read_checkpoint, write_checkpoint
-from coupled.rl.engine import InlineEngine
+from coupled.rl.cluster.rollouts import inline_engine
 from coupled.rl.errors import CheckpointError
 from coupled.rl.grading import Grader
 from coupled.rl.loading import add_adapter, load_policy
@@ -160,7 +160,7 @@ def test_the_reference_of_another_model_is_refused(tiny_policy: MakePolicy) -> N
 
 def toy_run(policy: Policy, folder: Path, **loss: object) -> Run:
     recipe = make_recipe(loss=loss, optimizer={"learning_rate": 1e-2, "schedule": "constant"}, num_steps=4)
-    return Run(recipe, policy, [], [], Grader.__new__(Grader), RunDir(folder, keep=1), InlineEngine(policy, 4))
+    return Run(recipe, policy, [], [], Grader.__new__(Grader), RunDir(folder, keep=1), inline_engine(policy, 4))
 
 
 def step_of(run: Run, step: int, num_updates: int = 2) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,16 @@ import torch
 from toys import MakePolicy, make_recipe
 
 from coupled.rl.checkpoint import read_checkpoint, write_checkpoint
-from coupled.rl.errors import CheckpointError
+from coupled.rl.errors import CheckpointError, FencedError
 from coupled.rl.loading import add_adapter, load_policy
 from coupled.rl.optimizer import apply_step, make_optimizer
 from coupled.rl.policy import Policy
 from coupled.rl.recipe import Optimizer, Recipe
 from coupled.rl.rundir import (
+    MANIFEST,
     RunDir,
     atomic_write,
+    broken_files,
     committed_checkpoints,
     open_run_dir,
     read_rows,
@@ -322,3 +325,68 @@ def test_a_checkpoint_without_its_state_can_only_be_evaluated(
     (tmp_path / name).unlink()
     with pytest.raises(CheckpointError, match=rf"lacks {name}: it cannot be resumed from"):
         read_checkpoint(tmp_path, policy, optimizer)
+
+
+# --- manifest, fence and failed saves -------------------------------------------------------------------------------
+
+
+def write_weights(to: Path) -> None:
+    (to / "weights").write_text("whole")
+
+
+def test_the_manifest_names_every_file_and_a_damaged_checkpoint_is_passed_over(folder: RunDir) -> None:
+    folder.commit(1, write_weights, {"exactness": "E2"})
+    newest = folder.commit(2, write_weights)
+    about = json.loads((folder.checkpoints / "step_000001" / MANIFEST).read_text())
+    assert about == {"step": 1, "epoch": 0, "exactness": "E2", "sha256": {"weights": sha256(b"whole").hexdigest()}}
+    assert folder.latest() == newest
+    (newest / "weights").write_text("hole!")
+    assert broken_files(newest) == ["weights"]
+    latest = folder.latest()
+    assert latest is not None
+    assert latest.name == "step_000001"
+    (latest / MANIFEST).unlink()
+    assert folder.latest() == latest, "a checkpoint of an earlier version has no manifest"
+    (latest / MANIFEST).write_text("{")
+    assert folder.latest() is None
+
+
+def test_a_process_that_was_replaced_cannot_commit(tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path)
+    zombie = open_run_dir(recipe)
+    zombie.commit(1, write_weights)
+    heir = open_run_dir(recipe, resume=str(zombie.path))
+    with pytest.raises(FencedError, match=r"process 2 has taken over .* since this one, process 1"):
+        zombie.commit(2, write_weights)
+    heir.commit(2, write_weights)
+    assert [path.name for path in committed_checkpoints(heir.checkpoints)] == ["step_000001", "step_000002"]
+
+
+def test_a_process_that_is_replaced_while_it_writes_cannot_commit(tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path)
+    zombie = open_run_dir(recipe)
+
+    def write(to: Path) -> None:
+        write_weights(to)
+        open_run_dir(recipe, resume=str(zombie.path))
+
+    with pytest.raises(FencedError):
+        zombie.commit(1, write)
+    assert zombie.latest() is None
+
+
+def test_rows_that_a_full_disk_does_not_take_are_written_when_it_does(
+    folder: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    folder.log({"step": 1})
+    with monkeypatch.context() as context:
+        context.setattr(os, "fsync", full)
+        folder.log({"step": 2})
+        folder.log({"step": 3})
+    assert [row["step"] for row in folder.rows()] == [1]
+    assert "alarm:" in capsys.readouterr().out
+    folder.log({"step": 4})
+    assert [row["step"] for row in folder.rows()] == [1, 2, 3, 4]

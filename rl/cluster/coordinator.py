@@ -1,0 +1,392 @@
+"""One single-threaded state machine over ledger, pools and transport.
+
+It never blocks: `handle` takes what came back, `tick` looks at deadlines and hands out work, and both return at once.
+Who pumps it (a thread in real time, a test in virtual time) is not its business. Every call it makes has a deadline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from coupled.rl.cluster.admission import InOrder
+from coupled.rl.cluster.ledger import Attempt, Entry, Job, Ledger
+from coupled.rl.cluster.pool import PoolSpec, Worker, WorkerPool, WorkerState
+from coupled.rl.cluster.transport import Transport
+from coupled.rl.cluster.types import (
+    PATIENT,
+    ClusterError,
+    Counters,
+    Failure,
+    GroupKey,
+    Health,
+    Stage,
+    Unit,
+    WorkerLost,
+    WorkFailed,
+)
+
+MakeUnits = Callable[[int, int], Sequence[Unit]]
+"""(step, version) → the units of a training step."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """A version of the weights on its way to the workers. `handle` is the transport's; `digest` names the contents."""
+
+    version: int
+    handle: Any
+    digest: str
+
+
+@dataclass(slots=True, eq=False)
+class _Call:
+    """A call under way, and what it is for: to greet, to load weights, or to do an attempt's work."""
+
+    worker: Worker
+    purpose: str
+    deadline: float
+    attempt: Attempt | None = None
+    version: int = -1
+
+
+class Coordinator:
+    """Owns ledger, admission, pools and the weights of the versions in use."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        pools: Iterable[PoolSpec],
+        *,
+        admission: InOrder | None = None,
+        health: Health = PATIENT,
+        to_samples: Callable[[Unit, Any], Sequence[Any]] = lambda unit, payload: payload,
+        is_infra: Callable[[Any], bool] = lambda score: False,
+        tell: Callable[..., None] = lambda event, **facts: None,
+    ) -> None:
+        self.transport = transport
+        self.admission = admission or InOrder()
+        self.ledger = Ledger(to_samples=to_samples, is_infra=is_infra, tell=tell)
+        self.pools: dict[Stage, WorkerPool] = {spec.stage: WorkerPool(spec, health) for spec in pools}
+        self.num_trained = 0
+        self.calls: dict[Any, _Call] = {}
+        self._health = health
+        self._tell = tell
+        self._weights: dict[int, Weights] = {}
+        self._next_step = 1
+        self._accounted = self._progress = transport.now()
+        for pool in self.pools.values():
+            for worker in pool.workers:
+                self._spawn(pool, worker)
+
+    # --- what the run asks for ------------------------------------------------------------------------------------
+
+    def publish(self, weights: Weights) -> list[int]:
+        """Units may ask for this version from now on; versions that nobody asks for any more are dropped.
+
+        Returns those that are kept.
+        """
+        self._weights[weights.version] = weights
+        needed = [entry.unit.version for entry in self.ledger.entries.values()]
+        oldest = min([self.admission.version_for(self._next_step), weights.version, *(v for v in needed if v >= 0)])
+        for version in [version for version in self._weights if version < oldest]:
+            del self._weights[version]
+        return list(self._weights)
+
+    def begin(self, num_trained: int, versions: dict[int, int], make: MakeUnits, last: int) -> None:
+        """Go on after `num_trained` steps. `versions` are those of steps that were under way: they are kept."""
+        self.num_trained = num_trained
+        self._next_step = num_trained + 1
+        for step, version in sorted(versions.items()):
+            self._issue(step, version, make)
+        self.issue(make, last)
+
+    def issue(self, make: MakeUnits, last: int) -> list[int]:
+        """Begin every step up to `last` that admission allows, and return them."""
+        begun = []
+        while self._next_step <= last and self.admission.allow(self.num_trained, self._next_step):
+            begun.append(self._next_step)
+            self._issue(self._next_step, self.admission.version_for(self._next_step), make)
+        return begun
+
+    def submit(self, units: Iterable[Unit]) -> None:
+        """Units outside of training: done at once, before everything else."""
+        self._mark_start()
+        for unit in units:
+            self.ledger.add(unit)
+        self.dispatch()
+
+    def take(self, keys: Sequence[GroupKey]) -> list[Entry]:
+        """Units that are done with, out of the books. Raises what a worker raised over one of them."""
+        for key in keys:
+            error = self.ledger.entries[key].error
+            if error is not None:
+                self.ledger.forget(keys)
+                raise error
+        return self.ledger.forget(keys)
+
+    def trained(self, step: int) -> None:
+        """Step `step` has been trained: the weights have that version now."""
+        assert step == self.num_trained + 1, f"steps are trained in order: {step} after {self.num_trained}"
+        self.num_trained = step
+
+    def snapshot(self) -> dict[str, Any]:
+        """What a checkpoint keeps: the low-water mark, and the version of every step that is issued beyond it."""
+        entries = self.ledger.entries
+        versions = {key.step: entries[key].unit.version for key in entries if key.stream == "train"}
+        return {"num_trained": self.num_trained, "lag": self.admission.lag, "versions": versions}
+
+    # --- what pumps it --------------------------------------------------------------------------------------------
+
+    def handle(self, done: Iterable[Any]) -> None:
+        """Take what came back. A call that is not known any more is of an incarnation that was given up."""
+        for call in done:
+            known = self.calls.pop(call, None)
+            if known is None:
+                continue
+            worker = known.worker
+            pool = self.pools[worker.stage]
+            try:
+                value = self.transport.result(call)
+            except WorkerLost as error:
+                self._account()
+                self._lost(pool, worker, error)
+            except WorkFailed as error:
+                self._account()
+                self._failed(pool, known, error.cause)
+            else:
+                self._progress = self.transport.now()
+                self._account()
+                self._succeeded(pool, known, value)
+
+    def tick(self) -> None:
+        """Look at every deadline, start what is due to start, and hand out work.
+
+        Raises:
+            ClusterError: too few workers are left, or nothing has moved for too long.
+        """
+        now = self.transport.now()
+        for handle, call in list(self.calls.items()):
+            if now >= call.deadline and handle in self.calls:
+                self._overdue(call, now)
+        for pool in self.pools.values():
+            for worker in pool.workers:
+                if worker.is_waiting and now >= worker.since:
+                    self._spawn(pool, worker)
+            if pool.num_left < pool.spec.min_workers:
+                whys = "; ".join(f"{worker.name}: {worker.why}" for worker in pool.workers if worker.why)
+                raise ClusterError(
+                    f"{pool.spec.min_workers} workers of stage {pool.spec.stage!r} are needed and {pool.num_left} are "
+                    f"left; the others ended too often: {whys}. Mend that, then continue with resume=auto"
+                )
+        self.dispatch()
+        if all(entry.is_done for entry in self.ledger.entries.values()):
+            self._progress = now
+        elif now - self._progress > self._health.stall_seconds:
+            raise ClusterError(
+                f"no worker has come to anything for {now - self._progress:.0f} s. {self.oldest()}. What was computed "
+                "is kept: continue with resume=auto"
+            )
+
+    def next_deadline(self) -> float:
+        """When `tick` has something to do if nothing comes back."""
+        due = [call.deadline for call in self.calls.values()]
+        due += [w.since for pool in self.pools.values() for w in pool.workers if w.is_waiting]
+        return min(due, default=self.transport.now() + self._health.least_seconds)
+
+    def dispatch(self) -> None:
+        """Hand waiting jobs to workers that have room, the most urgent first."""
+        self._account()
+        for stage, pool in self.pools.items():
+            for job in list(self.ledger.waiting[stage]):
+                worker = pool.pick(job)
+                if worker is None:
+                    if not pool.has_room:
+                        break
+                    continue
+                self._begin(pool, worker, job)
+
+    def oldest(self) -> str:
+        """The unit that is waited for, and who has it: the first thing to know when nothing moves."""
+        now = self.transport.now()
+        told = []
+        for entry in sorted(self.ledger.entries.values(), key=lambda entry: entry.unit.order):
+            if not entry.is_done:
+                held = [
+                    f"{attempt.holder} for {now - attempt.started:.0f} s"
+                    for pool in self.pools.values()
+                    for worker in pool.workers
+                    for attempt in worker.attempts
+                    if attempt.job.entry is entry
+                ]
+                told.append(f"{entry.unit.key} is {entry.state}, held by {', '.join(held) or 'nobody'}")
+                break
+        pools = [
+            f"{worker.holder} {worker.state}" + (f" ({worker.why})" if worker.why else "")
+            for pool in self.pools.values()
+            for worker in pool.workers
+        ]
+        return "; ".join([*told, *pools])
+
+    def take_counters(self) -> Counters:
+        """What has happened since the last time, for the metrics."""
+        self._account()
+        taken, self.ledger.counters = self.ledger.counters, Counters()
+        return taken
+
+    def close(self) -> None:
+        """End every worker."""
+        for pool in self.pools.values():
+            for worker in pool.workers:
+                if worker.handle is not None:
+                    self.transport.kill(worker.handle)
+        self.calls.clear()
+        self.transport.close()
+
+    # --- workers --------------------------------------------------------------------------------------------------
+
+    def _spawn(self, pool: WorkerPool, worker: Worker) -> None:
+        now = self.transport.now()
+        worker.incarnation += 1
+        worker.state = WorkerState.RESTARTING
+        worker.is_waiting = False
+        worker.since = now
+        worker.version = -1
+        worker.handle = self.transport.spawn(pool.spec.spec, worker.place)
+        self._tell("spawn", worker=worker.holder)
+        self._call(worker, "hello", "hello", (), self._health.start_seconds)
+
+    def _call(
+        self, worker: Worker, purpose: str, method: str, arguments: tuple[Any, ...], seconds: float, **more: Any
+    ) -> None:
+        handle = self.transport.call(worker.handle, method, *arguments)
+        self.calls[handle] = _Call(worker, purpose, self.transport.now() + seconds, **more)
+
+    def _lost(self, pool: WorkerPool, worker: Worker, error: BaseException, *, is_counted: bool = True) -> None:
+        """An incarnation is gone, or given up: its calls with it."""
+        attempts, worker.attempts = worker.attempts, []
+        self.calls = {handle: call for handle, call in self.calls.items() if call.worker is not worker}
+        self.transport.kill(worker.handle)
+        worker.handle = None
+        worker.why, worker.error = f"{type(error).__name__}: {error}"[:300], error
+        self.ledger.counters.num_lost_workers += 1
+        self._tell("lost", worker=worker.holder, why=worker.why)
+        for attempt in attempts:
+            self.ledger.fail(attempt, Failure.INFRA, error)
+        worker.state = WorkerState.RESTARTING
+        now = self.transport.now()
+        if is_counted and not pool.may_restart(worker, now):
+            worker.state = WorkerState.RETIRED
+            self._tell("retired", worker=worker.holder, why=worker.why)
+            return
+        worker.num_failures += 1
+        worker.is_waiting = True
+        worker.since = now + pool.backoff(worker)
+
+    def _overdue(self, call: _Call, now: float) -> None:
+        worker, attempt = call.worker, call.attempt
+        pool = self.pools[worker.stage]
+        self._account()
+        if attempt is None:
+            # A place that cannot be had now may be back later: that is no fault of a worker's.
+            why = f"not ready {now - worker.since:.0f} s after its start"
+            self._lost(pool, worker, WorkerLost(why), is_counted=False)
+        elif worker.state is WorkerState.READY:
+            worker.state = WorkerState.SUSPECT
+            call.deadline = attempt.started + 2 * attempt.patience
+            self._tell("suspect", worker=worker.holder, key=attempt.job.entry.unit.key)
+            self.ledger.hedge(attempt.job)
+        elif now >= attempt.started + 2 * attempt.patience:
+            self._lost(pool, worker, WorkerLost(f"no answer in {now - attempt.started:.0f} s"))
+        else:
+            call.deadline = attempt.started + 2 * attempt.patience
+            self.ledger.hedge(attempt.job)
+
+    # --- work -----------------------------------------------------------------------------------------------------
+
+    def _issue(self, step: int, version: int, make: MakeUnits) -> None:
+        assert step == self._next_step, f"steps are issued in order: {step} where {self._next_step} is next"
+        self._next_step = step + 1
+        self._mark_start()
+        for unit in make(step, version):
+            self.ledger.add(unit)
+        self._tell("issue", step=step, version=version)
+
+    def _mark_start(self) -> None:
+        """The stall watchdog counts from here when nothing was under way: nobody may have pumped for hours."""
+        if all(entry.is_done for entry in self.ledger.entries.values()):
+            self._progress = self.transport.now()
+
+    def _begin(self, pool: WorkerPool, worker: Worker, job: Job) -> None:
+        attempt = self.ledger.start(job, worker.holder, self.transport.now(), pool.patience(job))
+        worker.attempts.append(attempt)
+        version = job.entry.unit.version
+        if pool.spec.has_weights and worker.version != version:
+            weights = self._weights[version]
+            arguments = (weights.version, weights.handle)
+            self._call(worker, "load", "load", arguments, attempt.patience, attempt=attempt, version=version)
+        else:
+            self._work(pool, worker, attempt)
+
+    def _work(self, pool: WorkerPool, worker: Worker, attempt: Attempt) -> None:
+        unit, entry = attempt.job.entry.unit, attempt.job.entry
+        argument = unit.work if attempt.job.stage == "roll" else [entry.samples[place] for place in attempt.job.part]
+        left = attempt.started + attempt.patience - self.transport.now()
+        self._call(worker, "work", pool.spec.method, (argument,), left, attempt=attempt, version=unit.version)
+
+    def _succeeded(self, pool: WorkerPool, call: _Call, value: Any) -> None:
+        worker, attempt = call.worker, call.attempt
+        if call.purpose == "hello":
+            try:
+                pool.spec.check(value)
+            except Exception as error:  # whatever the check says, this worker is not one to work with
+                self._failed(pool, call, error)
+                return
+            worker.state, worker.hello, worker.why, worker.error = WorkerState.READY, value, "", None
+            known = value if isinstance(value, dict) else {}
+            self._tell("ready", worker=worker.holder, host=known.get("host", ""), pid=known.get("pid", 0))
+            return
+        assert attempt is not None
+        if call.purpose == "load":
+            weights = self._weights.get(call.version)
+            if weights is None or value != weights.digest:
+                self._lost(pool, worker, WorkerLost(f"its weights are not those of version {call.version}: {value}"))
+                return
+            worker.version = call.version
+            self._work(pool, worker, attempt)
+            return
+        worker.attempts.remove(attempt)
+        self._recovered(worker)
+        if attempt.job.stage == "roll":
+            is_first = self.ledger.rolled(attempt, value)
+        else:
+            is_first = self.ledger.scored(attempt, value)
+        worker.num_failures = 0
+        if is_first:
+            pool.took(self.transport.now() - attempt.started)
+
+    def _failed(self, pool: WorkerPool, call: _Call, cause: BaseException) -> None:
+        worker, attempt = call.worker, call.attempt
+        if attempt is None or isinstance(cause, pool.spec.infra_errors):
+            self._lost(pool, worker, cause)
+            return
+        worker.attempts.remove(attempt)
+        self._recovered(worker)
+        self.ledger.fail(attempt, Failure.DATA, cause)
+
+    def _recovered(self, worker: Worker) -> None:
+        now = self.transport.now()
+        if worker.state is WorkerState.SUSPECT and all(now < a.started + a.patience for a in worker.attempts):
+            worker.state = WorkerState.READY
+
+    def _account(self) -> None:
+        """Add the worker-seconds since the last time to those that had work and those that were there."""
+        now = self.transport.now()
+        passed, self._accounted = now - self._accounted, now
+        counters = self.ledger.counters
+        for stage, pool in self.pools.items():
+            busy = sum(bool(worker.attempts) for worker in pool.workers)
+            present = busy + sum(w.state is WorkerState.READY and not w.attempts for w in pool.workers)
+            counters.busy_seconds[stage] = counters.busy_seconds.get(stage, 0.0) + passed * busy
+            counters.present_seconds[stage] = counters.present_seconds.get(stage, 0.0) + passed * present

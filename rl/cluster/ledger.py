@@ -1,0 +1,304 @@
+"""What has become of every unit. Transport-free and clock-free: it is told, and keeps the books.
+
+A result counts once: the first one of a job. Whatever comes later, from a worker that was given up or from an
+incarnation that a network had hidden, changes nothing.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from coupled.rl.cluster.types import (
+    DATA_BUDGET,
+    INFRA_BUDGET,
+    STRIKES,
+    TRAINING,
+    Counters,
+    Failure,
+    GroupKey,
+    Masked,
+    Stage,
+    State,
+    Unit,
+)
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A unit and what is known of it."""
+
+    unit: Unit
+    state: State
+    payload: Any = None
+    samples: tuple[Any, ...] = ()
+    scores: list[Any] = field(default_factory=list)
+    """One per sample, None until it is there."""
+    num_open: int = 0
+    """Samples without a score yet."""
+    reason: str = ""
+    """Why it is quarantined."""
+    error: BaseException | None = None
+    """What a worker raised, more often than the budget allows."""
+
+    @property
+    def is_done(self) -> bool:
+        """Nothing more will come: finished, quarantined or failed."""
+        if self.error is not None or self.state.is_final:
+            return True
+        return self.state is State.ROLLED and not self.unit.is_scored
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """What one call asks of one worker."""
+
+    entry: Entry
+    stage: Stage
+    part: tuple[int, ...] = ()
+    """Places of the samples to score."""
+    strikes: frozenset[str] = frozenset()
+    num_infra: int = 0
+    num_data: int = 0
+    avoid: str | None = None
+    """The worker that failed it last."""
+    is_alone: bool = False
+    """It may be what ends workers: it gets one to itself, to take no others along."""
+    is_hedged: bool = False
+    is_done: bool = False
+    num_live: int = 0
+
+    @property
+    def order(self) -> tuple[bool, int, int, tuple[int, ...]]:
+        return (*self.entry.unit.order, self.part)
+
+
+@dataclass(slots=True, eq=False)
+class Attempt:
+    """A try at a job by one incarnation of a worker."""
+
+    job: Job
+    number: int
+    holder: str
+    """`name#incarnation` of the worker."""
+    started: float
+    patience: float
+    """Seconds until it is suspect."""
+    is_ended: bool = False
+
+
+class Ledger:
+    """All units that are not yet done with, and the queues of their jobs."""
+
+    def __init__(
+        self,
+        *,
+        to_samples: Callable[[Unit, Any], Sequence[Any]] = lambda unit, payload: payload,
+        is_infra: Callable[[Any], bool] = lambda score: False,
+        tell: Callable[..., None] = lambda event, **facts: None,
+    ) -> None:
+        self.entries: dict[GroupKey, Entry] = {}
+        self.counters = Counters()
+        self.waiting: dict[Stage, list[Job]] = {"roll": [], "score": []}
+        self._to_samples = to_samples
+        self._is_infra = is_infra
+        self._tell = tell
+        self._num_attempts = 0
+
+    def add(self, unit: Unit) -> None:
+        """Admit a unit. One key, one unit: AssertionError when it is there already."""
+        assert unit.key not in self.entries, f"{unit.key} was admitted before"
+        entry = Entry(unit=unit, state=State.TODO if unit.work is not None else State.ROLLED)
+        self.entries[unit.key] = entry
+        if unit.work is not None:
+            self._wait(Job(entry, "roll"))
+        else:
+            self._to_score(entry, unit.samples)
+
+    def start(self, job: Job, holder: str, now: float, patience: float) -> Attempt:
+        """A worker has the job from now on."""
+        self.waiting[job.stage].remove(job)
+        self._num_attempts += 1
+        job.num_live += 1
+        entry = job.entry
+        if entry.state is State.TODO:
+            entry.state = State.ROLLING
+        elif entry.state is State.ROLLED:
+            entry.state = State.SCORING
+        self.counters.num_dispatched += 1
+        self.counters.num_redispatched += bool(job.strikes or job.num_infra or job.num_data)
+        self._tell(
+            "start", key=entry.unit.key, stage=job.stage, part=job.part, worker=holder, version=entry.unit.version
+        )
+        return Attempt(job, self._num_attempts, holder, now, patience)
+
+    def rolled(self, attempt: Attempt, payload: Any) -> bool:
+        """Take a unit's payload; False for one that comes too late."""
+        if not self._is_first(attempt):
+            return False
+        entry = attempt.job.entry
+        entry.payload = payload
+        entry.state = State.ROLLED
+        self._tell("rolled", key=entry.unit.key, worker=attempt.holder)
+        if entry.unit.is_scored:
+            self._to_score(entry, self._to_samples(entry.unit, payload))
+        return True
+
+    def scored(self, attempt: Attempt, scores: Sequence[Any]) -> bool:
+        """Take the scores of a job's samples; False when they come too late. INFRA ones are tried again elsewhere."""
+        if not self._is_first(attempt):
+            return False
+        job = attempt.job
+        entry = job.entry
+        self._tell("scored", key=entry.unit.key, part=job.part, worker=attempt.holder)
+        again = []
+        for place, score in zip(job.part, scores, strict=True):
+            if self._is_infra(score) and job.num_infra + 1 < INFRA_BUDGET:
+                again.append(place)
+            else:
+                self.counters.num_masked += self._is_infra(score)
+                self._settle(entry, place, score)
+        if again:
+            self._tell("infra", key=entry.unit.key, part=again, worker=attempt.holder)
+            avoid = attempt.holder.partition("#")[0]
+            self._wait(
+                Job(entry, "score", tuple(again), job.strikes, job.num_infra + 1, job.num_data, avoid, job.is_alone)
+            )
+        return True
+
+    def fail(self, attempt: Attempt, failure: Failure, error: BaseException) -> None:
+        """An attempt came to nothing: its job waits for another worker, or has used up what it is given."""
+        job = attempt.job
+        entry = job.entry
+        self._end(attempt)
+        if job.is_done or entry.is_done:
+            return
+        reason = f"{type(error).__name__}: {error}"[:500]
+        self._tell(
+            "failed",
+            key=entry.unit.key,
+            stage=job.stage,
+            part=job.part,
+            worker=attempt.holder,
+            kind=failure,
+            why=reason,
+        )
+        job.avoid = attempt.holder.partition("#")[0]
+        if failure is Failure.DATA:
+            job.num_data += 1
+            if job.num_data >= DATA_BUDGET:
+                job.is_done = True
+                self._unwait(entry)
+                entry.error = error
+                return
+        else:
+            job.strikes |= {attempt.holder}
+        if len(job.strikes) >= STRIKES:
+            job.is_done = True
+            self._unwait(entry, job)
+            self._quarantine(job, reason)
+        elif job.num_live == 0 and job not in self.waiting[job.stage]:
+            if job.stage == "score" and len(job.part) > 1 and job.strikes:
+                job.is_done = True
+                for place in job.part:
+                    self._wait(Job(entry, "score", (place,), job.strikes, job.num_infra, 0, job.avoid, is_alone=True))
+            else:
+                job.is_alone = bool(job.strikes)
+                job.is_hedged = False
+                self._wait(job)
+
+    def hedge(self, job: Job) -> bool:
+        """Let another worker try a job beside the one that takes so long; once, False after that."""
+        if job.is_hedged or job.is_done:
+            return False
+        job.is_hedged = True
+        self.counters.num_hedged += 1
+        self._wait(job)
+        self._tell("hedged", key=job.entry.unit.key, stage=job.stage, part=job.part)
+        return True
+
+    def is_done(self, keys: Iterable[GroupKey]) -> bool:
+        """Whether nothing more will come of these."""
+        return all(self.entries[key].is_done for key in keys)
+
+    def keys_of(self, step: int) -> list[GroupKey]:
+        """The training units of a step, by slot."""
+        return sorted(key for key in self.entries if key.stream == TRAINING and key.step == step)
+
+    def forget(self, keys: Iterable[GroupKey]) -> list[Entry]:
+        """Take units out of the books, done or not; whatever still comes of them is dropped."""
+        taken = [self.entries.pop(key) for key in keys]
+        for entry in taken:
+            self._unwait(entry)
+            if not entry.is_done:
+                entry.state = State.STALE
+            elif entry.unit.key.stream == TRAINING and entry.state is not State.QUARANTINED:
+                entry.state = State.TRAINED
+        return taken
+
+    def issued_steps(self) -> list[int]:
+        """Training steps that are issued and not trained, in order."""
+        return sorted({key.step for key in self.entries if key.stream == TRAINING})
+
+    def _is_first(self, attempt: Attempt) -> bool:
+        job = attempt.job
+        is_late = attempt.is_ended or job.is_done or job.entry.is_done
+        self._end(attempt)
+        if is_late:
+            self.counters.num_duplicates += 1
+            self._tell("duplicate", key=job.entry.unit.key, stage=job.stage, part=job.part, worker=attempt.holder)
+            return False
+        job.is_done = True
+        if job.is_hedged:
+            self._unwait(job.entry, job)
+        return True
+
+    def _end(self, attempt: Attempt) -> None:
+        if not attempt.is_ended:
+            attempt.is_ended = True
+            attempt.job.num_live -= 1
+
+    def _to_score(self, entry: Entry, samples: Sequence[Any]) -> None:
+        entry.samples = tuple(samples)
+        entry.scores = [None] * len(entry.samples)
+        entry.num_open = len(entry.samples)
+        if entry.num_open:
+            self._wait(Job(entry, "score", tuple(range(entry.num_open))))
+        else:
+            entry.state = State.SCORED
+
+    def _settle(self, entry: Entry, place: int, score: Any) -> None:
+        assert entry.scores[place] is None, f"{entry.unit.key} sample {place} has a score already"
+        entry.scores[place] = score
+        entry.num_open -= 1
+        if entry.num_open == 0:
+            entry.state = State.SCORED
+
+    def _quarantine(self, job: Job, reason: str) -> None:
+        """Rollouts: the unit is left out. Scores: its samples are masked, which is not a score of 0."""
+        entry = job.entry
+        self.counters.num_quarantined += 1
+        holders = ", ".join(sorted(job.strikes))
+        entry.reason = f"it ended {len(job.strikes)} workers ({holders}): {reason}"
+        self._tell("quarantined", key=entry.unit.key, stage=job.stage, part=job.part, why=entry.reason)
+        if job.stage == "roll":
+            entry.state = State.QUARANTINED
+            return
+        for place in job.part:
+            self.counters.num_masked += 1
+            self._settle(entry, place, self.masked(entry.reason))
+
+    @staticmethod
+    def masked(reason: str) -> Any:
+        """What stands for the score of a sample that nobody could score."""
+        return Masked(reason=reason)
+
+    def _wait(self, job: Job) -> None:
+        bisect.insort(self.waiting[job.stage], job, key=lambda waiting: waiting.order)
+
+    def _unwait(self, entry: Entry, job: Job | None = None) -> None:
+        for stage, jobs in self.waiting.items():
+            if jobs:
+                self.waiting[stage] = [w for w in jobs if w.entry is not entry or (job is not None and w is not job)]

@@ -1,0 +1,69 @@
+"""Opens the rollout engine that a recipe asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from coupled.rl.cluster.rollouts import (
+    HEALTH,
+    ClusterEngine,
+    FileCarrier,
+    ObjectCarrier,
+    RolloutWorker,
+    Tell,
+    gang_engine,
+    inline_engine,
+)
+from coupled.rl.cluster.transport import Carrier, Transport, WorkerSpec
+from coupled.rl.gang import Gang
+from coupled.rl.learner import Learner
+from coupled.rl.recipe import Recipe
+
+
+def open_engine(
+    recipe: Recipe, learner: Learner | Gang, folder: Path, tell: Tell = lambda event, **facts: None
+) -> ClusterEngine:
+    """The engine that `rollout.workers` names, ready for work. Workers write what they print into `folder`.
+
+    Raises:
+        CoupledError: fewer than `cluster.min_workers` start, or there is no cluster where the recipe says.
+    """
+    rollout, cluster = recipe.rollout, recipe.cluster
+    if rollout.workers == "inline":
+        if isinstance(learner, Gang):
+            return gang_engine(learner, tell)
+        return inline_engine(learner.policy, rollout.batch_size, tell)
+    transport: Transport
+    carrier: Carrier = FileCarrier(folder / "weights")
+    on_close: Callable[[], None] = lambda: None  # noqa: E731
+    if rollout.workers == "ray":
+        from coupled.rl.cluster.ray_actors import RayTransport
+        from coupled.rl.ray_cluster import close_ray, open_ray
+
+        ray = open_ray(recipe, folder)
+        transport, on_close = RayTransport(ray), close_ray
+        if cluster.weights == "object":
+            carrier = ObjectCarrier(ray)
+    else:
+        from coupled.rl.cluster.processes import LocalTransport
+
+        transport = LocalTransport(folder / "workers.log")
+    engine = ClusterEngine(
+        transport,
+        WorkerSpec(make=RolloutWorker, arguments=(recipe,), num_gpus=cluster.gpus_per_worker),
+        carrier,
+        num_workers=rollout.num_workers,
+        min_workers=cluster.min_workers,
+        batch_size=rollout.batch_size,
+        lag=cluster.lag,
+        health=HEALTH[cluster.health],
+        tell=tell,
+        on_close=on_close,
+    )
+    try:
+        engine.wait_ready()
+    except BaseException:
+        engine.close()
+        raise
+    return engine

@@ -1,0 +1,71 @@
+"""Workers in Ray actors. Ray places them, moves objects and says who is alive; what is tried again is not its business.
+
+`max_restarts` and `max_task_retries` are 0: Ray would run a call twice, and say nothing of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from coupled.rl.cluster.processes import Target
+from coupled.rl.cluster.transport import WorkerSpec
+from coupled.rl.cluster.types import WorkerLost, WorkFailed
+from coupled.rl.ray_cluster import on_node
+
+GET_SECONDS = 60.0
+"""How long the object of a finished call may take to get here."""
+
+
+class RayTransport:
+    """Actors of a Ray instance. `ray` is the module, as `open_ray` gives it; who opened it closes it."""
+
+    def __init__(self, ray: Any) -> None:
+        self._ray = ray
+
+    def spawn(self, spec: WorkerSpec, place: Any) -> Any:
+        options: dict[str, Any] = {
+            "num_cpus": spec.num_cpus,
+            "num_gpus": spec.num_gpus,
+            "max_restarts": 0,
+            "max_task_retries": 0,
+            "max_concurrency": spec.concurrency,
+        }
+        if place is not None:
+            options["scheduling_strategy"] = on_node(place)
+        return self._ray.remote(**options)(Target).remote(spec.make, spec.arguments)
+
+    def call(self, worker: Any, method: str, *arguments: Any) -> Any:
+        return worker.call.remote(method, *arguments)
+
+    def wait(self, calls: Sequence[Any], timeout: float) -> Sequence[Any]:
+        if not calls:
+            time.sleep(max(0.0, timeout))
+            return []
+        calls = list(calls)
+        done, _ = self._ray.wait(calls, num_returns=1, timeout=max(0.0, timeout))
+        if done and len(calls) > 1:
+            all_done, _ = self._ray.wait(calls, num_returns=len(calls), timeout=0)
+            done = all_done or done
+        return list(done)
+
+    def result(self, call: Any) -> Any:
+        errors = self._ray.exceptions
+        try:
+            return self._ray.get(call, timeout=GET_SECONDS)
+        except errors.RayTaskError as error:
+            raise WorkFailed(error.cause) from error
+        except errors.RayError as error:
+            raise WorkerLost(f"{type(error).__name__}: {error}") from error
+
+    def kill(self, worker: Any) -> None:
+        with contextlib.suppress(self._ray.exceptions.RayError, ValueError):
+            self._ray.kill(worker)
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def close(self) -> None:
+        """The instance is not ours."""

@@ -1,0 +1,107 @@
+"""A coordinator in real time: whoever waits pumps it, and a thread does when rollouts run ahead of training."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+from coupled.rl.cluster.coordinator import Coordinator
+from coupled.rl.cluster.ledger import Entry
+from coupled.rl.cluster.types import GroupKey, Unit
+
+BEAT_SECONDS = 0.2
+"""At most so long until deadlines, and work that came in meanwhile, are looked at."""
+T = TypeVar("T")
+
+
+class Runtime:
+    """Owns the lock around a coordinator, which itself knows no threads."""
+
+    def __init__(self, coordinator: Coordinator, *, is_ahead: bool = False) -> None:
+        self._coordinator = coordinator
+        self._changed = threading.Condition(threading.RLock())
+        self._error: BaseException | None = None
+        self._is_closed = False
+        self._thread: threading.Thread | None = None
+        if is_ahead:
+            self._thread = threading.Thread(target=self._run, name="coordinator", daemon=True)
+            self._thread.start()
+
+    def ask(self, question: Callable[[Coordinator], T]) -> T:
+        """Do something with the coordinator while nobody else does."""
+        with self._changed:
+            return question(self._coordinator)
+
+    def wait_for(self, is_there: Callable[[Coordinator], bool], timeout: float = float("inf")) -> bool:
+        """Pump until something holds; False when it does not within `timeout` seconds.
+
+        Raises:
+            ClusterError: too few workers are left, or nothing moves.
+        """
+        transport = self._coordinator.transport
+        until = transport.now() + timeout
+        while True:
+            with self._changed:
+                if is_there(self._coordinator):
+                    return True
+                if self._error is not None:
+                    raise self._error
+                if transport.now() >= until:
+                    return False
+                if self._thread is not None:
+                    self._changed.wait(BEAT_SECONDS)
+                    continue
+            self._pump()
+
+    def finish(self, units: Iterable[Unit]) -> list[Entry]:
+        """Do units outside of training, at once; they come back in their order, also the quarantined ones."""
+        units = list(units)
+        keys = [unit.key for unit in units]
+        self.ask(lambda coordinator: coordinator.submit(units))
+        try:
+            return self.collect(keys)
+        except BaseException:
+            # Whoever asked is not going to ask again: what is under way for it is of no use.
+            self.ask(
+                lambda coordinator: coordinator.ledger.forget([k for k in keys if k in coordinator.ledger.entries])
+            )
+            raise
+
+    def collect(self, keys: list[GroupKey]) -> list[Entry]:
+        """Wait for units, and take them out of the books."""
+        self.wait_for(lambda coordinator: coordinator.ledger.is_done(keys))
+        return self.ask(lambda coordinator: coordinator.take(keys))
+
+    def close(self) -> None:
+        """End the workers. Harmless when repeated."""
+        with self._changed:
+            if self._is_closed:
+                return
+            self._is_closed = True
+        if self._thread is not None:
+            self._thread.join(timeout=10 * BEAT_SECONDS)
+        self._coordinator.close()
+
+    def _pump(self) -> None:
+        coordinator = self._coordinator
+        with self._changed:
+            calls: list[Any] = list(coordinator.calls)
+            timeout = min(BEAT_SECONDS, coordinator.next_deadline() - coordinator.transport.now())
+        done = coordinator.transport.wait(calls, max(0.0, timeout))
+        with self._changed:
+            if self._is_closed:
+                return
+            coordinator.handle(done)
+            coordinator.tick()
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        while not self._is_closed:
+            try:
+                self._pump()
+            except BaseException as error:  # told to whoever waits, in the thread that can end the run
+                with self._changed:
+                    self._error = error
+                    self._changed.notify_all()
+                return
