@@ -34,6 +34,9 @@ class Policy:
         compute_dtype: float32, or bfloat16 for autocast in the forward pass. Log-softmax is fp32 in either case.
     """
 
+    is_in_lockstep = False
+    """Set while other ranks, who hold parts of the weights, make as many passes as this one does."""
+
     def __init__(
         self, model: nn.Module, tokenizer: Any, family: Family, compute_dtype: torch.dtype = torch.float32
     ) -> None:
@@ -41,8 +44,6 @@ class Policy:
         self.tokenizer = tokenizer
         self.family = family
         self.compute_dtype = compute_dtype
-        self.is_in_lockstep = False
-        """Other ranks hold parts of the weights, and must make as many passes as this one does."""
         self._reference_model: nn.Module | None = None
         self.has_moving_reference = False
         config = self._base.config
