@@ -14,14 +14,13 @@ from coupled.rl.denoise import (
     Sampler,
     completion_length,
     denoise,
-    draw_tokens,
     is_settled,
-    nucleus,
-    unmask_counts,
 )
 from coupled.rl.engine import InlineEngine, request_chunks
 from coupled.rl.keys import uniform
 from coupled.rl.policy import Policy
+from coupled.rl.readout import draw_tokens, nucleus
+from coupled.rl.sampler import unmask_counts
 from coupled.rl.types import Rollout
 
 GREEDY = Sampler(canvas=10, denoising_steps=7, temperature=0.0)
