@@ -158,12 +158,13 @@ def test_with_a_nucleus_only_rivals_are_computed_and_the_choice_is_the_same(
     plain = coupled.rl.readout.distribution
     monkeypatch.setattr("coupled.rl.readout.distribution", lambda h, x, s: computed.append(len(x)) or plain(h, x, s))
     reading = read_out(head, hidden, sampler, draws, draws, row_of=row_of, count=torch.full((4,), count))
-    assert 4 * count <= sum(computed) < 120, "some, not all, are computed"
+    assert 4 * count <= sum(computed) <= 120
+    assert sum(computed) < 100 or (order == "entropy" and top_p == 0.5), "its bounds are too wide there"
     exact = plain_confidence(plain_distribution(head, hidden, sampler), sampler, draws)
     for row in range(4):
         mine = reading.confidence[row_of == row].argsort(descending=True)[:count]
         its = exact[row_of == row].argsort(descending=True)[:count]
-        if order == "entropy" or exact[row_of == row].unique().numel() == 30:
+        if exact[row_of == row].unique().numel() == 30:  # else some are equally sure: nothing else is in their nucleus
             assert sorted(mine.tolist()) == sorted(its.tolist())
         np.testing.assert_allclose(
             sorted(reading.confidence[row_of == row][mine].tolist()),
@@ -205,6 +206,7 @@ def test_tokens_log_probabilities_and_entropies_are_those_of_the_whole_distribut
     torch.testing.assert_close(choice.entropy.double(), -torch.special.xlogy(p, p).sum(-1), atol=2e-5, rtol=1e-4)
 
 
+@torch.no_grad()
 def test_given_tokens_are_taken_and_the_others_drawn() -> None:
     head, hidden, draws = random_head(), random_states(4), torch.from_numpy(uniform((4,), "token"))
     drawn = choose_tokens(head, hidden, SAMPLER, draws).tokens

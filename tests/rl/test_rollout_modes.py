@@ -181,7 +181,7 @@ def test_an_entropy_bound_of_zero_changes_nothing_where_one_token_is_committed_a
 
 
 def test_an_entropy_bound_commits_more_and_accounts_for_it(tiny_policy: MakePolicy) -> None:
-    policy, requests = tiny_policy(), make_requests(6)
+    policy, requests = tiny_policy(scale=0.4, end_scale=2.0), make_requests(6)
     plain = denoise(policy, requests, replace(SAMPLED, has_early_exit=False), seed=0)
     bounded = denoise(policy, requests, replace(SAMPLED, entropy_bound=3.0, has_early_exit=False), seed=0)
     assert np.mean([r.num_forwards for r in bounded]) < 0.7 * np.mean([r.num_forwards for r in plain])
@@ -200,7 +200,7 @@ def test_an_entropy_bound_commits_more_and_accounts_for_it(tiny_policy: MakePoli
 
 
 def test_end_tokens_are_filled_in_behind_one_and_what_that_may_cost_is_recorded(tiny_policy: MakePolicy) -> None:
-    policy, requests = tiny_policy(end_scale=2.0), make_requests(16)
+    policy, requests = tiny_policy(end_scale=4.0), make_requests(16)
     sampler = replace(SAMPLED, has_early_exit=False)
     plain = denoise(policy, requests, sampler, seed=1)
     filled = denoise(policy, requests, replace(sampler, end_fill=0.5), seed=1)
@@ -208,7 +208,7 @@ def test_end_tokens_are_filled_in_behind_one_and_what_that_may_cost_is_recorded(
     assert sum(r.num_forwards for r in filled) < sum(r.num_forwards for r in plain)
     num_filled = 0
     for rollout in filled:
-        missing = 0.0
+        missing, before_filled = 0.0, num_filled
         for step in np.unique(rollout.commit_step):
             here = np.flatnonzero(rollout.commit_step == step)
             before = np.flatnonzero((rollout.commit_step < step) & np.isin(rollout.canvas_ids, ENDS))
@@ -223,7 +223,7 @@ def test_end_tokens_are_filled_in_behind_one_and_what_that_may_cost_is_recorded(
                 if is_fill.sum() == extra:
                     missing += float((1 - p[is_fill]).sum())
         assert missing <= rollout.fill_bound + 1e-4
-        assert (rollout.fill_bound > 0) == (len(np.unique(rollout.commit_step)) < 9)
+        assert (rollout.fill_bound > 0) == (num_filled > before_filled)
     assert num_filled > 5
 
 
@@ -238,7 +238,7 @@ def test_a_bound_that_nothing_reaches_fills_nothing(tiny_policy: MakePolicy) -> 
 
 
 def test_a_confidence_threshold_commits_whatever_is_sure(tiny_policy: MakePolicy) -> None:
-    policy, requests = tiny_policy(scale=0.4), make_requests(6)
+    policy, requests = tiny_policy(scale=0.6), make_requests(6)
     plain = denoise(policy, requests, SAMPLED, seed=0)
     assert_same(denoise(policy, requests, replace(SAMPLED, confidence_threshold=0.9999), seed=0), plain)
     faster = denoise(policy, requests, replace(SAMPLED, confidence_threshold=0.5), seed=0)
@@ -326,7 +326,7 @@ def test_what_is_read_from_a_cache_is_what_it_was_at_the_refresh(tiny_policy: Ma
 
 
 def test_a_dual_cache_without_blocks_is_refused(tiny_policy: MakePolicy) -> None:
-    with pytest.raises(RolloutError, match="makes the whole canvas one block: set a block_length, e.g. 32"):
+    with pytest.raises(RolloutError, match="makes the whole canvas one block: set a block_length"):
         roll_out(tiny_policy(), make_requests(1), replace(SAMPLED, cache="dual"), seed=0)
 
 
