@@ -22,13 +22,14 @@ from coupled.rl.checkpoint import open_policy, read_checkpoint, use_threads, wri
 from coupled.rl.data import encode_prompts, load_tasks, rows_of_step
 from coupled.rl.denoise import Request
 from coupled.rl.engine import InlineEngine, RolloutEngine
-from coupled.rl.errors import DataError, RecipeError
+from coupled.rl.errors import DataError, RecipeError, RolloutError
 from coupled.rl.evaluate import Evaluation, evaluate, sampler_of
 from coupled.rl.gradient_checkpointing import checkpoint_gradients
 from coupled.rl.grading import Grader, open_grader
 from coupled.rl.logprob import estimate_logp
 from coupled.rl.loss import loss_denominator
 from coupled.rl.metrics import StepMetrics, add_sums
+from coupled.rl.mismatch import compare, exact_counterpart
 from coupled.rl.optimizer import apply_step, learning_rate, make_optimizer
 from coupled.rl.parity import check_parity, prompts_to_check, sampler_for_parity
 from coupled.rl.policy import Policy
@@ -74,6 +75,9 @@ class Run:
         if (latest := folder.latest()) is not None:
             self._done = int(read_checkpoint(latest, policy, self._optimizer)["step"])
         folder.forget_after(self._done)
+        self._sampler = sampler_of(recipe)
+        if any("mismatch/fell_back" in row for row in folder.rows()):
+            self._sampler = self._sampler.exact()
         engine.load_weights(policy, self._done)
 
     def __enter__(self) -> Run:
@@ -133,7 +137,7 @@ class Run:
             for sample in range(rollout.group_size)
         ]
         with self._clock("rollout"):
-            made = self._engine.generate(requests, sampler_of(self.recipe), seed=self.recipe.seed)
+            made = self._engine.generate(requests, self._sampler, seed=self.recipe.seed)
         before = self._grader.cache_statistics()
         with self._clock("sandbox"):
             groups = self._judge(step, prompts, made)
@@ -141,7 +145,39 @@ class Run:
         write_rollouts(self.folder.path, step, groups)
         refuse_identical_groups(groups)
         self._metrics.of_groups(groups)
+        if not self._sampler.is_exact:
+            self._metrics.of_bounds(groups)
+        self._compare_with_exact(step, prompts, groups)
         return groups
+
+    def _compare_with_exact(self, step: int, prompts: Sequence[Prompt], groups: Sequence[Group]) -> None:
+        """Decode some groups of the step again, exactly, where that is due, and do what the recipe says of a mismatch.
+
+        Raises:
+            RolloutError: there is one, and the recipe wants to stop.
+        """
+        monitor = self.recipe.rollout.monitor
+        if not monitor.every or (step - 1) % monitor.every or self._sampler.is_exact:
+            return
+        some = groups[: monitor.num_prompts]
+        requests = [Request(uid=r.uid, prompt_ids=r.prompt_ids) for group in some for r in group.rollouts]
+        with self._clock("monitor"):
+            made = self._engine.generate(requests, exact_counterpart(self._sampler), seed=self.recipe.seed)
+            found = compare(some, self._judge(step, prompts[: len(some)], made))
+        self._metrics.add(found.row())
+        if not found.is_beyond(monitor.tolerance):
+            return
+        text = f"step {step}: rollouts differ from exact ones by more than chance: {found}"
+        if monitor.on_mismatch == "stop":
+            raise RolloutError(
+                f"{text}. rollout.monitor.on_mismatch is stop: lower rollout.entropy_bound, raise rollout.end_fill, "
+                "refresh the cache more often, or roll out exactly (rollout.preset=rl)"
+            )
+        if monitor.on_mismatch == "fall_back":
+            self._sampler = self._sampler.exact()
+            self._metrics.add({"mismatch/fell_back": 1.0})
+            text += "; exact from the next step on"
+        self._console.print(text, highlight=False)
 
     def informative(self, step: int, groups: Sequence[Group]) -> list[Group]:
         """The groups that the recipe's filter keeps; none at all when the step has nothing to teach."""
