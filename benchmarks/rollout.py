@@ -473,7 +473,7 @@ def child(text: str) -> None:
     """What `memory_in_child` starts."""
     *sizes, names = json.loads(text)
     group, prompt, canvas = map(int, sizes)
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(1)
     problem = random_problem(random_policy("small", "cpu"), group, prompt, canvas, canvas)
     print(json.dumps(dict(measure_memory(problem, [a for a in RANDOM_ARMS if a.name in names], steps=2))))
 
@@ -496,8 +496,8 @@ def measure_gpu(report: dict[str, Any]) -> None:
         rows: dict[str, Any] = {arm.name: {"base": arm.baseline} for arm in arms}
         part = report["parts"][f"G = {group}"] = {
             "rows": rows,
-            "about": "7.6 B random weights, prompt 200, canvas 256, bfloat16. The floors of docs/method.md at 100 % of an "
-            f"H200, tokens/s: {FLOORS['plain']} with all logits, {FLOORS['masked']} with masked rows only.",
+            "about": "7.6 B random weights, prompt 200, canvas 256, bfloat16. The floors of docs/method.md at 100 % of "
+            f"an H200, tokens/s: {FLOORS['plain']} with all logits, {FLOORS['masked']} with masked rows only.",
         }
         measure_time(few, [arm for arm in arms if arm.name == OURS], 1)  # libraries and kernels
         for arm in arms:
@@ -619,7 +619,7 @@ def page(report: dict[str, Any]) -> str:
         "",
     ]
     for run in report["runs"]:
-        lines.append(f"* `{run['command']}` at commit {run['commit']}, load {run['load']}")
+        lines.append(f"* `{run['command']}` at commit {run['commit']}, load {run['load']}, threads {run['threads']}")
     where = report["runs"][-1]
     hardware = where["gpu"] or "no GPU"
     lines.append(
@@ -657,6 +657,7 @@ def measure_cpu(report: dict[str, Any], given: argparse.Namespace) -> None:
             if problem is random:
                 for arm_name, extra in memory_in_child(given, chosen).items():
                     rows[arm_name]["memory_mb"] = extra
+            write(report, given.write)
         if given.only != "check":
             for arm_name, seconds in measure_time(problem, chosen, given.rounds).items():
                 rows[arm_name]["seconds"] = seconds
@@ -664,6 +665,14 @@ def measure_cpu(report: dict[str, Any], given: argparse.Namespace) -> None:
             for arm in chosen:
                 if arm.name == OURS:
                     part["profile"] = profile(problem, arm)
+        write(report, given.write)
+
+
+def write(report: dict[str, Any], to: Path) -> None:
+    """What there is so far."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    to.with_suffix(".md").write_text(page(report))
 
 
 def main() -> None:
@@ -671,14 +680,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="7.6 B random weights on one GPU")
     parser.add_argument("--group", type=int, default=4)
-    parser.add_argument("--prompt", type=int, default=20, help="with the canvas in the proportion of 200 to 256")
-    parser.add_argument("--canvas", type=int, default=24)
+    parser.add_argument("--prompt", type=int, default=12, help="with the canvas in the proportion of 200 to 256")
+    parser.add_argument("--canvas", type=int, default=16)
     parser.add_argument(
         "--only",
         choices=["check", "time"],
         help="add the equality, counts and memory, or the times, to what is written",
     )
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="fewer on a busy machine")
     parser.add_argument("--arms", nargs="*", help="default: all")
     parser.add_argument("--write", type=Path, default=ROOT / "docs" / "results" / "rollout", help="without suffix")
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -686,11 +696,11 @@ def main() -> None:
     if given.child:
         child(given.child)
         return
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(given.threads)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     if given.gpu and gpu is None:
         raise SystemExit("--gpu needs a GPU that torch can use; `coupled doctor` says what it sees")
-    run = environment() | {"gpu": gpu, "load": f"{os.getloadavg()[1]:.1f}"}
+    run = environment() | {"gpu": gpu, "load": f"{os.getloadavg()[1]:.1f}", "threads": given.threads}
     report: dict[str, Any] = {"parts": {}, "runs": [], "floors": FLOORS}
     if given.only and given.write.with_suffix(".json").is_file():
         report = json.loads(given.write.with_suffix(".json").read_text())
@@ -700,9 +710,7 @@ def main() -> None:
         measure_gpu(report)
     else:
         measure_cpu(report, given)
-    given.write.parent.mkdir(parents=True, exist_ok=True)
-    given.write.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    given.write.with_suffix(".md").write_text(page(report))
+    write(report, given.write)
     for part in report["parts"].values():
         print("\n".join(table(part)))
     print("\n".join(verdicts(report)))
