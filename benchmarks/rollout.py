@@ -148,7 +148,11 @@ def sorted_nucleus(logits: Tensor, top_p: float) -> Tensor:
 
 def read_everything(head: Any, hidden: Tensor, sampler: Sampler, tokens: Tensor, order: Tensor, **_: Tensor) -> Any:
     """Filtered distributions of all positions: no bounds."""
-    return readout._by_row(head, hidden, sampler, tokens, order)
+    parts = []
+    for rows in chunks(head, hidden):
+        logits = readout._tempered(head, hidden[rows], sampler, readout.FORBIDDEN)
+        parts.append(readout._statistics(readout._filtered(logits, sampler), sampler, order[rows]))
+    return readout.Reading.joined(parts)
 
 
 def read_and_draw_everything(

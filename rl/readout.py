@@ -17,8 +17,8 @@ Shapes: N masked positions, M chosen ones, R rows of the batch, D hidden size, V
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -178,25 +178,32 @@ def read_out(
         count: how many positions of each row will be chosen. With a nucleus, a position that is certainly not among
             them gets a bound on its confidence instead of the confidence.
     """
-    depends_on_tokens = sampler.order == "maskgit" and (sampler.temperature > 0 or sampler.top_p < 1)
-    is_plain = sampler.top_p >= 1 and sampler.top_k == 0
+    if sampler.order == "maskgit" and sampler.temperature > 0:
+        return _with_tokens(head, hidden, sampler, token_draws)
+    is_filtered = sampler.top_p < 1 or sampler.top_k > 0
     can_bound = sampler.order in ("entropy", "margin") and sampler.top_k == 0 and not _reads_all(sampler)
-    if depends_on_tokens or not (is_plain or can_bound or sampler.order == "origin"):
-        return _by_row(head, hidden, sampler, token_draws, order_draws)
-    found = _unfiltered(head, hidden, sampler, order_draws)
-    if is_plain or sampler.order == "origin":
+    parts, logits = [], hidden.new_empty(0)
+    for rows in chunks(head, hidden):
+        logits = _tempered(head, hidden[rows], sampler, FORBIDDEN)
+        if is_filtered and not can_bound:
+            logits = _filtered(logits, sampler)
+        parts.append(_statistics(logits, sampler, order_draws[rows]))
+    found = Reading.joined(parts)
+    if not (is_filtered and can_bound):
         return found
     low, high = _bounds(found, sampler, head.num_tokens)
     is_rival = low <= _nth_smallest(high, row_of, count)[row_of] + ROUNDING
-    exact = _by_row(head, hidden[is_rival], sampler, token_draws[is_rival], order_draws[is_rival])
+    rivals: Iterable[Tensor]
+    if len(parts) == 1:
+        rivals = [logits[is_rival]]
+    else:
+        chosen = hidden[is_rival]
+        rivals = (_tempered(head, chosen[rows], sampler, FORBIDDEN) for rows in chunks(head, chosen))
     confidence = -low
-    confidence[is_rival] = exact.confidence
-    return Reading(
-        confidence=confidence,
-        entropy=found.entropy,
-        best_probability=found.best_probability,
-        best_token=found.best_token,
-    )
+    # The order draws are of no account where there are bounds.
+    nothing = order_draws[:0]
+    confidence[is_rival] = torch.cat([_statistics(_filtered(z, sampler), sampler, nothing).confidence for z in rivals])
+    return replace(found, confidence=confidence)
 
 
 def _reads_all(sampler: Sampler) -> bool:
@@ -204,57 +211,46 @@ def _reads_all(sampler: Sampler) -> bool:
     return sampler.is_parallel or sampler.end_fill is not None
 
 
-def _unfiltered(
-    head: OutputHead, hidden: Float[Tensor, "N D"], sampler: Sampler, order_draws: Float[Tensor, " N"]
-) -> Reading:
-    """A reading of the distribution before any filter, without writing it down."""
-    parts = []
-    for rows in chunks(head, hidden):
-        logits = _tempered(head, hidden[rows], sampler, FORBIDDEN)
-        top = logits.amax(-1)
-        second = logits.topk(2, dim=-1).values[:, 1] if sampler.order == "margin" else top
-        token = logits.argmax(-1) if sampler.end_fill is not None else None
-        probability = logits.softmax(-1)
-        best_probability = probability.amax(-1)
-        # H = -log p₁ - Σ p (z - z₁): the normaliser is never needed.
-        entropy = -best_probability.log() - probability.mul_(logits.sub_(top[:, None])).sum(-1)
-        confidence = -entropy
-        if sampler.order == "margin":
-            confidence = best_probability * (1 - (second - top).exp())
-        elif sampler.order == "maskgit":
-            confidence = best_probability
-        elif sampler.order == "origin":
-            confidence = order_draws[rows].to(entropy.dtype)
-        parts.append(
-            Reading(confidence=confidence, entropy=entropy, best_probability=best_probability, best_token=token)
-        )
-    return Reading.joined(parts)
+def _filtered(logits: Float[Tensor, "N V"], sampler: Sampler) -> Float[Tensor, "N V"]:
+    """Without the tokens that the sampler leaves out."""
+    return nucleus(likeliest(logits, sampler.top_k), sampler.top_p).clamp_(min=FORBIDDEN)
 
 
-def _by_row(
-    head: OutputHead,
-    hidden: Float[Tensor, "N D"],
-    sampler: Sampler,
-    token_draws: Float[Tensor, " N"],
-    order_draws: Float[Tensor, " N"],
+def _statistics(logits: Float[Tensor, "N V"], sampler: Sampler, order_draws: Float[Tensor, " K"]) -> Reading:
+    """A reading, without writing log-probabilities down. Leaves the logits less the greatest of their row."""
+    top = logits.amax(-1)
+    second = logits.topk(2, dim=-1).values[:, 1] if sampler.order == "margin" else top
+    token = logits.argmax(-1) if sampler.end_fill is not None else None
+    probability = logits.softmax(-1)
+    best_probability = probability.amax(-1)
+    # H = -log p₁ - Σ p (z - z₁): the normaliser is never needed.
+    entropy = -best_probability.log() - probability.mul_(logits.sub_(top[:, None])).sum(-1)
+    confidence = -entropy
+    if sampler.order == "margin":
+        confidence = best_probability * (1 - (second - top).exp())
+    elif sampler.order == "maskgit":
+        confidence = best_probability
+    elif sampler.order == "origin":
+        confidence = order_draws.to(entropy.dtype)
+    return Reading(confidence=confidence, entropy=entropy, best_probability=best_probability, best_token=token)
+
+
+def _with_tokens(
+    head: OutputHead, hidden: Float[Tensor, "N D"], sampler: Sampler, token_draws: Float[Tensor, " N"]
 ) -> Reading:
-    """A reading of the whole filtered distribution, some rows at a time."""
+    """A reading where confidence is that of the token that is drawn, so that each position draws one."""
     parts = []
     for rows in chunks(head, hidden):
         logp = distribution(head, hidden[rows], sampler)
-        entropy, (best, token) = entropy_of(logp), logp.max(-1)
-        tokens, confidence = None, -entropy
-        if sampler.order == "maskgit":
-            tokens = _choose(logp, token_draws[rows], sampler)
-            confidence = logp.gather(-1, tokens[:, None])[:, 0]
-        elif sampler.order == "margin":
-            two = logp.topk(2, dim=-1).values.exp()
-            confidence = two[:, 0] - two[:, 1]
-        elif sampler.order == "origin":
-            confidence = order_draws[rows].to(entropy.dtype)
+        tokens = draw_tokens(logp, token_draws[rows])
+        best = logp.max(-1)
         parts.append(
             Reading(
-                confidence=confidence, entropy=entropy, best_probability=best.exp(), best_token=token, tokens=tokens
+                confidence=logp.gather(-1, tokens[:, None])[:, 0],
+                entropy=entropy_of(logp),
+                best_probability=best.values.exp(),
+                best_token=best.indices,
+                tokens=tokens,
             )
         )
     return Reading.joined(parts)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import coupled.rl.readout
 from coupled.rl.keys import generator, uniform
-from coupled.rl.readout import _bounds, _unfiltered, choose_tokens, least_kept, nucleus, read_out
+from coupled.rl.readout import _bounds, choose_tokens, least_kept, nucleus, read_out
 from coupled.rl.sampler import Sampler
 from coupled.rl.vocabulary import CHUNK_LOGITS, OutputHead
 
@@ -125,6 +125,7 @@ def test_the_nucleus_is_right_for_any_distribution(weights: list[float], top_p: 
         {"order": "margin", "top_k": 5},
         {"top_k": 9, "top_p": 0.8},
         {"top_p": 0.8, "entropy_bound": 0.1},
+        {"order": "maskgit", "temperature": 0.0, "top_p": 0.8},
     ],
     ids=str,
 )
@@ -147,16 +148,17 @@ def test_confidence_is_that_of_the_whole_distribution(
 
 @pytest.mark.parametrize("order", ["entropy", "margin"])
 @pytest.mark.parametrize("top_p", [0.5, 0.9, 0.95])
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize(("count", "chunk"), [(1, 2**22), (3, 2**22), (3, 290 * 13)])
 def test_with_a_nucleus_only_rivals_are_computed_and_the_choice_is_the_same(
-    order: str, top_p: float, count: int, monkeypatch: pytest.MonkeyPatch
+    order: str, top_p: float, count: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sampler, head, hidden = replace(SAMPLER, order=order, top_p=top_p), random_head(0.7), random_states(120)
     draws = torch.from_numpy(uniform((120,), "draws"))
     row_of = torch.arange(120) // 30
     computed: list[int] = []
-    plain = coupled.rl.readout.distribution
-    monkeypatch.setattr("coupled.rl.readout.distribution", lambda h, x, s: computed.append(len(x)) or plain(h, x, s))
+    plain = coupled.rl.readout.nucleus
+    monkeypatch.setattr("coupled.rl.readout.nucleus", lambda x, p: computed.append(len(x)) or plain(x, p))
+    monkeypatch.setitem(CHUNK_LOGITS, "cpu", chunk)
     reading = read_out(head, hidden, sampler, draws, draws, row_of=row_of, count=torch.full((4,), count))
     assert 4 * count <= sum(computed) <= 120
     assert sum(computed) < 100 or (order == "entropy" and top_p == 0.5), "its bounds are too wide there"
@@ -181,7 +183,11 @@ def test_the_bounds_hold(order: str, scale: float) -> None:
     for top_p in (0.2, 0.5, 0.8, 0.95, 0.99):
         sampler = replace(SAMPLER, order=order, top_p=top_p)
         with torch.no_grad():
-            low, high = _bounds(_unfiltered(head, hidden, sampler, nowhere), sampler, NUM_TOKENS)
+            one = torch.zeros(400, dtype=torch.int64), torch.full((1,), 400)
+            unfiltered = read_out(
+                head, hidden, replace(sampler, top_p=1.0), nowhere, nowhere, row_of=one[0], count=one[1]
+            )
+            low, high = _bounds(unfiltered, sampler, NUM_TOKENS)
         exact = -plain_confidence(plain_distribution(head, hidden, sampler), sampler, nowhere)
         assert (low <= exact + 1e-4).all()
         assert (exact <= high + 1e-4).all()
