@@ -19,12 +19,13 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from coupled.rl.attention import left_padded, may_attend
-from coupled.rl.denoise import Request, Sampler, is_settled, keyed_draws, make_rollout, read_out
+from coupled.rl.denoise import is_settled, keyed_draws, make_rollout
 from coupled.rl.errors import RolloutError
 from coupled.rl.policy import Policy
+from coupled.rl.readout import Choice, choose_positions, choose_tokens, read_out
+from coupled.rl.sampler import Request, Sampler, steps_per_block
 from coupled.rl.shapes import Bool, Float, Int
 from coupled.rl.types import Rollout
-from coupled.rl.vocabulary import project
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -57,11 +58,6 @@ class Line:
         return self.place < self.canvas
 
 
-def steps_per_block(sampler: Sampler, block_length: int) -> int:
-    """`denoising_steps` are those of the whole canvas, shared out: 256 positions in 128 steps, blocks of 4 → 2."""
-    return max(1, min(block_length, -(-sampler.denoising_steps * block_length // sampler.canvas)))
-
-
 def counts_of_block(masked: Int[Tensor, " R"], num_steps: int, step: int) -> Int[Tensor, " R"]:
     """Positions to commit at a step: masked ones shared evenly over the steps, the first steps getting one more.
 
@@ -83,9 +79,17 @@ def denoise_blocks(
     """Denoise one completion per request, all in one batch.
 
     A row's numbers are keyed by (seed, uid, step of the block, position), so they do not depend on the batch. It leaves
-    as soon as every position before its first end token is settled. `watch` is shown every step with the canvases
-    [B, C] after it.
+    as soon as every position before its first end token is settled, so that there is nothing for `end_fill` to fill.
+    `watch` is shown every step with the canvases [B, C] after it.
+
+    Raises:
+        RolloutError: the sampler has a setting that is for full attention alone.
     """
+    if sampler.block_length or sampler.cache != "none":
+        raise RolloutError(
+            f"rollout.block_length and rollout.cache are for models that read their whole canvas; {policy.family.name} "
+            f"has blocks of {policy.family.block_length} and an exact cache of its own: leave them out"
+        )
     block_length = policy.family.block_length
     assert block_length is not None, "the engine sends models without blocks elsewhere"
     if policy.family.shift and not all(r.prompt_ids for r in requests):
@@ -103,33 +107,31 @@ def denoise_blocks(
             is_masked = record.is_masked(live, columns)
             if not is_masked.any():
                 break
-            logits = policy.without_mask_token(_logits_of_block(policy, line, cache, live, columns, is_masked, before))
+            hidden = _states_of_block(policy, line, cache, live, columns, is_masked, before)
             row_of, column_of = is_masked.nonzero(as_tuple=True)
             place = line.place[live][:, columns][row_of, column_of]
             token_draws, order_draws = (draws[kind, live[row_of], step, place] for kind in (0, 1))
-            reading = read_out(logits, sampler, token_draws, order_draws)
-            scores = torch.full(is_masked.shape, float("-inf"), device=policy.device)
-            scores[row_of, column_of] = reading.confidence
-            entropy = torch.full(is_masked.shape, float("inf"), device=policy.device)
-            entropy[row_of, column_of] = reading.entropy
-            likeliest = torch.zeros(is_masked.shape, device=policy.device)
-            likeliest[row_of, column_of] = reading.logp.max(-1).values.exp()
             count = counts_of_block(masked_at_first, num_steps, step) if step < num_steps else is_masked.sum(-1)
-            chosen = choose_positions(scores, entropy, likeliest, count.clamp(min=0), sampler)
+            reading = read_out(policy.head, hidden, sampler, token_draws, order_draws, row_of=row_of, count=count)
+            scores = torch.full(is_masked.shape, float("-inf"), device=policy.device)
+            scores[row_of, column_of] = reading.confidence.float()
+            entropy = torch.full(is_masked.shape, float("inf"), device=policy.device)
+            entropy[row_of, column_of] = reading.entropy.float()
+            best = torch.zeros(is_masked.shape, device=policy.device)
+            best[row_of, column_of] = reading.best_probability.float()
+            chosen = choose_positions(scores, entropy, best, count, sampler)
             picked = chosen[row_of, column_of]
-            tokens = reading.draw(picked, token_draws, sampler)
+            tokens = None if reading.tokens is None else reading.tokens[picked]
+            choice = choose_tokens(policy.head, hidden[picked], sampler, token_draws[picked], tokens)
             record.commit(
-                rows=live[row_of[picked]],
-                places=place[picked],
-                tokens=tokens,
-                step=block * block_length + step,
-                logp=reading.logp[picked].gather(-1, tokens[:, None])[:, 0],
-                entropy=reading.entropy[picked],
+                rows=live[row_of[picked]], places=place[picked], choice=choice, step=block * block_length + step
             )
             record.forwards[live[is_masked.any(-1)]] += 1
             if watch is not None:
                 watch(block * block_length + step, record.canvas_ids.cpu().numpy())
-        stays = ~is_settled(record.canvas_ids[live], policy.mask_id, policy.end_ids)
+        stays = torch.ones_like(live, dtype=torch.bool)
+        if sampler.has_early_exit:
+            stays = ~is_settled(record.canvas_ids[live], policy.mask_id, policy.end_ids)
         live = live[stays]
         if len(live) == 0:
             break
@@ -138,43 +140,7 @@ def denoise_blocks(
         cache.batch_select_indices(stays.nonzero()[:, 0])
         before = _commit_block(policy, line, cache, live, columns)
         record.forwards[live] += 1
-    return [
-        make_rollout(policy, request, *record.row(row), weight_version, sampler) for row, request in enumerate(requests)
-    ]
-
-
-def choose_positions(
-    scores: Float[Tensor, "R L"],
-    entropy: Float[Tensor, "R L"],
-    likeliest: Float[Tensor, "R L"],
-    count: Int[Tensor, " R"],
-    sampler: Sampler,
-) -> Bool[Tensor, "R L"]:
-    """The surest `count` masked positions of each row, and those that are sure enough besides.
-
-    With `confidence_threshold`, every position whose likeliest token has at least that probability; with
-    `entropy_bound` γ, the surest ones as long as Σ H - max H ≤ γ over them, which bounds what committing them at once
-    instead of one after the other can cost [EB-Sampler]. At least one position where any is masked.
-
-    Args:
-        scores: -inf where nothing is masked; a stable sort breaks ties by position.
-    """
-    is_masked = scores > float("-inf")
-    order = scores.sort(dim=-1, descending=True, stable=True).indices
-    rank = torch.zeros_like(order).scatter(
-        1, order, torch.arange(scores.shape[1], device=order.device).expand_as(order)
-    )
-    if sampler.confidence_threshold is not None or sampler.entropy_bound is not None:
-        count = count.clamp(min=1)
-    chosen = rank < count[:, None]
-    if sampler.confidence_threshold is not None:
-        chosen |= likeliest >= sampler.confidence_threshold
-    if sampler.entropy_bound is not None:
-        by_entropy = entropy.sort(dim=-1, stable=True)
-        before = torch.cat((torch.zeros_like(entropy[:, :1]), by_entropy.values.cumsum(-1)[:, :-1]), dim=1)
-        within = before <= sampler.entropy_bound
-        chosen |= torch.zeros_like(within).scatter(1, by_entropy.indices, within)
-    return chosen & is_masked
+    return [record.rollout(row, request, weight_version, sampler) for row, request in enumerate(requests)]
 
 
 class _Record:
@@ -182,7 +148,7 @@ class _Record:
 
     def __init__(self, line: Line, policy: Policy) -> None:
         self._line = line
-        self._mask_id = policy.mask_id
+        self._policy = policy
         size = (len(line.start), line.canvas)
         device = line.ids.device
         self.canvas_ids = torch.full(size, policy.mask_id, device=device)
@@ -190,33 +156,41 @@ class _Record:
         self._step = torch.full(size, -1, dtype=torch.int32, device=device)
         self._logp = torch.zeros(size, device=device)
         self._entropy = torch.zeros(size, device=device)
+        self._kl_bound = torch.zeros(size[0], device=device)
 
     def is_masked(self, rows: Int[Tensor, " R"], columns: slice) -> Bool[Tensor, "R L"]:
         """Canvas positions of a block that are still to be committed."""
         place, is_canvas = self._line.place[rows][:, columns], self._line.is_canvas[rows][:, columns]
         ids = self.canvas_ids[rows].gather(1, place.clamp(0, self._line.canvas - 1))
-        return (ids == self._mask_id) & is_canvas
+        return (ids == self._policy.mask_id) & is_canvas
 
-    def commit(
-        self,
-        *,
-        rows: Int[Tensor, " M"],
-        places: Int[Tensor, " M"],
-        tokens: Int[Tensor, " M"],
-        step: int,
-        logp: Float[Tensor, " M"],
-        entropy: Float[Tensor, " M"],
-    ) -> None:
-        self.canvas_ids[rows, places] = tokens
-        self._line.ids[rows, places + self._line.tail[rows]] = tokens
+    def commit(self, *, rows: Int[Tensor, " M"], places: Int[Tensor, " M"], choice: Choice, step: int) -> None:
+        """Write down what is committed, row by row, in one step."""
+        self.canvas_ids[rows, places] = choice.tokens
+        self._line.ids[rows, places + self._line.tail[rows]] = choice.tokens
         self._step[rows, places] = step
-        self._logp[rows, places] = logp
-        self._entropy[rows, places] = entropy
+        self._logp[rows, places] = choice.logp.float()
+        self._entropy[rows, places] = choice.entropy.float()
+        entropy = torch.zeros_like(self._entropy)
+        entropy[rows, places] = choice.entropy.float()
+        self._kl_bound += entropy.sum(-1) - entropy.amax(-1)
 
-    def row(self, index: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]:
+    def rollout(self, row: int, request: Request, weight_version: int, sampler: Sampler) -> Rollout:
+        """The record of a finished row."""
         arrays = (self.canvas_ids, self._step, self._logp, self._entropy)
-        ids, step, logp, entropy = (a[index].cpu().numpy().copy() for a in arrays)
-        return ids, step, logp, entropy, int(self.forwards[index])
+        ids, step, logp, entropy = (a[row].cpu().numpy().copy() for a in arrays)
+        return make_rollout(
+            self._policy,
+            request,
+            ids,
+            step,
+            logp,
+            entropy,
+            int(self.forwards[row]),
+            weight_version,
+            sampler,
+            kl_bound=float(self._kl_bound[row]),
+        )
 
 
 def _line_of(policy: Policy, requests: list[Request], canvas: int, block_length: int) -> Line:
@@ -270,7 +244,7 @@ def _forward(
     return policy.hidden_after(line.ids[rows][:, columns], positions, allowed.expand(-1, size, -1), cache)
 
 
-def _logits_of_block(
+def _states_of_block(
     policy: Policy,
     line: Line,
     cache: Cache,
@@ -278,8 +252,8 @@ def _logits_of_block(
     columns: slice,
     wanted: Bool[Tensor, "R L"],
     before: Float[Tensor, "R D"] | None,
-) -> Float[Tensor, "N V"]:
-    """Logits at the wanted positions of a block; the cache is left as it was.
+) -> Float[Tensor, "N D"]:
+    """The states that predict the wanted positions of a block; the cache is left as it was.
 
     `before` is the hidden state of the position before the block: with shift 1 its first token is predicted from that.
     """
@@ -289,7 +263,7 @@ def _logits_of_block(
         # A row without a whole block behind it begins with its prompt, and nothing is predicted there.
         first = torch.zeros_like(hidden[:, 0]) if before is None else before
         hidden = torch.cat((first[:, None], hidden[:, :-1]), dim=1)
-    return project(policy.head, hidden[wanted])
+    return hidden[wanted]
 
 
 def _commit_block(

@@ -1,139 +1,31 @@
 """Rollout by iterative denoising, the whole canvas at once: from MASK everywhere, commit the surest positions first.
 
-Shapes: B rows, C canvas positions, S prompt + canvas, V vocabulary (see `shapes`). Source: method page §6.
+Each step computes the hidden states of the canvases (`canvas_states`), reads off how sure every masked position is,
+chooses positions and draws their tokens (`readout`), by the sampler's plan (`sampler`).
+
+Shapes: B rows, R of them in a step, C canvas positions, S prompt + canvas, N masked positions, M chosen ones. Source:
+method page §6.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from coupled.rl.canvas_states import CachedStates, distinct_states
 from coupled.rl.errors import RolloutError
 from coupled.rl.keys import uniform
 from coupled.rl.policy import Policy
+from coupled.rl.readout import Choice, choose_positions, choose_tokens, read_out
+from coupled.rl.sampler import PARALLEL, Request, Sampler, Step, plan_steps
 from coupled.rl.shapes import Bool, Float, Int
 from coupled.rl.types import Rollout
 
-PARALLEL = ("confidence_threshold", "entropy_bound")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampler:
-    """How a canvas is denoised. Example: 36 positions in 18 steps at temperature 1, lowest entropy first."""
-
-    canvas: int
-    denoising_steps: int
-    temperature: float
-    """0 is greedy: the likeliest token, with confidence from the untempered distribution."""
-    top_p: float = 1.0
-    order: str = "entropy"
-    top_k: int = 0
-    """Only the k likeliest tokens are kept, before the nucleus; 0 keeps all."""
-    confidence_threshold: float | None = None
-    """Of block families: a step also commits every token that is at least so sure; none: by the schedule alone."""
-    entropy_bound: float | None = None
-    """Of block families: a step also commits the surest tokens as long as the entropies of all but the last add up to
-    at most this, in nats [EB-Sampler]; none: by the schedule alone."""
-
-    @property
-    def hash(self) -> str:
-        """Names the sampler in logs: equal samplers have equal hashes."""
-        settings = {k: v for k, v in asdict(self).items() if k not in ("top_k", *PARALLEL) or v}
-        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """One completion to make. `uid` names its random stream."""
-
-    uid: str
-    prompt_ids: tuple[int, ...]
-
-
-def unmask_counts(canvas: int, num_steps: int) -> list[int]:
-    """How many positions each step commits: the schedule of Dream's reference sampler.
-
-    With `t = linspace(1, 1e-3, steps + 1)`, step i commits `⌊m · (1 - t_{i+1} / t_i)⌋` of the m that are masked, and
-    the last step all that are left. 256 in 256 steps gives [0, 1, …, 1, 2]; 256 in 128 gives [1, 2, …, 2, 3].
-    """
-    times = torch.linspace(1, 1e-3, num_steps + 1)
-    left, counts = canvas, []
-    for step in range(num_steps):
-        is_last = step == num_steps - 1
-        count = left if is_last else int(left * (1 - times[step + 1] / times[step]))
-        counts.append(count)
-        left -= count
-    return counts
-
-
-def likeliest(logits: Float[Tensor, "N V"], top_k: int) -> Float[Tensor, "N V"]:
-    """Keep the `top_k` likeliest tokens (more where the last ones are equal); the others get -inf. 0 keeps all."""
-    if top_k == 0 or top_k >= logits.shape[-1]:
-        return logits
-    return logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[:, -1:], float("-inf"))
-
-
-def nucleus(logits: Float[Tensor, "N V"], top_p: float) -> Float[Tensor, "N V"]:
-    """Keep the likeliest tokens whose mass reaches `top_p` (at least one); the others get -inf."""
-    if top_p >= 1:
-        return logits
-    ordered, order = logits.sort(dim=-1, descending=True)
-    mass_before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
-    dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, mass_before > top_p)
-    return logits.masked_fill(dropped, float("-inf"))
-
-
-def draw_tokens(logp: Float[Tensor, "N V"], draws: Float[Tensor, " N"]) -> Int[Tensor, " N"]:
-    """Inverse-CDF sampling: the first token whose cumulative probability exceeds the uniform draw. fp64 sums."""
-    cumulative = logp.double().exp().cumsum(-1)
-    # Scaled by the total, so that rounding can never select a token beyond the last possible one.
-    target = draws.double()[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logp.shape[-1] - 1)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Reading:
-    """What a forward pass says of N masked positions, under the tempered and filtered distribution."""
-
-    logp: Float[Tensor, "N V"]
-    entropy: Float[Tensor, " N"]
-    confidence: Float[Tensor, " N"]
-    """The surer, the earlier a position is committed."""
-    tokens: Int[Tensor, " N"] | None
-    """What each position would get, where the order depends on it; else tokens are drawn for the chosen ones alone."""
-
-    def draw(self, picked: Bool[Tensor, " N"], draws: Float[Tensor, " N"], sampler: Sampler) -> Int[Tensor, " M"]:
-        """Tokens of the picked positions."""
-        if self.tokens is not None:
-            return self.tokens[picked]
-        return _choose(self.logp[picked], draws[picked], sampler)
-
-
-def read_out(
-    logits: Float[Tensor, "N V"], sampler: Sampler, token_draws: Float[Tensor, " N"], order_draws: Float[Tensor, " N"]
-) -> Reading:
-    """Distribution, entropy and confidence of each masked position."""
-    tempered = logits / sampler.temperature if sampler.temperature else logits
-    logp = torch.log_softmax(nucleus(likeliest(tempered, sampler.top_k), sampler.top_p), dim=-1)
-    entropy = -(logp.exp() * logp.clamp(min=torch.finfo(logp.dtype).min)).sum(-1)
-    tokens: Int[Tensor, " N"] | None = None
-    if sampler.order == "maskgit":
-        tokens = _choose(logp, token_draws, sampler)
-        confidence = logp.gather(-1, tokens[:, None])[:, 0]
-    elif sampler.order == "margin":
-        best = logp.exp().topk(2, dim=-1).values
-        confidence = best[:, 0] - best[:, 1]
-    elif sampler.order == "origin":
-        confidence = order_draws.float()
-    else:
-        confidence = -entropy
-    return Reading(logp=logp, entropy=entropy, confidence=confidence, tokens=tokens)
+__all__ = ["PARALLEL", "Request", "Sampler", "denoise", "make_rollout"]
 
 
 @torch.no_grad()
@@ -153,73 +45,175 @@ def denoise(
     its text. MASK is never sampled. `watch` is shown every step with the canvases [B, C] after it.
 
     Raises:
-        RolloutError: the sampler has a setting that is for block families alone.
+        RolloutError: the sampler keeps keys and values that it would have nothing to keep for.
     """
-    if any(getattr(sampler, name) is not None for name in PARALLEL):
+    if sampler.cache == "dual" and not sampler.block_length:
         raise RolloutError(
-            f"{' and '.join(PARALLEL)} are for models with block attention; {policy.family.name} reads its whole "
-            "canvas: leave them out, or lower rollout.denoising_steps to commit several tokens a step"
+            "cache=dual keeps what is behind the block that is denoised, and block_length=0 makes the whole canvas one "
+            "block: set a block_length, e.g. 32, or cache=prefix"
         )
-    batch_size, canvas = len(requests), sampler.canvas
-    device = policy.device
-    longest = max(len(r.prompt_ids) for r in requests)
-    ids = torch.full((batch_size, longest + canvas), policy.mask_id, device=device)
-    for row, request in enumerate(requests):
-        pad = longest - len(request.prompt_ids)
-        ids[row, :pad] = policy.pad_id
-        ids[row, pad:longest] = torch.tensor(request.prompt_ids, device=device)
-    pad_lengths = torch.tensor([longest - len(r.prompt_ids) for r in requests], device=device)
-
-    commit_step = torch.full((batch_size, canvas), -1, dtype=torch.int32, device=device)
-    commit_logp = torch.zeros((batch_size, canvas), device=device)
-    commit_entropy = torch.zeros((batch_size, canvas), device=device)
-    forwards = torch.zeros(batch_size, dtype=torch.int64)
-    draws = keyed_draws(requests, sampler, seed).to(device)
-    live = torch.arange(batch_size, device=device)
-
-    for step, count in enumerate(unmask_counts(canvas, sampler.denoising_steps)):
-        if count == 0:
+    plan = plan_steps(sampler)
+    rows = _Rows(policy, requests, sampler.canvas)
+    draws = keyed_draws(requests, sampler, seed, plan[-1].number + 1).to(policy.device)
+    cached = None if sampler.cache == "none" else CachedStates(policy, sampler, rows.prompt_width)
+    live = torch.arange(len(requests), device=policy.device)
+    for step in plan:
+        here = live[(rows.canvas_ids[live][:, step.block] == policy.mask_id).any(-1)]
+        if len(here) == 0:
             continue
-        rows_ids = ids[live]
-        is_masked = rows_ids == policy.mask_id
-        is_masked[:, :longest] = False
-        logits = policy.without_mask_token(policy.logits_at(rows_ids, pad_lengths[live], is_masked))
-        forwards[live.cpu()] += 1
-        row_of, position_of = is_masked[:, longest:].nonzero(as_tuple=True)
-        uniform_of = draws[0, live[row_of], step, position_of]
-        reading = read_out(logits, sampler, uniform_of, draws[1, live[row_of], step, position_of])
-        scores = torch.full((len(live), canvas), float("-inf"), device=device)
-        scores[row_of, position_of] = reading.confidence
-        # A stable sort breaks ties by position, so the choice does not depend on the machine.
-        chosen = scores.sort(dim=-1, descending=True, stable=True).indices[:, :count]
-        is_chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(1, chosen, True)
-        picked = is_chosen[row_of, position_of]
-        new = reading.draw(picked, uniform_of, sampler)
-        global_row, place = live[row_of[picked]], position_of[picked]
-        ids[global_row, longest + place] = new
-        commit_step[global_row, place] = step
-        commit_logp[global_row, place] = reading.logp[picked].gather(-1, new[:, None])[:, 0]
-        commit_entropy[global_row, place] = reading.entropy[picked]
+        rows.commit(here, _take_step(policy, rows, here, sampler, step, draws[:, here, step.number], cached), step)
         if watch is not None:
-            watch(step, ids[:, longest:].cpu().numpy())
-        live = live[~is_settled(ids[live, longest:], policy.mask_id, policy.end_ids)]
+            watch(step.number, rows.canvas_ids.cpu().numpy())
+        live = live[~_is_done(rows.canvas_ids[live], policy, sampler)]
         if len(live) == 0:
             break
+    return [rows.rollout(row, request, weight_version, sampler) for row, request in enumerate(requests)]
 
-    return [
-        make_rollout(
-            policy,
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Commit:
+    """What R rows commit in a step: M positions in all, row by row."""
+
+    is_chosen: Bool[Tensor, "R C"]
+    is_filled: Bool[Tensor, "R C"]
+    """Those of them that are filled with an end token instead of waiting for their turn."""
+    choice: Choice
+
+
+def _take_step(
+    policy: Policy,
+    rows: _Rows,
+    here: Int[Tensor, " R"],
+    sampler: Sampler,
+    step: Step,
+    draws: Float[Tensor, "2 R C"],
+    cached: CachedStates | None,
+) -> Commit:
+    """Choose positions of the step's block, and tokens for them."""
+    canvases = rows.canvas_ids[here]
+    is_masked = torch.zeros_like(canvases, dtype=torch.bool)
+    is_masked[:, step.block] = canvases[:, step.block] == policy.mask_id
+    count = torch.full((len(here),), step.count, device=canvases.device)
+    nothing = torch.zeros_like(is_masked)
+    token_draws, order_draws = draws
+    if sampler.order == "origin" and not (sampler.is_parallel or sampler.end_fill is not None):
+        # Nothing that the model says matters to where: only the chosen positions are read.
+        scores = order_draws.masked_fill(~is_masked, float("-inf")).float()
+        is_chosen = choose_positions(scores, scores, scores, count, sampler)
+        hidden = _states(policy, rows, here, is_chosen, step, cached)
+        choice = choose_tokens(policy.head, hidden, sampler, token_draws[is_chosen])
+        return Commit(is_chosen=is_chosen, is_filled=nothing, choice=choice)
+    hidden = _states(policy, rows, here, is_masked, step, cached)
+    row_of = is_masked.nonzero()[:, 0]
+    reading = read_out(
+        policy.head, hidden, sampler, token_draws[is_masked], order_draws[is_masked], row_of=row_of, count=count
+    )
+    scores, entropy, best = (
+        torch.full(is_masked.shape, absent, device=hidden.device, dtype=values.dtype).masked_scatter(is_masked, values)
+        for absent, values in (
+            (float("-inf"), reading.confidence),
+            (float("inf"), reading.entropy),
+            (0.0, reading.best_probability),
+        )
+    )
+    is_chosen = choose_positions(scores, entropy, best, count, sampler)
+    is_filled, tokens = nothing, reading.tokens
+    if sampler.end_fill is not None:
+        assert reading.best_token is not None
+        is_end = nothing.masked_scatter(is_masked, torch.isin(reading.best_token, rows.end_ids))
+        is_behind = torch.isin(canvases, rows.end_ids).cumsum(-1) > 0
+        is_filled = is_end & is_behind & (best >= sampler.end_fill) & ~is_chosen
+        drawn = torch.full_like(reading.best_token, -1) if tokens is None else tokens
+        tokens = torch.where(is_filled[is_masked], reading.best_token, drawn)
+        is_chosen = is_chosen | is_filled
+    picked = is_chosen[is_masked]
+    tokens = None if tokens is None else tokens[picked]
+    choice = choose_tokens(policy.head, hidden[picked], sampler, token_draws[is_chosen], tokens)
+    return Commit(is_chosen=is_chosen, is_filled=is_filled, choice=choice)
+
+
+def _states(
+    policy: Policy,
+    rows: _Rows,
+    here: Int[Tensor, " R"],
+    places: Bool[Tensor, "R C"],
+    step: Step,
+    cached: CachedStates | None,
+) -> Float[Tensor, "N D"]:
+    """The hidden states that predict the tokens at these places of the canvases."""
+    ids, pad_lengths = rows.ids[here], rows.pad_lengths[here]
+    wanted = torch.zeros_like(ids, dtype=torch.bool)
+    wanted[:, rows.prompt_width :] = places
+    if cached is None:
+        return distinct_states(policy, ids, pad_lengths, wanted)
+    return cached.read(here, ids, pad_lengths, wanted, step)
+
+
+def _is_done(canvases: Int[Tensor, "R C"], policy: Policy, sampler: Sampler) -> Bool[Tensor, " R"]:
+    if sampler.has_early_exit:
+        return is_settled(canvases, policy.mask_id, policy.end_ids)
+    return ~(canvases == policy.mask_id).any(-1)
+
+
+class _Rows:
+    """The rows of a batch, and what has become of their canvases."""
+
+    def __init__(self, policy: Policy, requests: list[Request], canvas: int) -> None:
+        self._policy = policy
+        device, size = policy.device, (len(requests), canvas)
+        lengths = [len(r.prompt_ids) for r in requests]
+        self.prompt_width = max(lengths)
+        self.pad_lengths = torch.tensor([self.prompt_width - length for length in lengths], device=device)
+        self.ids = torch.full((len(requests), self.prompt_width + canvas), policy.mask_id, device=device)
+        for row, request in enumerate(requests):
+            pad = self.prompt_width - len(request.prompt_ids)
+            self.ids[row, :pad] = policy.pad_id
+            self.ids[row, pad : self.prompt_width] = torch.tensor(request.prompt_ids, device=device)
+        self.end_ids = torch.tensor(policy.end_ids, device=device)
+        self._step = torch.full(size, -1, dtype=torch.int32, device=device)
+        self._logp = torch.zeros(size, device=device)
+        self._entropy = torch.zeros(size, device=device)
+        self._forwards = torch.zeros(len(requests), dtype=torch.int64, device=device)
+        self._kl_bound = torch.zeros(len(requests), device=device)
+        self._fill_bound = torch.zeros(len(requests), device=device)
+
+    @property
+    def canvas_ids(self) -> Int[Tensor, "B C"]:
+        return self.ids[:, self.prompt_width :]
+
+    def commit(self, here: Int[Tensor, " R"], commit: Commit, step: Step) -> None:
+        """Write down what the rows `here` commit."""
+        row_of, place = commit.is_chosen.nonzero(as_tuple=True)
+        row, choice = here[row_of], commit.choice
+        self.ids[row, self.prompt_width + place] = choice.tokens
+        self._step[row, place] = step.number
+        self._logp[row, place] = choice.logp.to(self._logp.dtype)
+        self._entropy[row, place] = choice.entropy.to(self._entropy.dtype)
+        self._forwards[here] += 1
+        is_filled = commit.is_filled[commit.is_chosen]
+        entropy = self._entropy.new_zeros(commit.is_chosen.shape)
+        entropy[commit.is_chosen] = torch.where(is_filled, 0.0, choice.entropy.to(entropy.dtype))
+        self._kl_bound[here] += entropy.sum(-1) - entropy.amax(-1)
+        missing = torch.where(is_filled, -torch.expm1(choice.logp), 0.0)
+        self._fill_bound.index_add_(0, row, missing.to(self._fill_bound.dtype))
+
+    def rollout(self, row: int, request: Request, weight_version: int, sampler: Sampler) -> Rollout:
+        """The record of a finished row."""
+        arrays = (self.canvas_ids, self._step, self._logp, self._entropy)
+        ids, step, logp, entropy = (array[row].cpu().numpy().copy() for array in arrays)
+        return make_rollout(
+            self._policy,
             request,
-            ids[row, longest:].cpu().numpy().copy(),
-            commit_step[row].cpu().numpy().copy(),
-            commit_logp[row].cpu().numpy().copy(),
-            commit_entropy[row].cpu().numpy().copy(),
-            int(forwards[row]),
+            ids,
+            step,
+            logp,
+            entropy,
+            int(self._forwards[row]),
             weight_version,
             sampler,
+            kl_bound=float(self._kl_bound[row]),
+            fill_bound=float(self._fill_bound[row]),
         )
-        for row, request in enumerate(requests)
-    ]
 
 
 def is_settled(canvas: Int[Tensor, "B C"], mask_id: int, end_ids: tuple[int, ...]) -> Tensor:
@@ -244,10 +238,6 @@ def keyed_draws(requests: list[Request], sampler: Sampler, seed: int, num_steps:
     return torch.from_numpy(stacked)
 
 
-def _choose(logp: Float[Tensor, "N V"], draws: Float[Tensor, " N"], sampler: Sampler) -> Int[Tensor, " N"]:
-    return logp.argmax(-1) if sampler.temperature == 0 else draw_tokens(logp, draws)
-
-
 def make_rollout(
     policy: Policy,
     request: Request,
@@ -258,6 +248,9 @@ def make_rollout(
     num_forwards: int,
     weight_version: int,
     sampler: Sampler,
+    *,
+    kl_bound: float = 0.0,
+    fill_bound: float = 0.0,
 ) -> Rollout:
     """The record of a finished row. Arrays have one entry per canvas position."""
     length, has_end = completion_length(canvas_ids, policy.end_ids)
@@ -275,4 +268,6 @@ def make_rollout(
         num_forwards=num_forwards,
         weight_version=weight_version,
         sampler_hash=sampler.hash,
+        kl_bound=kl_bound,
+        fill_bound=fill_bound,
     )

@@ -78,10 +78,21 @@ def roll_out(
     return decode(policy, requests, sampler, seed=seed, weight_version=weight_version, watch=watch)
 
 
-def request_chunks(requests: list[Request], batch_size: int) -> list[list[Request]]:
-    """Requests ordered by prompt length and cut into batches.
+FEWEST_ROWS = 8
+"""A batch of fewer rows goes on with longer prompts, and pads the shorter ones."""
 
-    All engines cut alike, so the matrix shapes, and with them the rounding, do not depend on who computes a batch.
+
+def request_chunks(requests: list[Request], batch_size: int) -> list[list[Request]]:
+    """Requests ordered by prompt length and cut into batches, where it is possible of equal length: without padding.
+
+    A batch ends when it is full, and when the length changes after `FEWEST_ROWS` rows. All engines cut alike, so the
+    matrix shapes, and with them the rounding, do not depend on who computes a batch.
     """
-    ordered = sorted(requests, key=lambda r: len(r.prompt_ids))
-    return [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+    chunks: list[list[Request]] = []
+    for request in sorted(requests, key=lambda r: len(r.prompt_ids)):
+        last = chunks[-1] if chunks else []
+        is_longer = bool(last) and len(request.prompt_ids) > len(last[-1].prompt_ids)
+        if not last or len(last) == batch_size or (len(last) >= FEWEST_ROWS and is_longer):
+            chunks.append([])
+        chunks[-1].append(request)
+    return chunks

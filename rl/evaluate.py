@@ -121,6 +121,11 @@ def sampler_of(recipe: Recipe) -> Sampler:
         top_k=rollout.top_k,
         confidence_threshold=rollout.confidence_threshold,
         entropy_bound=rollout.entropy_bound,
+        end_fill=rollout.end_fill,
+        block_length=rollout.block_length,
+        cache=rollout.cache,
+        refresh_steps=rollout.refresh_steps,
+        has_early_exit=rollout.has_early_exit,
     )
 
 

@@ -66,6 +66,16 @@ class StepMetrics:
         self._row["reward_std"] = float(np.mean(spreads)) if spreads else 0.0  # within a group
         self._tokens = int(lengths.sum())
 
+    def of_bounds(self, groups: Sequence[Group]) -> None:
+        """What committing several tokens at once may have cost, per completion; only logged where it is a mode."""
+        rollouts = [r for g in groups for r in g.rollouts]
+        self._row["kl_bound"] = float(np.mean([r.kl_bound for r in rollouts]))  # nats
+        self._row["fill_bound"] = float(np.mean([r.fill_bound for r in rollouts]))  # probability
+
+    def add(self, row: dict[str, float]) -> None:
+        """Numbers that somebody else has named."""
+        self._row |= row
+
     def of_cache(self, before: CacheStatistics, after: CacheStatistics) -> None:
         """What the sandbox's cache did during the step."""
         num_jobs = after.num_jobs - before.num_jobs

@@ -70,15 +70,13 @@ def prompts_to_check(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def sampler_for_parity(sampler: Sampler, block_length: int | None = None) -> Sampler:
-    """The run's sampler in few steps and blocks, and without the nucleus: scoring is of the whole distribution."""
+    """The run's sampler, exact, in few steps and blocks, without the nucleus: scoring is of the whole distribution."""
     canvas = sampler.canvas
     if block_length is not None:
         # A row is replayed once for each step of each block.
         canvas = min(canvas, max(1, NUM_STEPS // 2) * block_length)
     steps = min(sampler.denoising_steps, NUM_STEPS, canvas)
-    return replace(
-        sampler, canvas=canvas, denoising_steps=steps, top_p=1.0, top_k=0, confidence_threshold=None, entropy_bound=None
-    )
+    return replace(sampler.exact(), canvas=canvas, denoising_steps=steps, top_p=1.0, top_k=0)
 
 
 def replay_of(policy: Policy, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> Replay:

@@ -131,6 +131,40 @@ class Data(Section):
         return self
 
 
+class Monitor(Section):
+    """Decode a few prompts of a step a second time, exactly, and compare."""
+
+    every: int = Field(default=0, ge=0, description="steps between comparisons, from the first step on; 0: none")
+    num_prompts: Positive = Field(default=4, description="prompts of the step that are decoded twice, whole groups")
+    tolerance: float = Field(
+        default=0.1,
+        ge=0,
+        description="mean reward may differ by so much, in units of the reward; beyond it, and beyond two standard "
+        "errors, it is a mismatch",
+    )
+    on_mismatch: Literal["warn", "fall_back", "stop"] = Field(
+        default="warn", description="say so; roll out exactly from the next step on; or end the run"
+    )
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "rl": {},
+    "reference": {"top_p": 0.95, "has_early_exit": False},
+    "fast": {"entropy_bound": 0.1, "end_fill": 0.99},
+}
+"""What the presets of `rollout` set; fields that they do not name keep their defaults."""
+OF_PRESETS = (
+    "top_p",
+    "has_early_exit",
+    "entropy_bound",
+    "end_fill",
+    "confidence_threshold",
+    "cache",
+    "refresh_steps",
+)
+"""Fields of `rollout` that choosing another preset sets anew."""
+
+
 class Rollout(Section):
     workers: Literal["inline", "process", "ray"] = Field(
         default="inline",
@@ -140,26 +174,77 @@ class Rollout(Section):
     num_workers: Positive = Field(default=2, description="rollout workers, when workers is process or ray")
     num_prompts: Positive = Field(default=16, description="prompts per step")
     group_size: Annotated[int, Field(ge=2)] = Field(default=10, description="completions per prompt, G")
+    preset: Literal["rl", "reference", "fast"] = Field(
+        default="rl",
+        description="rl: exact; reference: the published loop, with its nucleus and to the end of the canvas; fast: "
+        "bounded (entropy_bound, end_fill). Fields that are given win over the preset",
+    )
     canvas: Positive = Field(default=256, description="positions denoised after the prompt, in tokens")
     denoising_steps: Positive = Field(default=256, description="forward passes per completion; at most canvas")
     temperature: float = Field(default=1.2, gt=0, description="of the token distribution")
     top_p: Annotated[float, Field(gt=0, le=1)] = Field(default=1.0, description="nucleus mass kept; 1 keeps all")
     top_k: int = Field(default=0, ge=0, description="likeliest tokens kept, before top_p; 0 keeps all")
-    confidence_threshold: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        default=None,
-        description="of block families: each step also commits every token that is at least so sure; none: by the "
-        "schedule alone",
-    )
-    entropy_bound: Annotated[float, Field(ge=0)] | None = Field(
-        default=None,
-        description="of block families: each step also commits the surest tokens while the entropies of all but the "
-        "last add up to at most this, in nats; none: by the schedule alone",
-    )
     order: Literal["entropy", "maskgit", "margin", "origin"] = Field(
         default="entropy",
         description="which positions are committed: lowest entropy, likeliest draw, largest margin, or random",
     )
+    block_length: int = Field(
+        default=0,
+        ge=0,
+        description="of full attention: so many canvas positions are denoised before any later one; 0: the whole "
+        "canvas. Models with block attention have their own",
+    )
+    has_early_exit: bool = Field(
+        default=True,
+        description="a completion is done when everything before its first end token is; false: when the canvas is",
+    )
+    entropy_bound: Annotated[float, Field(ge=0)] | None = Field(
+        default=None,
+        description="bounded: each step also commits the surest tokens while the entropies of all but the last add up "
+        "to at most this, in nats; none: by the schedule alone",
+    )
+    end_fill: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None,
+        description="bounded, of full attention: behind an end token, positions that are at least so sure to be "
+        "another get it at once; none: each waits for its turn",
+    )
+    confidence_threshold: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="approximate: each step also commits every token that is at least so sure; none: by the schedule "
+        "alone",
+    )
+    cache: Literal["none", "prefix", "dual"] = Field(
+        default="none",
+        description="approximate, of full attention: keys and values before the block (prefix), or outside of it "
+        "(dual), are kept from the last refresh; none computes everything in each step",
+    )
+    refresh_steps: int = Field(
+        default=0, ge=0, description="with a cache: steps until it is computed anew; 0: at the start of a block alone"
+    )
     batch_size: Positive = Field(default=64, description="rows per forward pass; also what one actor gets at a time")
+    monitor: Monitor = Field(
+        default=Monitor(), description="a second, exact decoding of a few prompts, to compare with"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return PRESETS.get(str(values.get("preset", "rl")), {}) | values
+
+    @model_validator(mode="after")
+    def _caches_something(self) -> Rollout:
+        if self.cache == "dual" and not self.block_length:
+            raise ValueError(
+                "cache=dual keeps what is behind the block that is denoised, and block_length=0 makes the whole canvas "
+                "one block; set a block_length, for example 32, or cache=prefix"
+            )
+        if self.refresh_steps and self.cache == "none":
+            raise ValueError(
+                f"refresh_steps={self.refresh_steps} has no effect without a cache; leave it out, or set cache=prefix"
+            )
+        return self
 
 
 READ_BY = {
@@ -699,6 +784,10 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         node = node[parent]
         if not isinstance(node, dict):
             raise RecipeError(f"{key}: {parent} is a value, not a section; it has no fields to override")
+    if key.strip() == "rollout.preset":
+        # A saved recipe names every field, and those would win over the preset that is asked for now.
+        for field in OF_PRESETS:
+            node.pop(field, None)
     try:
         node[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:

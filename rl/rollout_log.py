@@ -48,6 +48,8 @@ def _row(rollout: Rollout) -> dict[str, object]:
         "num_forwards": rollout.num_forwards,
         "weight_version": rollout.weight_version,
         "sampler_hash": rollout.sampler_hash,
+        "kl_bound": rollout.kl_bound,
+        "fill_bound": rollout.fill_bound,
     }
 
 

@@ -31,6 +31,7 @@ from coupled.rl.gang import Gang, open_learner
 from coupled.rl.grading import Grader, open_grader
 from coupled.rl.learner import Learner
 from coupled.rl.metrics import StepMetrics
+from coupled.rl.mismatch import compare, exact_counterpart
 from coupled.rl.parity import prompts_to_check, sampler_for_parity
 from coupled.rl.policy import Policy
 from coupled.rl.progress import Progress
@@ -84,6 +85,9 @@ class Run:
             self._done = int(state["step"])
             self._under_way = self._restore(latest, state)
         folder.forget_after(self._done)
+        self._sampler = sampler_of(recipe)
+        if any("mismatch/fell_back" in row for row in folder.rows()):
+            self._sampler = self._sampler.exact()
         engine.load_weights(self.learner, self._done)
 
     def __enter__(self) -> Run:
@@ -103,7 +107,7 @@ class Run:
         title = f"coupled-GRPO {self.folder.path}"
         self._engine.begin(
             self._requests_of,
-            sampler_of(self.recipe),
+            lambda: self._sampler,
             seed=self.recipe.seed,
             num_trained=self._done,
             num_steps=self.recipe.num_steps,
@@ -166,7 +170,39 @@ class Run:
             self._console.print(f"alarm: the rollouts of step {step} are not written ({error})", highlight=False)
         refuse_identical_groups(groups)
         self._metrics.of_groups(groups)
+        if not self._sampler.is_exact:
+            self._metrics.of_bounds(groups)
+        self._compare_with_exact(step, prompts, groups)
         return groups
+
+    def _compare_with_exact(self, step: int, prompts: Sequence[Prompt], groups: Sequence[Group]) -> None:
+        """Decode some groups of the step again, exactly, where that is due, and do what the recipe says of a mismatch.
+
+        Raises:
+            RolloutError: there is one, and the recipe wants to stop.
+        """
+        monitor = self.recipe.rollout.monitor
+        if not monitor.every or (step - 1) % monitor.every or self._sampler.is_exact:
+            return
+        some = groups[: monitor.num_prompts]
+        requests = [Request(uid=r.uid, prompt_ids=r.prompt_ids) for group in some for r in group.rollouts]
+        with self._clock("monitor"):
+            made = self._engine.generate(requests, exact_counterpart(self._sampler), seed=self.recipe.seed)
+            found = compare(some, self._judge(step, prompts[: len(some)], made))
+        self._metrics.add(found.row())
+        if not found.is_beyond(monitor.tolerance):
+            return
+        text = f"step {step}: rollouts differ from exact ones by more than chance: {found}"
+        if monitor.on_mismatch == "stop":
+            raise RolloutError(
+                f"{text}. rollout.monitor.on_mismatch is stop: lower rollout.entropy_bound, raise rollout.end_fill, "
+                "refresh the cache more often, or roll out exactly (rollout.preset=rl)"
+            )
+        if monitor.on_mismatch == "fall_back":
+            self._sampler = self._sampler.exact()
+            self._metrics.add({"mismatch/fell_back": 1.0})
+            text += "; exact from the next step on"
+        self._console.print(text, highlight=False)
 
     def informative(self, step: int, groups: Sequence[Group]) -> list[Group]:
         """The groups that the recipe's filter keeps; none at all when the step has nothing to teach."""

@@ -57,6 +57,11 @@ class Rollout:
     num_forwards: int
     weight_version: int
     sampler_hash: str
+    kl_bound: float = 0.0
+    """Nats, summed over the steps: Σ H - max H of what a step committed at once bounds the KL divergence from
+    committing it one after the other [EB-Sampler]. 0 at one token a step."""
+    fill_bound: float = 0.0
+    """Probability, summed over the positions that `end_fill` filled, of any other token; bounds the total variation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -172,7 +172,7 @@ class _FusedLogp(torch.autograd.Function):
             grad = _row_logp(head, hidden[rows], matrix, temperature).exp_()
             grad *= -per_row[rows, None]
             grad.index_put_((line[mine] - rows.start, targets[mine]), slope[mine], accumulate=True)
-            _fill_forbidden(head, grad, 0.0)
+            fill_forbidden(head, grad, 0.0)
             grad_logits = grad.to(matrix.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = (grad_logits @ matrix).to(hidden_dtype)
@@ -185,11 +185,12 @@ class _FusedLogp(torch.autograd.Function):
 
 def _row_logp(head: OutputHead, hidden: Tensor, matrix: Tensor, temperature: float) -> Tensor:
     logits = (hidden.to(matrix.dtype) @ matrix.t()).to(_statistics_dtype(matrix.dtype))
-    _fill_forbidden(head, logits, float("-inf"))
+    fill_forbidden(head, logits, float("-inf"))
     return torch.log_softmax(logits.div_(temperature), dim=-1)
 
 
-def _fill_forbidden(head: OutputHead, values: Tensor, value: float) -> None:
+def fill_forbidden(head: OutputHead, values: Tensor, value: float) -> None:
+    """As `forbid`, in place and with any value."""
     values[:, head.mask_id] = value
     values[:, head.num_tokens :] = value
 

@@ -266,15 +266,18 @@ class ClusterEngine:
     def begin(
         self,
         requests_of: Callable[[int], list[Request]],
-        sampler: Sampler,
+        sampler: Callable[[], Sampler],
         *,
         seed: int,
         num_trained: int,
         num_steps: int,
         versions: dict[int, int] | None = None,
     ) -> None:
-        """Go on after `num_trained` steps. `versions`, from a checkpoint: step under way → its weights."""
-        self._make = lambda step: self._batches(requests_of(step), sampler, seed)
+        """Go on after `num_trained` steps. `versions`, from a checkpoint: step under way → its weights.
+
+        `sampler` is asked anew for every step that begins, for a run may fall back to exact rollouts.
+        """
+        self._make = lambda step: self._batches(requests_of(step), sampler(), seed)
         self._last = num_steps
         self._runtime.ask(lambda c: c.begin(num_trained, versions or {}, self._units_of, num_steps))
 

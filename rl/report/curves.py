@@ -85,6 +85,23 @@ GROUPS: tuple[tuple[str, tuple[Curve, ...]], ...] = (
             Curve(title="Finished", about="share of completions with an end token", names=("end_rate",)),
             Curve(title="Forward passes", about="per completion", names=("num_forwards",)),
             Curve(
+                title="Bounds of the rollout",
+                about="KL in nats and probability, per completion, that committing at once may cost",
+                names=("kl_bound", "fill_bound"),
+                from_zero=True,
+            ),
+            Curve(
+                title="Reward against exact rollouts",
+                about="difference on a few prompts, and its standard error",
+                names=("mismatch/reward", "mismatch/reward_error"),
+            ),
+            Curve(
+                title="Tokens as in exact rollouts",
+                about="share of positions, on the same prompts and random numbers",
+                names=("mismatch/token_agreement",),
+                from_zero=True,
+            ),
+            Curve(
                 title="Doubtful verdicts",
                 about="completions without a verdict; share judged where they could forge it (T2)",
                 names=("unscored", "weak_verdicts"),

@@ -14,14 +14,16 @@ from safetensors.torch import load_file
 from toys import FIRST_LETTER, NUM_TOKENS, MakePolicy, global_random_states, make_requests, plain_logits
 
 from coupled.reward import Task
-from coupled.rl.block_denoise import choose_positions, counts_of_block, denoise_blocks, steps_per_block
-from coupled.rl.denoise import Request, Sampler, completion_length, denoise, likeliest, nucleus
+from coupled.rl.block_denoise import counts_of_block, denoise_blocks
+from coupled.rl.denoise import Request, Sampler, completion_length, denoise
 from coupled.rl.engine import InlineEngine, roll_out
 from coupled.rl.errors import RolloutError
 from coupled.rl.keys import uniform
 from coupled.rl.loading import load_policy
 from coupled.rl.parity import check_parity, sampler_for_parity
 from coupled.rl.policy import Policy
+from coupled.rl.readout import choose_positions, likeliest, nucleus
+from coupled.rl.sampler import steps_per_block
 from coupled.rl.types import Prompt, Rollout
 
 ENDS, MASK_ID = (0, 1), 2
@@ -227,8 +229,9 @@ def test_the_engine_decodes_as_the_family_does(tiny_policy: MakePolicy) -> None:
     (one,) = roll_out(whole, requests[:1], SAMPLED, seed=0)
     (other,) = denoise(whole, requests[:1], SAMPLED, seed=0)
     assert one.canvas_ids.tolist() == other.canvas_ids.tolist()
-    with pytest.raises(RolloutError, match="are for models with block attention; dream reads its whole canvas"):
-        roll_out(whole, requests, replace(SAMPLED, entropy_bound=0.1), seed=0)
+    for settings in ({"block_length": 4}, {"cache": "prefix"}):
+        with pytest.raises(RolloutError, match="dream has blocks of 4 and an exact cache of its own: leave them out"):
+            roll_out(policy, requests, replace(SAMPLED, **settings), seed=0)
 
 
 # --- parity ---------------------------------------------------------------------------------------------------------

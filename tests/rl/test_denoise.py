@@ -14,14 +14,13 @@ from coupled.rl.denoise import (
     Sampler,
     completion_length,
     denoise,
-    draw_tokens,
     is_settled,
-    nucleus,
-    unmask_counts,
 )
 from coupled.rl.engine import InlineEngine, request_chunks
 from coupled.rl.keys import uniform
 from coupled.rl.policy import Policy
+from coupled.rl.readout import draw_tokens, nucleus
+from coupled.rl.sampler import unmask_counts
 from coupled.rl.types import Rollout
 
 GREEDY = Sampler(canvas=10, denoising_steps=7, temperature=0.0)
@@ -364,18 +363,22 @@ def test_drawn_tokens_follow_the_distribution() -> None:
     assert chi_square(tokens.bincount(minlength=5).tolist(), probabilities) < 18.5, "4 degrees of freedom, p = 0.001"
 
 
-def test_sampled_tokens_follow_the_tempered_distribution_of_the_model(tiny_policy: MakePolicy) -> None:
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_sampled_tokens_follow_the_tempered_distribution_of_the_model(tiny_policy: MakePolicy, top_p: float) -> None:
     policy, prompt = tiny_policy(scale=0.15), (5, 6, 7)
     requests = [Request(uid=f"draw-{i}", prompt_ids=prompt) for i in range(4000)]
-    sampler = Sampler(canvas=1, denoising_steps=1, temperature=1.3)
+    sampler = Sampler(canvas=1, denoising_steps=1, temperature=1.3, top_p=top_p)
     counts = np.bincount([int(r.canvas_ids[0]) for r in denoise(policy, requests, sampler, seed=0)], minlength=48)
     p = (plain_logits(policy, [*prompt, MASK_ID])[-1].detach().double() / 1.3).softmax(-1).numpy()
+    ranked = np.argsort(-p)
+    p[ranked[np.cumsum(p[ranked]) - p[ranked] > top_p]] = 0
+    p /= p.sum()
     assert counts[p == 0].sum() == 0
     named = np.flatnonzero(p > 0.002)
-    rest = [counts.sum() - counts[named].sum()], [1 - p[named].sum()]
+    rest = ([counts.sum() - counts[named].sum()], [1 - p[named].sum()]) if top_p == 1 else ([], [])
     statistic = chi_square([*counts[named], *rest[0]], [*p[named], *rest[1]])
-    degrees = len(named)
-    assert degrees > 20
+    degrees = len(named) - (top_p < 1)
+    assert degrees > (20 if top_p == 1 else 10)
     assert statistic < degrees + 3.1 * (2 * degrees) ** 0.5 + 5, "about p = 0.001"
 
 
@@ -402,4 +405,15 @@ def test_requests_are_cut_into_batches_by_prompt_length_and_keep_their_order_wit
         ["request-1", "request-3"],
         ["request-2", "request-0"],
         ["request-4"],
+    ]
+
+
+def test_batches_have_one_prompt_length_where_that_leaves_them_eight_rows() -> None:
+    requests = make_requests(40, lengths=(3, 3, 3, 7, 5))
+    chunks = [[len(r.prompt_ids) for r in chunk] for chunk in request_chunks(requests, 20)]
+    assert chunks == [[3] * 20, [3] * 4 + [5] * 8, [7] * 8]
+    assert [len(chunk) for chunk in request_chunks(make_requests(10, lengths=(1, 2, 3, 4, 5)), 64)] == [8, 2]
+    assert [[len(r.prompt_ids) for r in chunk] for chunk in request_chunks(make_requests(18, lengths=(4, 2)), 64)] == [
+        [2] * 9,
+        [4] * 9,
     ]

@@ -1,0 +1,724 @@
+"""What rollouts cost against the published loop: tokens a second, forwards, memory, and that the tokens are the same.
+
+    python benchmarks/rollout.py         # CPU, some minutes; docs/results/rollout.json and .md
+    python benchmarks/rollout.py --gpu   # 7.6 B parameters with random weights on one GPU, under eight minutes
+    python benchmarks/rollout.py --rounds 1 --arms reference "reference, sorted nucleus" --write /tmp/rollout
+
+The published loop is written below from its description: every step computes all positions and their logits, shifts
+them, sorts the nucleus of every masked position and draws a token for each. Ours is the code of a run; arms leave one
+part of it out. Arms take turns; a ratio is of two times of the same round.
+
+On a GPU sixteen steps stand for 256: each commits sixteen tokens a row, so that the shares of masked positions
+are those of the whole loop, and the time is multiplied by sixteen. `--gpu` has not been run: no GPU was there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from common import ROOT, environment
+from torch import Tensor
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from coupled.rl import readout, vocabulary
+from coupled.rl.checkpoint import open_policy
+from coupled.rl.data import encode_prompts, load_tasks
+from coupled.rl.denoise import Request, keyed_draws
+from coupled.rl.engine import InlineEngine, roll_out
+from coupled.rl.evaluate import sampler_of
+from coupled.rl.families import FAMILIES
+from coupled.rl.policy import Policy
+from coupled.rl.readout import chunks, draw_tokens
+from coupled.rl.recipe import PRESETS, load_recipe
+from coupled.rl.sampler import Sampler, Step, plan_steps, unmask_counts
+from coupled.rl.types import Rollout
+
+SHAPES = {
+    "small": {
+        "vocab_size": 32768,
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+    },
+    "dream-7b": {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+    },
+}
+MASK_ID, END_ID, PAD_ID, FIRST_TOKEN = 4, 3, 0, 5
+TEMPERATURE, SEED = 1.0, 0
+LOGIT_SPREAD = 5.0
+"""Standard deviation of the logits: with it some positions are sure and some are not, as with trained models."""
+LEAST_SPEEDUP = 2.0
+FLOORS = {"plain": 121, "masked": 128, "block 32": 1707, "block 4": 10082}
+"""Tokens a second at 100 % of one H200 (docs/method.md, section 6): everywhere, masked rows only; blocks
+(32: of ten rows as of 64, it is bound by arithmetic)."""
+GPU_STEPS = 16
+
+
+# --- the published loop, from its description -------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def published_loop(policy: Policy, requests: list[Request], sampler: Sampler, draw: Callable[..., Tensor]) -> Tensor:
+    """Canvases [B, C]. `draw(logp, step, is_masked)` gives a token for every masked position."""
+    longest = max(len(r.prompt_ids) for r in requests)
+    rows = [
+        [PAD_ID] * (longest - len(r.prompt_ids)) + list(r.prompt_ids) + [MASK_ID] * sampler.canvas for r in requests
+    ]
+    x = torch.tensor(rows, device=policy.device)
+    pads = torch.tensor([longest - len(r.prompt_ids) for r in requests], device=policy.device)
+    place = torch.arange(x.shape[1], device=policy.device) - pads[:, None]
+    dtype = policy.model.dtype
+    mask = torch.zeros((len(x), 1, 1, x.shape[1]), dtype=dtype, device=x.device)
+    mask = mask.masked_fill((place < 0)[:, None, None], torch.finfo(dtype).min)
+    for step, count in enumerate(unmask_counts(sampler.canvas, sampler.denoising_steps)):
+        is_masked = x == MASK_ID
+        logits = policy.model(input_ids=x, attention_mask=mask, position_ids=place.clamp(min=0)).logits
+        logits = torch.cat((logits[:, :1], logits[:, :-1]), dim=1)[is_masked]
+        logits[:, MASK_ID] = -torch.inf
+        logits[:, policy.num_vocabulary :] = -torch.inf
+        if sampler.temperature:
+            logits = logits / sampler.temperature
+        if sampler.top_p < 1:
+            ordered, order = torch.sort(logits, descending=True)
+            is_out = ordered.softmax(-1).cumsum(-1) > sampler.top_p
+            is_out[:, 1:] = is_out[:, :-1].clone()
+            is_out[:, 0] = False
+            is_out = torch.zeros_like(is_out).scatter(-1, order, is_out)
+            logits = logits.masked_fill(is_out, torch.finfo(logits.dtype).min)
+        p = logits.softmax(-1)
+        tokens = draw(p, step, is_masked) if sampler.temperature else p.argmax(-1)
+        confidence = torch.full(x.shape, -torch.inf, dtype=p.dtype, device=x.device)
+        confidence[is_masked] = (p * (p + 1e-10).log()).sum(-1)
+        proposed = x.clone()
+        proposed[is_masked] = tokens
+        chosen = confidence.topk(count, dim=-1).indices
+        x.scatter_(1, chosen, proposed.gather(1, chosen))
+    return x[:, longest:]
+
+
+def drawn_by_torch(p: Tensor, step: int, is_masked: Tensor) -> Tensor:
+    """As published."""
+    return torch.distributions.Categorical(probs=p, validate_args=False).sample()
+
+
+def drawn_by_key(requests: list[Request], sampler: Sampler) -> Callable[..., Tensor]:
+    """With the random numbers of our rollouts, so that the tokens can be compared."""
+    draws = keyed_draws(requests, sampler, SEED)[0]
+
+    def draw(p: Tensor, step: int, is_masked: Tensor) -> Tensor:
+        row, place = is_masked[:, -sampler.canvas :].nonzero(as_tuple=True)
+        return draw_tokens(p.log(), draws[row.cpu(), step, place.cpu()].to(p.device))
+
+    return draw
+
+
+# --- the parts that an arm leaves out ---------------------------------------------------------------------------------
+
+
+def sorted_nucleus(logits: Tensor, top_p: float) -> Tensor:
+    """The nucleus by sorting."""
+    if top_p >= 1:
+        return logits
+    ordered, order = logits.sort(dim=-1, descending=True)
+    before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+    return logits.masked_fill(torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before > top_p), -torch.inf)
+
+
+def read_everything(head: Any, hidden: Tensor, sampler: Sampler, tokens: Tensor, order: Tensor, **_: Tensor) -> Any:
+    """Filtered distributions of all positions: no bounds."""
+    parts = []
+    for rows in chunks(head, hidden):
+        logits = readout._tempered(head, hidden[rows], sampler, readout.FORBIDDEN)
+        parts.append(readout._statistics(readout._filtered(logits, sampler), sampler, order[rows]))
+    return readout.Reading.joined(parts)
+
+
+def read_and_draw_everything(
+    head: Any, hidden: Tensor, sampler: Sampler, tokens: Tensor, order: Tensor, **_: Tensor
+) -> Any:
+    """Also a token for every position, before any is chosen."""
+    parts = []
+    for rows in chunks(head, hidden):
+        logp = readout.distribution(head, hidden[rows], sampler)
+        entropy = readout.entropy_of(logp)
+        parts.append((entropy, logp.amax(-1).exp(), draw_tokens(logp, tokens[rows])))
+    entropy, best, drawn = (torch.cat(column) for column in zip(*parts, strict=True))
+    return readout.Reading(confidence=-entropy, entropy=entropy, best_probability=best, best_token=None, tokens=drawn)
+
+
+def all_steps(sampler: Sampler) -> list[Step]:
+    """With those that commit nothing."""
+    known = {step.number: step for step in plan_steps(sampler)}
+    whole = slice(0, sampler.canvas)
+    return [
+        known.get(i) or Step(number=i, block=whole, count=0, is_refresh=False) for i in range(sampler.denoising_steps)
+    ]
+
+
+def every_row(policy: Policy, ids: Tensor, pad_lengths: Tensor, wanted: Tensor) -> Tensor:
+    """Logits of all positions are made, too; the wanted ones are what is used."""
+    everywhere = torch.ones_like(wanted)
+    everywhere[:, : policy.family.shift] = False
+    hidden = policy.hidden_at(ids, pad_lengths, everywhere)
+    for rows in chunks(policy.head, hidden):
+        vocabulary.project(policy.head, hidden[rows])
+    return hidden[wanted[everywhere]]
+
+
+def each_row(policy: Policy, ids: Tensor, pad_lengths: Tensor, wanted: Tensor) -> Tensor:
+    """Equal inputs are computed again and again."""
+    return policy.hidden_at(ids, pad_lengths, wanted)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to roll out. `settings` are the sampler's; `patches` stand for parts of the code."""
+
+    name: str
+    baseline: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    patches: tuple[tuple[str, Any], ...] = ()
+    is_published: bool = False
+    is_same: bool = True
+    """The tokens are those of its baseline."""
+
+
+NUCLEUS, WHOLE = "published loop", "published loop, top-p 1"
+REFERENCE = dict(PRESETS["reference"])
+READ, STATES = "coupled.rl.denoise.read_out", "coupled.rl.denoise.distinct_states"
+RANDOM_ARMS = (
+    Arm(name=NUCLEUS, baseline=NUCLEUS, settings=REFERENCE, is_published=True),
+    Arm(name=WHOLE, baseline=WHOLE, is_published=True),
+    Arm(name="reference", baseline=NUCLEUS, settings=REFERENCE),
+    Arm(name="rl", baseline=WHOLE),
+    Arm(name="reference, logits everywhere", baseline=NUCLEUS, settings=REFERENCE, patches=((STATES, every_row),)),
+    Arm(
+        name="reference, a token for every position",
+        baseline=NUCLEUS,
+        settings=REFERENCE,
+        patches=((READ, read_and_draw_everything),),
+    ),
+    Arm(name="reference, no bounds", baseline=NUCLEUS, settings=REFERENCE, patches=((READ, read_everything),)),
+    Arm(
+        name="reference, sorted nucleus",
+        baseline=NUCLEUS,
+        settings=REFERENCE,
+        patches=(("coupled.rl.readout.nucleus", sorted_nucleus),),
+    ),
+    Arm(
+        name="reference, no bounds, sorted nucleus",
+        baseline=NUCLEUS,
+        settings=REFERENCE,
+        patches=((READ, read_everything), ("coupled.rl.readout.nucleus", sorted_nucleus)),
+    ),
+    Arm(name="rl, nothing shared", baseline=WHOLE, patches=((STATES, each_row),)),
+    Arm(name="rl, empty steps run", baseline=WHOLE, patches=(("coupled.rl.denoise.plan_steps", all_steps),)),
+    Arm(
+        name="rl, logits not in chunks",
+        baseline=WHOLE,
+        patches=(("coupled.rl.readout.CHUNK_LOGITS", {"cpu": 2**60, "cuda": 2**60}),),
+    ),
+    Arm(name="fast", baseline=WHOLE, settings=dict(PRESETS["fast"]), is_same=False),
+    Arm(name="approximate: two tokens a step", baseline=WHOLE, settings={"denoising_steps": 2}, is_same=False),
+    Arm(name="approximate: threshold .9", baseline=WHOLE, settings={"confidence_threshold": 0.9}, is_same=False),
+    Arm(name="approximate: prefix cache", baseline=WHOLE, settings={"cache": "prefix"}, is_same=False),
+    Arm(name="approximate: dual cache", baseline=WHOLE, settings={"cache": "dual", "block_length": 8}, is_same=False),
+)
+OURS = "rl"
+EMBEDDED_ARMS = (
+    Arm(name="rl", baseline="rl"),
+    Arm(name="rl, to the end of the canvas", baseline="rl", settings={"has_early_exit": False}, is_same=False),
+    Arm(name="rl, padded", baseline="rl", patches=(("coupled.rl.engine.FEWEST_ROWS", 10**9),)),
+    Arm(name="rl, nothing shared", baseline="rl", patches=((STATES, each_row),)),
+    Arm(name="fast", baseline="rl", settings=dict(PRESETS["fast"]), is_same=False),
+)
+GPU_ARMS = tuple(arm for arm in RANDOM_ARMS if "chunks" not in arm.name)
+
+
+# --- the problems -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """Requests for a policy, and how they are decoded."""
+
+    policy: Policy
+    requests: list[Request]
+    sampler: Sampler
+    batch_size: int
+
+    def sampler_of(self, arm: Arm) -> Sampler:
+        settings = dict(arm.settings)
+        if "denoising_steps" in settings:  # tokens a step
+            settings["denoising_steps"] = self.sampler.denoising_steps // settings["denoising_steps"]
+        return replace(self.sampler, **settings)
+
+    def generate(self, sampler: Sampler) -> list[Rollout]:
+        return InlineEngine(self.policy, self.batch_size).generate(self.requests, sampler, seed=SEED)
+
+
+class _Tokenizer:
+    """What a policy asks of one."""
+
+    mask_token_id, eos_token_id, pad_token_id = MASK_ID, END_ID, PAD_ID
+
+    def __init__(self, num_tokens: int) -> None:
+        self._num_tokens = num_tokens
+
+    def __len__(self) -> int:
+        return self._num_tokens
+
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
+    def decode(self, ids: list[int], **_: bool) -> str:
+        return " ".join(map(str, ids))
+
+
+def random_policy(shape: str, device: str, block_length: int | None = None) -> Policy:
+    """Random weights of a shape; the head such that positions differ in how sure they are. No completion ends."""
+    values = SHAPES[shape]
+    config = Qwen2Config(**values, tie_word_embeddings=False, is_causal=False, use_cache=False)
+    config._attn_implementation = "eager" if device == "cpu" else "sdpa"
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        model = Qwen2ForCausalLM(config).to(dtype).eval()
+    stream = torch.Generator(device).manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 2:
+                wide = LOGIT_SPREAD / values["hidden_size"] ** 0.5 if "lm_head" in name else 0.04
+                parameter.normal_(0.0, wide, generator=stream)
+    family = replace(FAMILIES["dream"], block_length=block_length, shift=0 if block_length else 1)
+    policy = Policy(model, _Tokenizer(values["vocab_size"] - 100), family, dtype)
+    policy.end_ids = ()
+    return policy
+
+
+def random_problem(policy: Policy, group: int, prompt: int, canvas: int, steps: int) -> Problem:
+    """One group."""
+    ids = torch.randint(FIRST_TOKEN, policy.num_vocabulary, (prompt,), generator=torch.Generator().manual_seed(2))
+    requests = [Request(uid=f"row-{i}", prompt_ids=tuple(ids.tolist())) for i in range(group)]
+    sampler = Sampler(canvas=canvas, denoising_steps=steps, temperature=TEMPERATURE)
+    return Problem(policy=policy, requests=requests, sampler=sampler, batch_size=group)
+
+
+def embedded_problem(num_prompts: int) -> Problem:
+    """A step of the quickstart: real prompts of several lengths, completions that end."""
+    recipe = load_recipe("quickstart")
+    policy = open_policy(recipe.model, recipe.seed)
+    prompts = encode_prompts(load_tasks(recipe.data), policy.tokenizer, recipe.data.max_prompt_tokens)
+    chosen = [prompts[37 * i % len(prompts)] for i in range(num_prompts)]
+    requests = [
+        Request(uid=f"{i}/{k}", prompt_ids=p.token_ids)
+        for i, p in enumerate(chosen)
+        for k in range(recipe.rollout.group_size)
+    ]
+    return Problem(policy=policy, requests=requests, sampler=sampler_of(recipe), batch_size=recipe.rollout.batch_size)
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def prepared(arm: Arm) -> Iterator[None]:
+    """The library as the arm wants it."""
+    with ExitStack() as stack:
+        for target, stand_in in arm.patches:
+            stack.enter_context(patch(target, stand_in))
+        yield
+
+
+def canvases(problem: Problem, arm: Arm, *, is_keyed: bool) -> np.ndarray:
+    """What the arm decodes, [B, C]."""
+    sampler = problem.sampler_of(arm)
+    if arm.is_published:
+        draw = drawn_by_key(problem.requests, sampler) if is_keyed else drawn_by_torch
+        return published_loop(problem.policy, problem.requests, sampler, draw).cpu().numpy()
+    return np.stack([r.canvas_ids for r in problem.generate(sampler)])
+
+
+@contextmanager
+def counted(policy: Policy, found: dict[str, int]) -> Iterator[None]:
+    """Positions that pass through the body, passes, and rows of logits."""
+    body, head = policy._base.model, policy._base.lm_head
+
+    def of_body(_: Any, arguments: Any, keywords: dict[str, Any]) -> None:
+        found["passes"] += 1
+        found["positions"] += keywords["input_ids"].numel()
+
+    def of_head(_: Any, arguments: tuple[Tensor, ...]) -> None:
+        found["rows"] += arguments[0].shape[:-1].numel()
+
+    hooks = (body.register_forward_pre_hook(of_body, with_kwargs=True), head.register_forward_pre_hook(of_head))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def check(problem: Problem, arms: list[Arm]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Once each, with the same random numbers: counts, and the share of tokens that are the baseline's."""
+    kept: dict[str, np.ndarray] = {}
+    for arm in arms:
+        counts = {"passes": 0, "positions": 0, "rows": 0}
+        with prepared(arm), counted(problem.policy, counts):
+            made = canvases(problem, arm, is_keyed=True)
+        kept[arm.name] = made
+        tokens = settled_tokens(problem, made)
+        same = float((made == kept[arm.baseline])[tokens].mean())
+        if arm.is_same and problem.policy.device.type == "cpu" and same < 1:
+            raise SystemExit(f"{arm.name}: only {same:.4f} of the tokens are those of {arm.baseline}")
+        yield arm.name, {"counts": counts, "tokens": int(tokens.sum()), "same": same}
+
+
+def settled_tokens(problem: Problem, made: np.ndarray) -> np.ndarray:
+    """Positions up to the first end token of each row."""
+    is_end = np.isin(made, problem.policy.end_ids)
+    return is_end.cumsum(-1) - is_end == 0
+
+
+def measure_time(problem: Problem, arms: list[Arm], rounds: int, scale: int = 1) -> dict[str, list[float]]:
+    """Seconds, all arms in turn."""
+    found: dict[str, list[float]] = {arm.name: [] for arm in arms}
+    for _ in range(rounds):
+        for arm in arms:
+            with prepared(arm):
+                synchronize(problem)
+                started = time.perf_counter()
+                canvases(problem, arm, is_keyed=False)
+                synchronize(problem)
+                found[arm.name].append(scale * (time.perf_counter() - started))
+    return found
+
+
+def synchronize(problem: Problem) -> None:
+    if problem.policy.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure_memory(problem: Problem, arms: list[Arm], steps: int) -> Iterator[tuple[str, float]]:
+    """MB that an arm adds, at its first steps, which are its largest."""
+    few = replace(problem, sampler=replace(problem.sampler, denoising_steps=steps))
+    for arm in arms:
+        if "denoising_steps" in arm.settings:
+            continue
+        with prepared(arm):
+            canvases(few, arm, is_keyed=False)
+            before = level(problem, starts_anew=True)
+            canvases(few, arm, is_keyed=False)
+            yield arm.name, level(problem, starts_anew=False) - before
+
+
+def level(problem: Problem, *, starts_anew: bool) -> float:
+    """Memory in use now, from where the high-water mark then starts anew; or else that mark. MB."""
+    if problem.policy.device.type == "cuda":
+        if not starts_anew:
+            return torch.cuda.max_memory_allocated() / 2**20
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**20
+    if starts_anew:
+        Path("/proc/self/clear_refs").write_text("5")
+    name = "VmRSS:" if starts_anew else "VmHWM:"
+    (line,) = (row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(name))
+    return int(line.split()[1]) / 1024
+
+
+def profile(problem: Problem, arm: Arm) -> list[dict[str, Any]]:
+    """Where the time of an arm goes: the eight operations that take most."""
+    is_gpu = problem.policy.device.type == "cuda"
+    kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if is_gpu else [])]
+    few = replace(problem, sampler=replace(problem.sampler, denoising_steps=4))
+    with prepared(arm), torch.profiler.profile(activities=kinds) as found:
+        canvases(few, arm, is_keyed=False)
+        synchronize(problem)
+    rows = [
+        (event.key, event.self_device_time_total if is_gpu else event.self_cpu_time_total)
+        for event in found.key_averages()
+    ]
+    total = sum(spent for _, spent in rows)
+    return [{"operation": name, "share": spent / total} for name, spent in sorted(rows, key=lambda r: -r[1])[:8]]
+
+
+def memory_in_child(given: argparse.Namespace, arms: list[Arm]) -> dict[str, float]:
+    """In a process whose allocator gives freed blocks back at once."""
+    settings = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": str(2**16)}
+    sizes = [str(given.group), str(given.prompt), str(given.canvas)]
+    names = [arm.name for arm in arms]
+    command = [sys.executable, __file__, "--child", json.dumps([*sizes, names])]
+    done = subprocess.run(command, env=os.environ | settings, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def child(text: str) -> None:
+    """What `memory_in_child` starts."""
+    *sizes, names = json.loads(text)
+    group, prompt, canvas = map(int, sizes)
+    torch.set_num_threads(1)
+    problem = random_problem(random_policy("small", "cpu"), group, prompt, canvas, canvas)
+    print(json.dumps(dict(measure_memory(problem, [a for a in RANDOM_ARMS if a.name in names], steps=2))))
+
+
+# --- a GPU ------------------------------------------------------------------------------------------------------------
+
+
+def gpu_arm(arm: Arm) -> Arm:
+    """With blocks of 32, as usual."""
+    return replace(arm, settings=arm.settings | {"block_length": 32}) if "block_length" in arm.settings else arm
+
+
+def measure_gpu(report: dict[str, Any]) -> None:
+    """Everything that the page wants of a GPU, the most important first."""
+    policy = random_policy("dream-7b", "cuda")
+    for group, rounds in ((10, 3), (64, 1)):
+        few = random_problem(policy, group, 200, 256, GPU_STEPS)
+        whole = random_problem(policy, group, 200, 256, 256)
+        arms = [gpu_arm(arm) for arm in GPU_ARMS if group == 10 or arm.name in (NUCLEUS, WHOLE, "reference", "rl")]
+        rows: dict[str, Any] = {arm.name: {"base": arm.baseline} for arm in arms}
+        part = report["parts"][f"G = {group}"] = {
+            "rows": rows,
+            "about": "7.6 B random weights, prompt 200, canvas 256, bfloat16. The floors of docs/method.md at 100 % of "
+            f"an H200, tokens/s: {FLOORS['plain']} with all logits, {FLOORS['masked']} with masked rows only.",
+        }
+        measure_time(few, [arm for arm in arms if arm.name == OURS], 1)  # libraries and kernels
+        for arm in arms:
+            # What a step does there depends on the steps before, so that all of them are done, once.
+            is_whole = "cache" in arm.settings or few.sampler_of(arm).is_parallel
+            problem, repeats, scale = (whole, 1, 1) if is_whole else (few, rounds, 256 // GPU_STEPS)
+            before = level(problem, starts_anew=True)
+            try:
+                seconds = measure_time(problem, [arm], repeats, scale)[arm.name]
+            except torch.cuda.OutOfMemoryError:
+                rows[arm.name]["failed"] = "out of memory"
+                torch.cuda.empty_cache()
+                continue
+            extra = level(problem, starts_anew=False) - before
+            rows[arm.name] |= {"seconds": seconds, "tokens": group * 256, "memory_mb": extra}
+            print(f"G={group} {arm.name:45} {group * 256 / statistics.median(seconds):9.1f} tok/s", flush=True)
+        part["profile"] = profile(few, next(arm for arm in arms if arm.name == OURS))
+    for length in (4, 32):
+        policy.family = replace(policy.family, block_length=length, shift=0)
+        problem = random_problem(policy, 64, 200, 64, 64)
+        roll_out(policy, problem.requests[:2], problem.sampler, seed=SEED)
+        seconds = measure_time(problem, [Arm(name=f"block {length}", baseline="")], 2)[f"block {length}"]
+        rows = {f"block {length}": {"base": None, "seconds": seconds, "tokens": 64 * 64}}
+        report["parts"][f"block {length}, 64 rows"] = {
+            "rows": rows,
+            "about": f"random weights, prompt 200, canvas 64; floor {FLOORS[f'block {length}']} tokens/s at 64 rows",
+        }
+        print(f"block {length}: {64 * 64 / statistics.median(seconds):.0f} tok/s, floor {FLOORS[f'block {length}']}")
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    """Median and range."""
+    middle, low, high = (f"{x:.{digits}f}" for x in (statistics.median(values), min(values), max(values)))
+    return f"{middle} ({low}–{high})"
+
+
+def speedups(rows: dict[str, Any], name: str) -> list[float]:
+    """Tokens a second beside the baseline's, round by round."""
+    row, base = rows[name], rows.get(rows[name]["base"] or "", {})
+    if any(name not in part for name in ("seconds", "tokens") for part in (row, base)):
+        return []
+    per_second = row["tokens"] / base["tokens"]
+    return [per_second * its / mine for mine, its in zip(row["seconds"], base["seconds"], strict=False)]
+
+
+def table(part: dict[str, Any]) -> list[str]:
+    """A row per arm."""
+    columns = (
+        "arm",
+        "tokens/s, median (range)",
+        "times its baseline",
+        "baseline",
+        "positions computed per token",
+        "rows of logits per token",
+        "added memory, MB",
+        "tokens as the baseline's",
+    )
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    for name, row in part["rows"].items():
+        rates = [row["tokens"] / s for s in row.get("seconds", []) if "tokens" in row]
+        ratio, counts = speedups(part["rows"], name), row.get("counts")
+        lines.append(
+            f"| {name} | {spread(rates, 1) if rates else row.get('failed', '–')} | {spread(ratio) if ratio else '–'} | "
+            f"{row['base'] or '–'} | "
+            + (
+                f"{counts['positions'] / row['tokens']:.0f} | {counts['rows'] / row['tokens']:.1f} | "
+                if counts
+                else "– | – | "
+            )
+            + (f"{row['memory_mb']:.0f} | " if "memory_mb" in row else "– | ")
+            + (f"{100 * row['same']:.1f} % |" if "same" in row else "– |")
+        )
+    return lines
+
+
+def verdicts(report: dict[str, Any]) -> list[str]:
+    """The bars that were measured."""
+    found = []
+    for name, part in report["parts"].items():
+        for arm in ("rl", "reference"):
+            if arm in part["rows"] and name.startswith("random"):
+                ratios = speedups(part["rows"], arm)
+                if not ratios:
+                    continue
+                ratio = statistics.median(ratios)
+                word = "held" if ratio >= LEAST_SPEEDUP else "MISSED"
+                found.append(
+                    f"{arm}: {ratio:.2f} times the published loop at the same tokens (bar {LEAST_SPEEDUP:g}): {word}"
+                )
+    if not report["runs"][-1]["gpu"]:
+        found.append("not measured on a GPU: none was there; `python benchmarks/rollout.py --gpu` measures it all")
+    return found
+
+
+def page(report: dict[str, Any]) -> str:
+    """docs/results/rollout.md."""
+    lines = [
+        "# What rollouts cost",
+        "",
+        "Made by `benchmarks/rollout.py`; every number is in [rollout.json](rollout.json). What the parts are:",
+        "[rollout.md](../rollout.md).",
+        "",
+        *(f"* {line}" for line in verdicts(report)),
+    ]
+    for name, part in report["parts"].items():
+        lines += ["", f"## {name}", "", part["about"], "", *table(part)]
+        if "profile" in part:
+            shares = ", ".join(f"{row['operation']} {100 * row['share']:.0f} %" for row in part["profile"])
+            lines += ["", f"Where the time of `{OURS}` goes: {shares}."]
+    lines += [
+        "",
+        "An arm below a preset leaves out what it names. Positions count columns of every forward pass, rows of logits "
+        "are counted as often as they are made. Tokens are compared with the same random numbers; the published loop "
+        "is timed with torch's own. Memory is the high-water mark of the resident set less the set before, in two "
+        "steps, with an allocator that gives freed blocks back at once.",
+        "",
+    ]
+    for run in report["runs"]:
+        lines.append(f"* `{run['command']}` at commit {run['commit']}, load {run['load']}, threads {run['threads']}")
+    where = report["runs"][-1]
+    hardware = where["gpu"] or "no GPU"
+    lines.append(
+        f"* hardware: {where['cores']} cores of an {where['processor']}, {hardware}; Python {where['python']}, torch "
+        f"{where['torch']}"
+    )
+    return "\n".join([*lines, ""])
+
+
+def measure_cpu(report: dict[str, Any], given: argparse.Namespace) -> None:
+    """The random model with a large vocabulary, then the embedded one."""
+    random = random_problem(random_policy("small", "cpu"), given.group, given.prompt, given.canvas, given.canvas)
+    arms = [a for a in RANDOM_ARMS if given.arms is None or a.name in given.arms or a.name in (NUCLEUS, WHOLE)]
+    parameters = sum(p.numel() for p in random.policy.model.parameters())
+    about = (
+        f"One group of {given.group}, prompt {given.prompt}, canvas {given.canvas} in as many steps, "
+        f"{parameters / 1e6:.0f} M random weights, vocabulary 32768, float32; no completion ends."
+    )
+    parts = [("random weights", about, random, arms)]
+    if given.arms is None:
+        about = (
+            "A step of the quickstart: 16 prompts × 8, canvas 40 in 20 steps, completions that end. The published loop "
+            "is not here; the baseline is the default."
+        )
+        parts.append(("the embedded model", about, embedded_problem(16), list(EMBEDDED_ARMS)))
+    for name, about, problem, chosen in parts:
+        part = report["parts"].setdefault(name, {"about": about, "rows": {arm.name: {} for arm in chosen}})
+        rows = part["rows"]
+        for arm in chosen:
+            rows.setdefault(arm.name, {})["base"] = arm.baseline
+        if given.only != "time":
+            for arm_name, found in check(problem, chosen):
+                rows[arm_name] |= found
+                print(f"{name}: {arm_name:45} {100 * found['same']:.1f} % of the tokens", flush=True)
+            if problem is random:
+                for arm_name, extra in memory_in_child(given, chosen).items():
+                    rows[arm_name]["memory_mb"] = extra
+            write(report, given.write)
+        if given.only != "check":
+            for arm_name, seconds in measure_time(problem, chosen, given.rounds).items():
+                rows[arm_name]["seconds"] = seconds
+                print(f"{name}: {arm_name:45} {statistics.median(seconds):9.1f} s", flush=True)
+            for arm in chosen:
+                if arm.name == OURS:
+                    part["profile"] = profile(problem, arm)
+        write(report, given.write)
+
+
+def write(report: dict[str, Any], to: Path) -> None:
+    """What there is so far."""
+    to.parent.mkdir(parents=True, exist_ok=True)
+    to.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
+    to.with_suffix(".md").write_text(page(report))
+
+
+def main() -> None:
+    """Measure, print the tables, write the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", action="store_true", help="7.6 B random weights on one GPU")
+    parser.add_argument("--group", type=int, default=4)
+    parser.add_argument("--prompt", type=int, default=12, help="with the canvas in the proportion of 200 to 256")
+    parser.add_argument("--canvas", type=int, default=16)
+    parser.add_argument(
+        "--only",
+        choices=["check", "time"],
+        help="add the equality, counts and memory, or the times, to what is written",
+    )
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="fewer on a busy machine")
+    parser.add_argument("--arms", nargs="*", help="default: all")
+    parser.add_argument("--write", type=Path, default=ROOT / "docs" / "results" / "rollout", help="without suffix")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        child(given.child)
+        return
+    torch.set_num_threads(given.threads)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    if given.gpu and gpu is None:
+        raise SystemExit("--gpu needs a GPU that torch can use; `coupled doctor` says what it sees")
+    run = environment() | {"gpu": gpu, "load": f"{os.getloadavg()[1]:.1f}", "threads": given.threads}
+    report: dict[str, Any] = {"parts": {}, "runs": [], "floors": FLOORS}
+    if given.only and given.write.with_suffix(".json").is_file():
+        report = json.loads(given.write.with_suffix(".json").read_text())
+    report["runs"].append(run)
+    if given.gpu:
+        given.write = given.write.with_name(given.write.name + "-gpu") if given.write.name == "rollout" else given.write
+        measure_gpu(report)
+    else:
+        measure_cpu(report, given)
+    write(report, given.write)
+    for part in report["parts"].values():
+        print("\n".join(table(part)))
+    print("\n".join(verdicts(report)))
+
+
+if __name__ == "__main__":
+    main()
