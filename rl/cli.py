@@ -1,4 +1,4 @@
-"""The command line: train, eval, sample, analyze, report, sandbox run, doctor, schema."""
+"""The command line: train, eval, sample, analyze, report, sandbox run, top, doctor, schema."""
 
 from __future__ import annotations
 
@@ -234,6 +234,32 @@ def sandbox_run(
     else:
         console.print(trial.as_table())
     raise typer.Exit(0 if trial.has_passed else 1 if trial.is_judged else 2)
+
+
+@app.command()
+def top(
+    run: Annotated[Path, typer.Argument(help="run folder")],
+    watch: Annotated[bool, typer.Option(help="show it anew every second, until Ctrl-C")] = True,
+) -> None:
+    """Show a run's workers: who is there, who has what, and what is waited for longest."""
+    from coupled.rl.cluster.top import show, view_of
+    from coupled.rl.events import FILE
+    from coupled.rl.rundir import read_rows
+
+    if not (run / FILE).is_file():
+        raise CoupledError(f"{run} holds no {FILE}: give the folder of a run that trains or has trained")
+    is_live = watch and console.is_terminal
+    try:
+        while True:
+            shown = show(view_of(read_rows(run / FILE)), time.time())
+            if is_live:
+                console.clear()
+            console.print(shown, highlight=False)
+            if not is_live:
+                return
+            time.sleep(1.0)
+    except KeyboardInterrupt:
+        raise typer.Exit(0) from None
 
 
 @app.command()

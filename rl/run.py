@@ -31,7 +31,7 @@ from coupled.rl.cluster.open import open_engine
 from coupled.rl.cluster.rollouts import ClusterEngine
 from coupled.rl.data import encode_prompts, load_tasks, rows_of_step
 from coupled.rl.denoise import Request
-from coupled.rl.errors import DataError, RecipeError, SaveError
+from coupled.rl.errors import DataError, RecipeError, RolloutError, SaveError
 from coupled.rl.evaluate import Evaluation, evaluate, sampler_of
 from coupled.rl.events import EventLog
 from coupled.rl.gradient_checkpointing import checkpoint_gradients
@@ -161,6 +161,11 @@ class Run:
             lost = ", ".join(prompts[place].task.uid for place in range(len(prompts)) if place not in whole)
             self._console.print(
                 f"step {step}: no rollouts of {lost}, see events.jsonl; they are left out", highlight=False
+            )
+        if not whole:
+            raise RolloutError(
+                f"step {step} has no prompt all of whose completions could be made; events.jsonl says what ended the "
+                "workers. Look at the memory they have; lower rollout.batch_size"
             )
         prompts = [prompts[place] for place in whole]
         made = [found[uid] for place in whole for uid in uids[place]]

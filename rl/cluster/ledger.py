@@ -152,6 +152,7 @@ class Ledger:
             return False
         job = attempt.job
         entry = job.entry
+        self._tell("scored", key=entry.unit.key, part=job.part, worker=attempt.holder)
         again = []
         for place, score in zip(job.part, scores, strict=True):
             if self._is_infra(score) and job.num_infra + 1 < INFRA_BUDGET:
@@ -274,7 +275,6 @@ class Ledger:
         entry.num_open -= 1
         if entry.num_open == 0:
             entry.state = State.SCORED
-            self._tell("scored", key=entry.unit.key)
 
     def _quarantine(self, job: Job, reason: str) -> None:
         """Rollouts: the unit is left out. Scores: its samples are masked, which is not a score of 0."""

@@ -47,7 +47,8 @@ class RayTransport:
         calls = list(calls)
         done, _ = self._ray.wait(calls, num_returns=1, timeout=max(0.0, timeout))
         if done and len(calls) > 1:
-            done, _ = self._ray.wait(calls, num_returns=len(calls), timeout=0)
+            all_done, _ = self._ray.wait(calls, num_returns=len(calls), timeout=0)
+            done = all_done or done
         return list(done)
 
     def result(self, call: Any) -> Any:

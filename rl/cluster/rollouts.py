@@ -158,7 +158,8 @@ class ClusterEngine:
         self._version = 0
         self._num_calls = 0
         self._states: dict[int, dict[str, Tensor]] = {}
-        self._digests: dict[int, str] = {}
+        self._keeps_states = lag > 0
+        self._sent: list[int] = []
         self._make: Callable[[int], list[Batch]] = lambda step: []
         self._last = 0
         pool = PoolSpec(
@@ -197,9 +198,10 @@ class ClusterEngine:
         if self._carrier is None:
             self._publish(version, None, LIVE)
             return
-        # A copy: the policy's tensors go on changing.
-        state = {name: tensor.clone() for name, tensor in policy.trainable_state().items()}
-        self.load_state(state, version)
+        state = policy.trainable_state()
+        if self._keeps_states:  # `old` may be scored under them later: a copy, for the policy's tensors go on changing
+            self._states[version] = {name: tensor.clone() for name, tensor in state.items()}
+        self._publish(version, self._carrier.send(state, version), digest_of(state))
 
     def close(self) -> None:
         """End the workers, and what they ran on when nobody else uses it."""
@@ -234,6 +236,7 @@ class ClusterEngine:
     def load_state(self, state: dict[str, Tensor], version: int) -> None:
         """As `load_weights`, for weights of a checkpoint."""
         assert self._carrier is not None, "live weights have one version"
+        self._keeps_states = True  # a step that was under way when the run was interrupted needs them
         self._states[version] = state
         self._publish(version, self._carrier.send(state, version), digest_of(state))
 
@@ -259,7 +262,7 @@ class ClusterEngine:
             RolloutError: not one is left.
         """
         self._runtime.ask(lambda c: c.issue(self._units_of, self._last))
-        entries = self._runtime.collect(self._coordinator.ledger.keys_of(step))
+        entries = self._runtime.collect(self._runtime.ask(lambda c: c.ledger.keys_of(step)))
         return _made(entries, is_all_needed=False)
 
     def trained(self, step: int) -> None:
@@ -297,8 +300,10 @@ class ClusterEngine:
     def _publish(self, version: int, handle: Any, digest: str) -> None:
         weights = Weights(version=version, handle=handle, digest=digest)
         kept = self._runtime.ask(lambda c: c.publish(weights))
-        for old in [v for v in self._states if v not in kept]:
-            del self._states[old]
+        self._sent.append(version)
+        for old in [v for v in self._sent if v not in kept]:
+            self._sent.remove(old)
+            self._states.pop(old, None)
             if self._carrier is not None:
                 self._carrier.drop(old)
 

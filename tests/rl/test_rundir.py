@@ -355,7 +355,7 @@ def test_a_process_that_was_replaced_cannot_commit(tmp_path: Path) -> None:
     zombie = open_run_dir(recipe)
     zombie.commit(1, write_weights)
     heir = open_run_dir(recipe, resume=str(zombie.path))
-    with pytest.raises(FencedError, match="process 2 has taken over .* since this one, process 1"):
+    with pytest.raises(FencedError, match=r"process 2 has taken over .* since this one, process 1"):
         zombie.commit(2, write_weights)
     heir.commit(2, write_weights)
     assert [path.name for path in committed_checkpoints(heir.checkpoints)] == ["step_000001", "step_000002"]

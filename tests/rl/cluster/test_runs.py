@@ -71,15 +71,11 @@ def test_actors_and_supervisors_that_are_killed_and_stopped_in_mid_step_change_n
     """Two rollout actors and one supervisor: each is killed once and stopped once."""
     monkeypatch.setattr(ray_sandbox, "_patience", lambda jobs: 10.0)
     run = tmp_path / "quickstart-001"
-
-    def hit(worker: str, number: signal.Signals) -> Callable[[list[dict[str, object]]], None]:
-        return lambda found: os.kill(pid_of(found, worker), number)
-
     faults = [
         when(run, is_start_of("train/1/", "roll-0#1"), hit("roll-0#1", signal.SIGKILL)),
         when(run, is_start_of("train/3/", "roll-1#1"), hit("roll-1#1", signal.SIGSTOP)),
-        when(run, is_start_of("programs/2/", "score-0#1"), hit("score-0#1", signal.SIGKILL)),
-        when(run, is_start_of("programs/4/", "score-0#2"), hit("score-0#2", signal.SIGSTOP)),
+        when(run, is_start_of("programs/1/", "score-0#1"), hit("score-0#1", signal.SIGKILL)),
+        when(run, is_start_of("programs/3/", "score-0#2"), hit("score-0#2", signal.SIGSTOP)),
     ]
     result = train(small(tmp_path, "rollout.workers=ray", "rollout.num_workers=2", "sandbox.workers=ray"))
     for fault in faults:
@@ -109,6 +105,10 @@ def when(
     return thread
 
 
+def hit(worker: str, number: signal.Signals) -> Callable[[list[dict[str, object]]], None]:
+    return lambda found: os.kill(pid_of(found, worker), number)
+
+
 def pid_of(found: list[dict[str, object]], worker: str) -> int:
     return next(
         int(str(e["pid"])) for e in reversed(found) if e["event"] == "ready" and str(e["worker"]).startswith(worker)
@@ -131,12 +131,8 @@ def test_processes_that_are_killed_and_stopped_in_mid_step_change_no_number(
 ) -> None:
     run = tmp_path / "quickstart-001"
     faults = [
-        when(
-            run, is_start_of("train/2/", "roll-0#1"), lambda found: os.kill(pid_of(found, "roll-0#1"), signal.SIGKILL)
-        ),
-        when(
-            run, is_start_of("train/3/", "roll-1#1"), lambda found: os.kill(pid_of(found, "roll-1#1"), signal.SIGSTOP)
-        ),
+        when(run, is_start_of("train/2/", "roll-0#1"), hit("roll-0#1", signal.SIGKILL)),
+        when(run, is_start_of("train/3/", "roll-1#1"), hit("roll-1#1", signal.SIGSTOP)),
     ]
     result = train(small(tmp_path, *PROCESSES))
     for fault in faults:
