@@ -39,7 +39,7 @@ SPREADS = (0.03, 0.3, 0.8)
 """Standard deviation of a batch's time over its mean: a fixed canvas and fixed steps; decoding that stops by
 confidence; lengths as autoregressive models have them (../shared/docs/cluster.md, section 5)."""
 COMPLETION_SECONDS = {"full canvas, 256 steps": 3.99, "ten times as fast": 0.40}
-"""GPU-seconds that a 7.6 B model takes to roll out one completion: 256 forwards of 6.93 TFLOP at 45 % of 989 TFLOP/s."""
+"""GPU-seconds that a 7.6 B model takes to roll out a completion: 256 forwards of 6.93 TFLOP at 45 % of 989 TFLOP/s."""
 TRAIN_SECONDS = 30 * 6.93 / (989 * 0.40)
 """GPU-seconds of training per completion: 30 forward-equivalents with LoRA (two updates on coupled pairs, the scores
 of old and reference) at 40 %."""
@@ -441,9 +441,9 @@ def page(report: dict[str, Any]) -> str:
     lines = [
         "# Workers outside of the trainer",
         "",
-        "Made by `benchmarks/cluster.py`; all numbers are in [cluster.json](cluster.json). **Simulated** parts run the",
-        "real coordinator in virtual time on durations that are drawn: they say what it does with given durations, not",
-        "how fast hardware is. **Measured** parts are in real time. Mean (smallest–largest) over five seeds unless said.",
+        "Made by `benchmarks/cluster.py`; all numbers are in [cluster.json](cluster.json). **Simulated** parts run",
+        "the real coordinator in virtual time on durations that are drawn: they say what it does with given durations,",
+        "not how fast hardware is. **Measured** parts are in real time. Mean (smallest–largest) over five seeds.",
         "",
     ]
     for part in PARTS:
@@ -480,10 +480,10 @@ def write_overlap(rows: list[dict[str, Any]]) -> list[str]:
     return [
         "## Rolling out ahead (simulated)",
         "",
-        f"Eight workers, {NUM_BATCHES} batches of {BATCH_SECONDS:.0f} s on average in a step. With batches of equal length, overlap gives 2 at",
-        "most where training takes as long as the rollouts, and 1.25 where it takes a quarter; it gives more with unequal",
-        "ones, because workers need not wait for the last batch of a step. `CV` is the standard deviation of a batch's time",
-        "over its mean.",
+        f"Eight workers, {NUM_BATCHES} batches of {BATCH_SECONDS:.0f} s on average in a step. With batches of equal",
+        "length, overlap gives 2 at most where training takes as long as the rollouts, and 1.25 where it takes a",
+        "quarter; it gives more with unequal ones, because workers need not wait for the last batch of a step. `CV` is",
+        "the standard deviation of a batch's time over its mean.",
         "",
         *table(("training takes", "CV", "lag", "speed over lag 0", "workers idle", "trainer waits"), cells),
     ]
@@ -498,9 +498,9 @@ def write_workers(rows: list[dict[str, Any]]) -> list[str]:
     return [
         "## More workers (simulated)",
         "",
-        "Steps per hour over those with one worker, on the same batches. The trainer takes as long as eight workers take",
-        f"for their rollouts: of its lag 0 step, one worker has the trainer wait {8 / 9:.0%}. With a trainer, eight workers",
-        "can bring 4.5 times at lag 0 and 8 times at lag 1.",
+        "Steps per hour over those with one worker, on the same batches. The trainer takes as long as eight workers",
+        "take for their rollouts. With batches of equal length, eight workers bring 8 times alone, 4.5 times with a",
+        "trainer at lag 0, and 8 times with one at lag 1.",
         "",
         *table(("", "CV", "2 workers", "4 workers", "8 workers"), cells),
     ]
@@ -513,11 +513,10 @@ def write_recovery(rows: list[dict[str, Any]]) -> list[str]:
     return [
         "## What a failure costs (simulated)",
         "",
-        "One fault in the sixth of twenty steps, at another moment of it for each seed; seconds that the run takes longer.",
-        f"Eight workers, training takes as long as the rollouts, CV 0.3, `cluster.health: patient`; a worker starts in "
-        f"{START_SECONDS:.0f} s.",
-        "Batches keep their durations, so the difference is the fault's alone. Less than nothing is possible: another",
-        "order of the same batches can end earlier.",
+        "One fault in the sixth of twenty steps, at another moment of it for each seed: seconds that the run takes",
+        "longer. Eight workers, training takes as long as the rollouts, CV 0.3, `cluster.health: patient`; a worker",
+        f"starts in {START_SECONDS:.0f} s. Batches keep their durations, so the difference is the fault's alone;",
+        "another order of the same batches may also end earlier.",
         "",
         *table(("fault", "lag", "seconds added", "a step takes"), cells),
     ]
@@ -538,18 +537,18 @@ def write_scaling(rows: list[dict[str, Any]]) -> list[str]:
                 f"{busiest['batches_per_second'] * busiest['coordinator_ms'] / 1000:.0%}",
             )
         )
+    slow = COMPLETION_SECONDS["full canvas, 256 steps"]
     return [
         "## To 1024 GPUs (a model; the coordinator's own time is measured)",
         "",
-        "LoRA on 7.6 B parameters, prompts of 200 and a canvas of 256 tokens, 16 completions per GPU and step in batches of",
-        f"four. Assumed: an H100 at 45 % of 989 TFLOP/s in rollouts ({COMPLETION_SECONDS['full canvas, 256 steps']} s a",
-        f"completion) and 40 % in training ({TRAIN_SECONDS:.2f} s a completion), perfectly parallel training, CV 0.03, 3 % of",
-        f"the workers 1.4 times slower, {SANDBOX_SECONDS:.0f} s of sandbox after the rollouts, {LOAD_SECONDS:.0f} s to load "
-        "an adapter. One seed, five steps.",
-        "None of this has been run on GPUs. The share of the GPUs' time that is useful stands beside each step time. The last",
-        "columns: the busiest of the three lags, and the processor time that the coordinator really took per batch here. That",
-        "is the whole of ledger, pools and deadlines, without the transport, and does not slow the virtual clock down; above",
-        "100 % one coordinator would.",
+        "LoRA on 7.6 B parameters, prompts of 200 and a canvas of 256 tokens, 16 completions per GPU and step in",
+        f"batches of four. Assumed: an H100 at 45 % of 989 TFLOP/s in rollouts ({slow} s a completion, or a tenth)",
+        f"and at 40 % in training ({TRAIN_SECONDS:.2f} s a completion), perfectly parallel training, CV 0.03, 3 % of the",
+        f"workers 1.4 times slower, {SANDBOX_SECONDS:.0f} s of sandbox after the rollouts, {LOAD_SECONDS:.0f} s to load",
+        "an adapter. One seed, five steps. None of this has been run on GPUs. Beside each step time stands the share of",
+        "the GPUs' time that is useful. The last columns: for the busiest of the three lags, the processor time that the",
+        "coordinator really took per batch here, the whole of ledger, pools and deadlines without the transport. It does",
+        "not slow the virtual clock down; above 100 % of a core, one coordinator would.",
         "",
         *table(
             (
