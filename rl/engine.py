@@ -1,4 +1,4 @@
-"""Rollout engines: who denoises. The policy's own process, or Ray actors (`ray_engine`), with equal results."""
+"""Rollout engines: who denoises. This process, or workers of a run (`cluster/rollouts`), with equal results."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def test_after_a_run_nobody_has_anything_and_the_counts_are_those_of_the_coordin
 
 def test_in_mid_step_it_names_the_oldest_unit_and_who_has_it(tmp_path: Path) -> None:
     run = LoggedRun(0, Faults())
-    while run.coordinator.ledger.counters.num_dispatched < 3:
+    while run.coordinator.ledger.counters.num_dispatched < 2:
         run.pump()
     before = rows(run.events)
     first = next(event for event in before if event["event"] == "start")
