@@ -47,7 +47,7 @@ class RunView:
     """When the latest event was, in seconds since the epoch."""
     pending: dict[str, dict[str, float]] = field(default_factory=lambda: {"roll": {}, "score": {}})
     """Stage → jobs that it is not done with, a unit or one sample of it → since when they are asked for."""
-    rollout_seconds: Counter[int] = field(default_factory=Counter)
+    rollout_seconds: dict[int, float] = field(default_factory=dict)
     """Training step → worker-seconds that its rollouts took."""
     _parts: dict[str, list[int]] = field(default_factory=dict)
     """Unit that is being scored → its samples."""
@@ -130,7 +130,7 @@ class RunView:
     def _rolled(self, unit: str, seconds: float) -> None:
         stream, step, _ = unit.split("/")
         if stream == TRAINING:
-            self.rollout_seconds[int(step)] += seconds
+            self.rollout_seconds[int(step)] = self.rollout_seconds.get(int(step), 0.0) + seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
