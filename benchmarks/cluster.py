@@ -536,7 +536,7 @@ def write_scaling(rows: list[dict[str, Any]]) -> list[str]:
                     next((f"{r['step_seconds']:.1f} s, {r['utilisation']:.0%}" for r in mine if r["lag"] == lag), "")
                     for lag in range(3)
                 ),
-                f"{busiest['batches_per_second']:.0f}",
+                f"{busiest['batches_per_second']:.1f}",
                 f"{busiest['coordinator_ms']:.2f} ms",
                 f"{busiest['batches_per_second'] * busiest['coordinator_ms'] / 1000:.0%}",
             )
@@ -550,11 +550,11 @@ def write_scaling(rows: list[dict[str, Any]]) -> list[str]:
         f"tenth) and at 40 % in training ({TRAIN_SECONDS:.2f} s a completion), perfectly parallel training, CV 0.03,",
         f"3 % of the workers 1.4 times slower, {SANDBOX_SECONDS:.0f} s of sandbox after the rollouts,",
         f"{LOAD_SECONDS:.0f} s to load an adapter. One seed, five steps, beyond 64 GPUs three, with lag 1 only.",
-        "None of this has been run on GPUs. Beside",
-        "each step time stands the share of the GPUs' time that is useful. The last columns: for the busiest of the",
-        "three lags, the processor time that the coordinator really took per batch here, the whole of ledger, pools",
-        "and deadlines without the transport. It does not slow the virtual clock down; above 100 % of a core, one",
-        "coordinator would.",
+        "None of this has been run on GPUs. Beside each step time stands the share of the GPUs' time that is useful.",
+        "With the fast engine a lag hides the rollouts, and what is left is the trainer with the sandbox before it:",
+        "programs of a step are run when all of its rollouts are there. The last columns: for the busiest of the lags,",
+        "the processor time that the coordinator really took per batch here, the whole of ledger, pools and deadlines",
+        "without the transport. It does not slow the virtual clock down; above 100 % of a core, one coordinator would.",
         "",
         *table(
             (
