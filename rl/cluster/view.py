@@ -157,7 +157,7 @@ class Balance:
         return max(1, math.ceil(self.rollout_seconds / self.trainer_seconds - 0.1))
 
 
-def balance_of(run: RunView, rows: Sequence[Mapping[str, float]]) -> Balance | None:
+def balance_of(run: RunView, rows: Sequence[Mapping[str, Any]]) -> Balance | None:
     """From a run's events and the rows of its metrics.jsonl; None while no step is finished, or without workers."""
     recent = [row for row in rows[-RECENT_STEPS:] if "cluster/trainer_idle" in row and row["time/step_seconds"]]
     rollouts = [run.rollout_seconds[int(row["step"])] for row in recent if int(row["step"]) in run.rollout_seconds]
