@@ -266,25 +266,16 @@ def sandbox_run(
 @app.command()
 def top(
     run: Annotated[Path, typer.Argument(help="run folder")],
-    watch: Annotated[bool, typer.Option(help="show it anew every second, until Ctrl-C")] = True,
+    once: Annotated[bool, typer.Option("--once", help="print it once; default on a terminal: every second")] = False,
 ) -> None:
-    """Show a run's workers: who is there, who has what, and what is waited for longest."""
-    from coupled.rl.cluster.top import show, view_of
-    from coupled.rl.events import FILE
-    from coupled.rl.rundir import read_rows
+    """Show a run's workers: who has what, what waits, which side waits for the other, and what has gone wrong."""
+    from coupled.rl.cluster.top import has_events
+    from coupled.rl.cluster.top import top as show_run
 
-    if not (run / FILE).is_file():
-        raise CoupledError(f"{run} holds no {FILE}: give the folder of a run that trains or has trained")
-    is_live = watch and console.is_terminal
+    if not has_events(run):
+        raise CoupledError(f"{run} holds no events.jsonl: give the folder of an RL run that trains or has trained")
     try:
-        while True:
-            shown = show(view_of(read_rows(run / FILE)), time.time())
-            if is_live:
-                console.clear()
-            console.print(shown, highlight=False)
-            if not is_live:
-                return
-            time.sleep(1.0)
+        show_run(run, console, is_live=console.is_terminal and not once)
     except KeyboardInterrupt:
         raise typer.Exit(0) from None
 

@@ -113,8 +113,12 @@ class Coordinator:
     def submit(self, units: Iterable[Unit]) -> None:
         """Units outside of training: done at once, before everything else."""
         self._mark_start()
+        units = list(units)
         for unit in units:
             self.ledger.add(unit)
+        if units:
+            first, stage = units[0], "score" if units[0].work is None else "roll"
+            self._tell("submit", stream=first.key.stream, step=first.key.step, stage=stage, units=len(units))
         self.dispatch()
 
     def take(self, keys: Sequence[GroupKey]) -> list[Entry]:
@@ -309,9 +313,10 @@ class Coordinator:
         assert step == self._next_step, f"steps are issued in order: {step} where {self._next_step} is next"
         self._next_step = step + 1
         self._mark_start()
-        for unit in make(step, version):
+        units = make(step, version)
+        for unit in units:
             self.ledger.add(unit)
-        self._tell("issue", step=step, version=version)
+        self._tell("issue", step=step, version=version, units=len(units))
 
     def _mark_start(self) -> None:
         """The stall watchdog counts from here when nothing was under way: nobody may have pumped for hours."""
