@@ -51,6 +51,7 @@ def test_the_lag_falls_to_zero_after_two_steps_of_too_large_a_mismatch_in_a_row(
     assert "rollouts run ahead no more (lag 0)" in " ".join(capsys.readouterr().out.split())
 
 
+@torch.no_grad()
 def test_old_is_scored_under_the_weights_that_rolled_out_and_the_policy_is_left_as_it_was(
     tiny_policy: MakePolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,7 +59,7 @@ def test_old_is_scored_under_the_weights_that_rolled_out_and_the_policy_is_left_
     run, batch = toy_run(policy, tmp_path, loss={"kl_beta": 0.0}), make_batch()
     masks = draw_masks(batch, run.recipe.estimator, (0, "mask", 1, 0))
     monkeypatch.setattr(ClusterEngine, "state_of", lambda self, version: earlier.trainable_state())
-    wanted = run._scores(earlier, batch, masks)
+    wanted = run.learner.scores(earlier, batch, masks)
     before = digest_of(policy.trainable_state())
     run._version, run._staleness = 3, 1
     for is_first in (True, False):
@@ -66,7 +67,7 @@ def test_old_is_scored_under_the_weights_that_rolled_out_and_the_policy_is_left_
         assert old is not None
         assert torch.equal(old, wanted)
     assert digest_of(policy.trainable_state()) == before
-    assert not torch.equal(wanted, run._scores(policy, batch, masks))
+    assert not torch.equal(wanted, run.learner.scores(policy, batch, masks))
     run._staleness = 0
     assert run.anchor(batch, masks, is_first=True).old is None, "on-policy, the update's own scores serve"
 
