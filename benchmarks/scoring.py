@@ -191,6 +191,9 @@ class _Tokenizer:
     def __len__(self) -> int:
         return self._num_tokens
 
+    def get_vocab(self) -> dict[str, int]:
+        return {}
+
 
 def make_batch(size: Size) -> TrainBatch:
     """One group: a prompt, and G completions that reach the end of the canvas."""
