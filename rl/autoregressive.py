@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from coupled.rl.denoise import Request, Sampler, completion_length
+from coupled.rl.denoise import Request, Sampler, completion_length, make_rollout
 from coupled.rl.engine import request_chunks
 from coupled.rl.errors import CheckpointError
 from coupled.rl.families import family_of
@@ -140,7 +140,7 @@ def _generate(model: CausalModel, requests: list[Request], sampler: Sampler, see
 def _rollout(
     model: CausalModel, request: Request, ids: np.ndarray, logp: np.ndarray, entropy: np.ndarray, sampler: Sampler
 ) -> Rollout:
-    length, has_end = completion_length(ids, model.end_ids)
+    length, _ = completion_length(ids, model.end_ids)
     canvas_ids = np.full(sampler.canvas, model.pad_id, dtype=np.int64)
     canvas_ids[:length] = ids[:length]
     step = np.full(sampler.canvas, -1, dtype=np.int32)
@@ -148,20 +148,8 @@ def _rollout(
     kept = [np.zeros(sampler.canvas, dtype=np.float32) for _ in range(2)]
     for array, values in zip(kept, (logp, entropy), strict=True):
         array[:length] = values[:length]
-    text_ids = ids[: length - 1] if has_end else ids[:length]
-    return Rollout(
-        uid=request.uid,
-        prompt_ids=request.prompt_ids,
-        canvas_ids=canvas_ids,
-        completion_length=length,
-        text=model.tokenizer.decode(text_ids.tolist(), skip_special_tokens=True),
-        finish_reason="end" if has_end else "length",
-        commit_step=step,
-        commit_logp=kept[0],
-        commit_entropy=kept[1],
-        num_forwards=length,
-        weight_version=0,
-        sampler_hash=sampler.hash,
+    return make_rollout(
+        model, request, canvas_ids, step, kept[0], kept[1], num_forwards=length, weight_version=0, sampler=sampler
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from coupled.rl.attention import left_padded, may_attend
-from coupled.rl.denoise import is_settled, keyed_draws, make_rollout
+from coupled.rl.denoise import Record, is_settled, keyed_draws
 from coupled.rl.errors import RolloutError
 from coupled.rl.policy import Policy
 from coupled.rl.readout import Choice, choose_positions, choose_tokens, read_out
@@ -98,13 +98,13 @@ def denoise_blocks(
     cache, before = _read_prompts(policy, requests, line.start, block_length)
     num_steps = steps_per_block(sampler, block_length)
     draws = keyed_draws(requests, sampler, seed, num_steps=block_length).to(policy.device)
-    record = _Record(line, policy)
+    rows = _Rows(line, policy)
     live = torch.arange(len(requests), device=policy.device)
     for block in range(line.ids.shape[1] // block_length):
         columns = slice(block * block_length, (block + 1) * block_length)
-        masked_at_first = record.is_masked(live, columns).sum(-1)
+        masked_at_first = rows.is_masked(live, columns).sum(-1)
         for step in range(block_length):
-            is_masked = record.is_masked(live, columns)
+            is_masked = rows.is_masked(live, columns)
             if not is_masked.any():
                 break
             hidden = _states_of_block(policy, line, cache, live, columns, is_masked, before)
@@ -123,15 +123,15 @@ def denoise_blocks(
             picked = chosen[row_of, column_of]
             tokens = None if reading.tokens is None else reading.tokens[picked]
             choice = choose_tokens(policy.head, hidden[picked], sampler, token_draws[picked], tokens)
-            record.commit(
+            rows.commit(
                 rows=live[row_of[picked]], places=place[picked], choice=choice, step=block * block_length + step
             )
-            record.forwards[live[is_masked.any(-1)]] += 1
+            rows.forwards[live[is_masked.any(-1)]] += 1
             if watch is not None:
-                watch(block * block_length + step, record.canvas_ids.cpu().numpy())
+                watch(block * block_length + step, rows.canvas_ids.cpu().numpy())
         stays = torch.ones_like(live, dtype=torch.bool)
         if sampler.has_early_exit:
-            stays = ~is_settled(record.canvas_ids[live], policy.mask_id, policy.end_ids)
+            stays = ~is_settled(rows.canvas_ids[live], policy.mask_id, policy.end_ids)
         live = live[stays]
         if len(live) == 0:
             break
@@ -139,58 +139,39 @@ def denoise_blocks(
             cache = DynamicCache()  # one that holds nothing does not forget how many rows it was used with
         cache.batch_select_indices(stays.nonzero()[:, 0])
         before = _commit_block(policy, line, cache, live, columns)
-        record.forwards[live] += 1
-    return [record.rollout(row, request, weight_version, sampler) for row, request in enumerate(requests)]
+        rows.forwards[live] += 1
+    return [rows.rollout(row, request, weight_version, sampler) for row, request in enumerate(requests)]
 
 
-class _Record:
-    """What has become of the canvases, row by row."""
+class _Rows:
+    """The rows of a batch, and what has become of their canvases."""
 
     def __init__(self, line: Line, policy: Policy) -> None:
         self._line = line
-        self._policy = policy
-        size = (len(line.start), line.canvas)
-        device = line.ids.device
-        self.canvas_ids = torch.full(size, policy.mask_id, device=device)
-        self.forwards = torch.zeros(size[0], dtype=torch.int64, device=device)
-        self._step = torch.full(size, -1, dtype=torch.int32, device=device)
-        self._logp = torch.zeros(size, device=device)
-        self._entropy = torch.zeros(size, device=device)
-        self._kl_bound = torch.zeros(size[0], device=device)
+        self._mask_id = policy.mask_id
+        self._record = Record(policy, len(line.start), line.canvas)
+        self.canvas_ids = torch.full((len(line.start), line.canvas), policy.mask_id, device=line.ids.device)
+
+    @property
+    def forwards(self) -> Int[Tensor, " R"]:
+        """Forward passes of each row so far."""
+        return self._record.forwards
 
     def is_masked(self, rows: Int[Tensor, " R"], columns: slice) -> Bool[Tensor, "R L"]:
         """Canvas positions of a block that are still to be committed."""
         place, is_canvas = self._line.place[rows][:, columns], self._line.is_canvas[rows][:, columns]
         ids = self.canvas_ids[rows].gather(1, place.clamp(0, self._line.canvas - 1))
-        return (ids == self._policy.mask_id) & is_canvas
+        return (ids == self._mask_id) & is_canvas
 
     def commit(self, *, rows: Int[Tensor, " M"], places: Int[Tensor, " M"], choice: Choice, step: int) -> None:
         """Write down what is committed, row by row, in one step."""
         self.canvas_ids[rows, places] = choice.tokens
         self._line.ids[rows, places + self._line.tail[rows]] = choice.tokens
-        self._step[rows, places] = step
-        self._logp[rows, places] = choice.logp.float()
-        self._entropy[rows, places] = choice.entropy.float()
-        entropy = torch.zeros_like(self._entropy)
-        entropy[rows, places] = choice.entropy.float()
-        self._kl_bound += entropy.sum(-1) - entropy.amax(-1)
+        self._record.commit(rows, places, choice, step)
 
     def rollout(self, row: int, request: Request, weight_version: int, sampler: Sampler) -> Rollout:
         """The record of a finished row."""
-        arrays = (self.canvas_ids, self._step, self._logp, self._entropy)
-        ids, step, logp, entropy = (a[row].cpu().numpy().copy() for a in arrays)
-        return make_rollout(
-            self._policy,
-            request,
-            ids,
-            step,
-            logp,
-            entropy,
-            int(self.forwards[row]),
-            weight_version,
-            sampler,
-            kl_bound=float(self._kl_bound[row]),
-        )
+        return self._record.rollout(row, request, self.canvas_ids[row], weight_version, sampler)
 
 
 def _line_of(policy: Policy, requests: list[Request], canvas: int, block_length: int) -> Line:

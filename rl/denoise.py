@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -155,12 +156,68 @@ def _is_done(canvases: Int[Tensor, "R C"], policy: Policy, sampler: Sampler) -> 
     return ~(canvases == policy.mask_id).any(-1)
 
 
+class Record:
+    """When and how surely the positions of B canvases were committed, and what that took."""
+
+    def __init__(self, policy: Policy, num_rows: int, canvas: int) -> None:
+        self._policy = policy
+        size, device = (num_rows, canvas), policy.device
+        self.forwards = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        self._step = torch.full(size, -1, dtype=torch.int32, device=device)
+        self._logp = torch.zeros(size, device=device)
+        self._entropy = torch.zeros(size, device=device)
+        self._kl_bound = torch.zeros(num_rows, device=device)
+        self._fill_bound = torch.zeros(num_rows, device=device)
+
+    def commit(
+        self,
+        rows: Int[Tensor, " M"],
+        places: Int[Tensor, " M"],
+        choice: Choice,
+        step: int,
+        *,
+        is_filled: Bool[Tensor, " M"] | None = None,
+    ) -> None:
+        """Write down M positions of one step; those that are filled bring no entropy, but their own bound."""
+        committed = choice.entropy.float()
+        self._step[rows, places] = step
+        self._logp[rows, places] = choice.logp.float()
+        self._entropy[rows, places] = committed
+        if is_filled is not None:
+            missing = torch.where(is_filled, -torch.expm1(choice.logp), 0.0)
+            self._fill_bound.index_add_(0, rows, missing.float())
+            committed = torch.where(is_filled, 0.0, committed)
+        entropy = torch.zeros_like(self._entropy)
+        entropy[rows, places] = committed
+        self._kl_bound += entropy.sum(-1) - entropy.amax(-1)
+
+    def rollout(
+        self, row: int, request: Request, canvas_ids: Int[Tensor, " C"], weight_version: int, sampler: Sampler
+    ) -> Rollout:
+        """What a finished row has become."""
+        arrays = (canvas_ids, self._step[row], self._logp[row], self._entropy[row])
+        ids, step, logp, entropy = (array.cpu().numpy().copy() for array in arrays)
+        return make_rollout(
+            self._policy,
+            request,
+            ids,
+            step,
+            logp,
+            entropy,
+            int(self.forwards[row]),
+            weight_version,
+            sampler,
+            kl_bound=float(self._kl_bound[row]),
+            fill_bound=float(self._fill_bound[row]),
+        )
+
+
 class _Rows:
     """The rows of a batch, and what has become of their canvases."""
 
     def __init__(self, policy: Policy, requests: list[Request], canvas: int) -> None:
         self._policy = policy
-        device, size = policy.device, (len(requests), canvas)
+        device = policy.device
         lengths = [len(r.prompt_ids) for r in requests]
         self.prompt_width = max(lengths)
         self.pad_lengths = torch.tensor([self.prompt_width - length for length in lengths], device=device)
@@ -170,12 +227,7 @@ class _Rows:
             self.ids[row, :pad] = policy.pad_id
             self.ids[row, pad : self.prompt_width] = torch.tensor(request.prompt_ids, device=device)
         self.end_ids = torch.tensor(policy.end_ids, device=device)
-        self._step = torch.full(size, -1, dtype=torch.int32, device=device)
-        self._logp = torch.zeros(size, device=device)
-        self._entropy = torch.zeros(size, device=device)
-        self._forwards = torch.zeros(len(requests), dtype=torch.int64, device=device)
-        self._kl_bound = torch.zeros(len(requests), device=device)
-        self._fill_bound = torch.zeros(len(requests), device=device)
+        self._record = Record(policy, len(requests), canvas)
 
     @property
     def canvas_ids(self) -> Int[Tensor, "B C"]:
@@ -186,34 +238,12 @@ class _Rows:
         row_of, place = commit.is_chosen.nonzero(as_tuple=True)
         row, choice = here[row_of], commit.choice
         self.ids[row, self.prompt_width + place] = choice.tokens
-        self._step[row, place] = step.number
-        self._logp[row, place] = choice.logp.to(self._logp.dtype)
-        self._entropy[row, place] = choice.entropy.to(self._entropy.dtype)
-        self._forwards[here] += 1
-        is_filled = commit.is_filled[commit.is_chosen]
-        entropy = self._entropy.new_zeros(commit.is_chosen.shape)
-        entropy[commit.is_chosen] = torch.where(is_filled, 0.0, choice.entropy.to(entropy.dtype))
-        self._kl_bound[here] += entropy.sum(-1) - entropy.amax(-1)
-        missing = torch.where(is_filled, -torch.expm1(choice.logp), 0.0)
-        self._fill_bound.index_add_(0, row, missing.to(self._fill_bound.dtype))
+        self._record.forwards[here] += 1
+        self._record.commit(row, place, choice, step.number, is_filled=commit.is_filled[commit.is_chosen])
 
     def rollout(self, row: int, request: Request, weight_version: int, sampler: Sampler) -> Rollout:
         """The record of a finished row."""
-        arrays = (self.canvas_ids, self._step, self._logp, self._entropy)
-        ids, step, logp, entropy = (array[row].cpu().numpy().copy() for array in arrays)
-        return make_rollout(
-            self._policy,
-            request,
-            ids,
-            step,
-            logp,
-            entropy,
-            int(self._forwards[row]),
-            weight_version,
-            sampler,
-            kl_bound=float(self._kl_bound[row]),
-            fill_bound=float(self._fill_bound[row]),
-        )
+        return self._record.rollout(row, request, self.canvas_ids[row], weight_version, sampler)
 
 
 def is_settled(canvas: Int[Tensor, "B C"], mask_id: int, end_ids: tuple[int, ...]) -> Tensor:
@@ -238,8 +268,16 @@ def keyed_draws(requests: list[Request], sampler: Sampler, seed: int, num_steps:
     return torch.from_numpy(stacked)
 
 
+@runtime_checkable
+class Speller(Protocol):
+    """What turns token ids into text, and says where it ends: a policy, or a causal model."""
+
+    tokenizer: Any
+    end_ids: tuple[int, ...]
+
+
 def make_rollout(
-    policy: Policy,
+    model: Speller,
     request: Request,
     canvas_ids: np.ndarray,
     commit_step: np.ndarray,
@@ -253,14 +291,14 @@ def make_rollout(
     fill_bound: float = 0.0,
 ) -> Rollout:
     """The record of a finished row. Arrays have one entry per canvas position."""
-    length, has_end = completion_length(canvas_ids, policy.end_ids)
+    length, has_end = completion_length(canvas_ids, model.end_ids)
     text_ids = canvas_ids[: length - 1] if has_end else canvas_ids
     return Rollout(
         uid=request.uid,
         prompt_ids=request.prompt_ids,
         canvas_ids=canvas_ids,
         completion_length=length,
-        text=policy.tokenizer.decode(text_ids.tolist(), skip_special_tokens=True),
+        text=model.tokenizer.decode(text_ids.tolist(), skip_special_tokens=True),
         finish_reason="end" if has_end else "length",
         commit_step=commit_step,
         commit_logp=commit_logp,

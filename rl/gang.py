@@ -8,7 +8,6 @@ other hosts) hands over `Follower`s, so that a rank that ends is noticed at once
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import socket
 import subprocess
@@ -28,7 +27,7 @@ from coupled.rl.checkpoint import pick_device
 from coupled.rl.denoise import Request, Sampler
 from coupled.rl.errors import CoupledError, RankError, RecipeError
 from coupled.rl.learner import Learner, Update
-from coupled.rl.policy import Policy
+from coupled.rl.policy import Policy, digest_of
 from coupled.rl.ranks import Ranks, join, moved
 from coupled.rl.recipe import Recipe
 from coupled.rl.types import Anchor, MaskDraw, Prompt, Rollout, TrainBatch
@@ -336,7 +335,7 @@ def ready(learner: Learner, ranks: Ranks) -> Learner:
     Raises:
         RankError: they do not; on the first rank.
     """
-    found = ranks.gather(None if learner.is_sharded else digest(learner.trainable_state()))
+    found = ranks.gather(None if learner.is_sharded else digest_of(learner.trainable_state()))
     if len(set(found)) > 1:
         odd = [rank for rank, mine in enumerate(found) if mine != found[0]]
         raise RankError(
@@ -344,15 +343,6 @@ def ready(learner: Learner, ranks: Ranks) -> Learner:
             "differ from the first's. Install the same torch and peft everywhere, and give all the same checkpoint"
         )
     return learner
-
-
-def digest(state: dict[str, Tensor]) -> str:
-    """Equal for equal tensors of equal names."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        found.update(name.encode())
-        found.update(tensor.contiguous().view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
 
 
 def is_of_connections(text: str) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -354,6 +355,16 @@ class Policy:
 def before(rows: Bool[Tensor, "B S"]) -> Bool[Tensor, "B S"]:
     """The positions one to the left of `rows`. Example: [0, 1, 1, 0] → [1, 1, 0, 0]."""
     return torch.cat((rows[:, 1:], torch.zeros_like(rows[:, :1])), dim=1)
+
+
+def digest_of(state: dict[str, Tensor]) -> str:
+    """Names weights by their contents: equal digests, equal names, types, shapes and values."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].contiguous()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import runtime_checkable
 from unittest.mock import patch
 
@@ -37,6 +40,7 @@ runtime_checkable(coupled.rl.cluster.transport.Transport)
 runtime_checkable(coupled.rl.cluster.transport.Carrier)
 
 torch.set_num_threads(1)
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 PAD, END, MASK, UNKNOWN = "<pad>", "<end>", "<mask>", "?"
 ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789 \n"
@@ -133,3 +137,23 @@ def tiny_folder(tiny_policy: MakePolicy, tmp_path: Path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture(scope="session")
+def load_benchmark() -> Callable[[str], ModuleType]:
+    """A script of benchmarks/ as a module: `load_benchmark("variance")`."""
+
+    def load(name: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(f"{name}_benchmark", BENCHMARKS / f"{name}.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module  # its dataclasses look themselves up
+        sys.path.insert(0, str(BENCHMARKS))
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            sys.path.remove(str(BENCHMARKS))
+        return module
+
+    return load

@@ -238,10 +238,6 @@ class Ledger:
                 entry.state = State.TRAINED
         return taken
 
-    def issued_steps(self) -> list[int]:
-        """Training steps that are issued and not trained, in order."""
-        return sorted({key.step for key in self.entries if key.stream == TRAINING})
-
     def _is_first(self, attempt: Attempt) -> bool:
         job = attempt.job
         is_late = attempt.is_ended or job.is_done or job.entry.is_done

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import enum
-import statistics
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -116,10 +115,6 @@ class WorkerPool:
         ordered = sorted(self._recent)
         p99 = ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))]
         return max(self._health.least_seconds, 3 * p99)
-
-    def median_seconds(self) -> float:
-        """What an attempt usually takes; 0 before the first."""
-        return statistics.median(self._recent) if self._recent else 0.0
 
     def may_restart(self, worker: Worker, now: float) -> bool:
         """Whether a worker that ended may be started again; False when it ends too often."""

@@ -7,7 +7,6 @@ says what it loaded, and gets no work before that is what was sent.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import socket
 import sys
@@ -33,7 +32,7 @@ from coupled.rl.denoise import Request, Sampler
 from coupled.rl.engine import HasWeights, request_chunks, roll_out
 from coupled.rl.errors import CoupledError, RolloutError
 from coupled.rl.gang import Gang
-from coupled.rl.policy import Policy
+from coupled.rl.policy import Policy, digest_of
 from coupled.rl.recipe import Recipe
 from coupled.rl.types import Rollout
 
@@ -112,16 +111,6 @@ class LiveGang:
 
 
 LIVE = "live"
-
-
-def digest_of(state: dict[str, Tensor]) -> str:
-    """Names weights by their contents: equal digests, equal weights."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 class FileCarrier:

@@ -26,7 +26,6 @@ from coupled.rl.gang import (
     FollowerProcess,
     Gang,
     abort_when_one_ends,
-    digest,
     error_key,
     open_learner,
     ready,
@@ -34,6 +33,7 @@ from coupled.rl.gang import (
 )
 from coupled.rl.learner import Learner
 from coupled.rl.masking import draw_masks
+from coupled.rl.policy import digest_of
 from coupled.rl.ranks import Ranks
 from coupled.rl.recipe import Recipe
 
@@ -143,11 +143,11 @@ def test_a_rank_that_stands_still_is_waited_for_until_the_deadline_and_named(che
 def test_replicas_that_begin_differently_are_refused(tiny_policy: MakePolicy) -> None:
     state = tiny_policy().trainable_state()
     other = tiny_policy(seed=1).trainable_state()
-    assert digest(state) == digest(tiny_policy().trainable_state()) != digest(other)
+    assert digest_of(state) == digest_of(tiny_policy().trainable_state()) != digest_of(other)
 
     class Heard(Ranks):
         def gather(self, item: str) -> list[str]:
-            return [item, digest(other)]
+            return [item, digest_of(other)]
 
     learner = Learner.__new__(Learner)
     learner.policy, learner._shards = tiny_policy(), None

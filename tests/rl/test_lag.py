@@ -10,13 +10,13 @@ import torch
 from toys import MakePolicy, make_batch, make_recipe
 
 from coupled.reward import Task
-from coupled.rl.cluster.rollouts import ClusterEngine, digest_of, inline_engine
+from coupled.rl.cluster.rollouts import ClusterEngine, inline_engine
 from coupled.rl.denoise import Request
 from coupled.rl.errors import RolloutError
 from coupled.rl.evaluate import sampler_of
 from coupled.rl.grading import Grader
 from coupled.rl.masking import draw_masks
-from coupled.rl.policy import Policy
+from coupled.rl.policy import Policy, digest_of
 from coupled.rl.run import Run
 from coupled.rl.rundir import RunDir
 from coupled.rl.types import Group, Prompt, Rollout

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
-import sys
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -19,23 +17,12 @@ from coupled.rl.logprob import estimate_logp
 from coupled.rl.masking import draw_masks
 from coupled.rl.recipe import Estimator
 
-FOLDER = Path(__file__).parents[2] / "benchmarks"
 YS = (2, 0, 1, 1)
 
 
 @pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("variance_benchmark", FOLDER / "variance.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look themselves up
-    sys.path.insert(0, str(FOLDER))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(FOLDER))
-    return module
+def benchmark(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return load_benchmark("variance")
 
 
 def test_the_moments_of_two_and_three_draws_match_the_hand_computation(benchmark: ModuleType) -> None:
