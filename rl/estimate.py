@@ -167,8 +167,8 @@ def memory_gib(recipe: Recipe, shape: Shape, family: Family) -> dict[str, float]
 
 
 def _gathered(recipe: Recipe, shape: Shape, compute_bytes: int) -> int:
-    """Bytes of sharded weights that are whole at a time: what is outside of the layers, in fp32, and of the layers in
-    the compute type all, to roll out or score; in likelihood training two, with the gradients of one and of the outside.
+    """Bytes of sharded weights that are whole at a time: what is outside of the layers, in fp32, and the layers in the
+    compute type, all of them to roll out or score. In likelihood training two, and gradients of one and of the outside.
     """
     outside, layer = shape.parameters - shape.body, shape.body // shape.layers
     if recipe.stage == "rl":
