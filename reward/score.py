@@ -52,8 +52,25 @@ class Scorer:
             spec.key: load_function(spec.path, root or Path()) for spec in functions if spec.path is not None
         }
 
-    def score(self, tasks: Sequence[Task], completions: Sequence[str]) -> list[Verdict]:
+    @property
+    def has_judge(self) -> bool:
+        """Whether programs are run at all."""
+        return self._judge is not None
+
+    def judge(self, tasks: Sequence[Task], completions: Sequence[str]) -> list[Judgement]:
+        """Run the programs alone, for `score`: this can begin before all completions are there.
+
+        Raises UnsupportedTest and ValueError as `score` does.
+        """
+        assert self._judge is not None, "has_judge says whether there is anything to run"
+        return self._judge.judge(tasks, completions)
+
+    def score(
+        self, tasks: Sequence[Task], completions: Sequence[str], judgements: Sequence[Judgement] | None = None
+    ) -> list[Verdict]:
         """Return one verdict per completion; each program runs once, whatever the number of functions.
+
+        `judgements` are those of `judge`, where the programs have been run already.
 
         A sample without a verdict on its program (INFRA) has no score at all: a sum without that part would
         be a reward for something else. Raises RewardError for a user's function that misbehaves,
@@ -64,16 +81,18 @@ class Scorer:
         if not tasks:
             return []
         extractions = [extract(completion) for completion in completions]
-        judgements: Sequence[Judgement | None] = [None] * len(tasks)
-        if self._judge is not None:
-            judgements = self._judge.judge_programs(tasks, [extraction.code for extraction in extractions])
+        judged: Sequence[Judgement | None] = [None] * len(tasks)
+        if judgements is not None:
+            judged = judgements
+        elif self._judge is not None:
+            judged = self._judge.judge_programs(tasks, [extraction.code for extraction in extractions])
         theirs = {
             key: call_function(function, tasks, completions, self._timeout_seconds)
             for key, function in self._users.items()
         }
         return [
             self._verdict(extraction, judgement, {key: scores[index] for key, scores in theirs.items()})
-            for index, (extraction, judgement) in enumerate(zip(extractions, judgements, strict=True))
+            for index, (extraction, judgement) in enumerate(zip(extractions, judged, strict=True))
         ]
 
     def _verdict(

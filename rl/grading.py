@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from coupled.reward import Judge, Judgement, RewardSpec, Scorer, Task, Verdict, plan
 from coupled.rl.recipe import Recipe, Sandbox
@@ -17,6 +18,9 @@ from coupled.sandbox import (
 )
 from coupled.sandbox.pool import require_runnable
 
+MAX_AHEAD = 16
+"""Batches whose programs are run ahead at the same time; the sandbox's workers are fewer, or on many hosts."""
+
 
 class Grader:
     """Scores completions for training, and judges them for evaluation, with sandbox workers of its own."""
@@ -25,10 +29,26 @@ class Grader:
         self._executor = executor
         self._scorer = scorer
         self._judge = judge
+        self._threads = ThreadPoolExecutor(MAX_AHEAD, "judge")
+        self._ahead: dict[str, tuple[Future[list[Judgement]], int]] = {}
 
-    def score(self, tasks: Sequence[Task], completions: Sequence[str]) -> list[Verdict]:
-        """Weighted rewards, one verdict per completion. Raises RewardError when a user's function misbehaves."""
-        return self._scorer.score(tasks, completions)
+    def begin(self, uids: Sequence[str], tasks: Sequence[Task], completions: Sequence[str]) -> None:
+        """Run the programs of completions that will be scored under these uids; returns at once."""
+        if self._scorer.has_judge:
+            batch = self._threads.submit(self._scorer.judge, tasks, completions)
+            self._ahead.update((uid, (batch, place)) for place, uid in enumerate(uids))
+
+    def score(self, tasks: Sequence[Task], completions: Sequence[str], uids: Sequence[str] = ()) -> list[Verdict]:
+        """Weighted rewards, one verdict per completion. Programs that `begin` was given are not run again.
+
+        Raises:
+            RewardError: a user's function misbehaves.
+        """
+        begun = [self._ahead.pop(uid, None) for uid in uids]
+        if not begun or None in begun:
+            return self._scorer.score(tasks, completions)
+        judgements = [batch.result()[place] for batch, place in filter(None, begun)]
+        return self._scorer.score(tasks, completions, judgements)
 
     def judge(self, tasks: Sequence[Task], completions: Sequence[str]) -> list[Judgement]:
         """Hidden tests only, whatever the recipe rewards."""
@@ -41,6 +61,7 @@ class Grader:
     def close(self) -> None:
         """Stop the sandbox workers."""
         self._executor.close()
+        self._threads.shutdown(cancel_futures=True)
 
 
 def open_grader(

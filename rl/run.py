@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from coupled.reward import RewardError
+from coupled.reward import RewardError, Task
 from coupled.rl.advantage import filter_groups, group_advantages
 from coupled.rl.batch import collate, passes_of, refuse_identical_groups, rewards_of
 from coupled.rl.checkpoint import open_policy, read_carried, use_threads, write_carried
@@ -77,6 +77,9 @@ class Run:
         self._metrics = StepMetrics()
         self._progress: Progress | None = None
         self._console = Console(soft_wrap=True)
+        self._cache = grader.cache_statistics()
+        self._tasks: dict[str, Task] = {}
+        """Of the completions that are asked for, by their uid."""
         self._done = 0
         self._under_way: dict[int, int] = {}
         """Steps that were begun before the run was interrupted, and the version of their weights."""
@@ -112,6 +115,7 @@ class Run:
             num_trained=self._done,
             num_steps=self.recipe.num_steps,
             versions=self._under_way,
+            on_rolled=self._begin_to_judge,
         )
         with Progress(self.recipe.num_steps, self._done, title=title, console=self._console) as self._progress:
             for step in range(self._done + 1, self.recipe.num_steps + 1):
@@ -160,10 +164,12 @@ class Run:
         made = [found[uid] for place in whole for uid in uids[place]]
         self._version = made[0].weight_version
         self._staleness = step - 1 - self._version
-        before = self._grader.cache_statistics()
         with self._clock("sandbox"):
-            groups = self._judge(step, prompts, made)
-        self._metrics.of_cache(before, self._grader.cache_statistics())
+            groups = self._judge(step, prompts, made, has_begun=True)
+        for uid in (uid for of_group in uids for uid in of_group):
+            del self._tasks[uid]
+        before, self._cache = self._cache, self._grader.cache_statistics()
+        self._metrics.of_cache(before, self._cache)
         try:
             write_rollouts(self.folder.path, step, groups)
         except OSError as error:
@@ -343,11 +349,17 @@ class Run:
         return f"step-{step}/{place}-{prompt.task.uid}/{sample}"
 
     def _requests_of(self, step: int) -> list[Request]:
-        return [
-            Request(uid=self._uid(step, place, prompt, sample), prompt_ids=prompt.token_ids)
+        named = [
+            (self._uid(step, place, prompt, sample), prompt)
             for place, prompt in enumerate(self._prompts_of(step))
             for sample in self._samples
         ]
+        self._tasks.update((uid, prompt.task) for uid, prompt in named)
+        return [Request(uid=uid, prompt_ids=prompt.token_ids) for uid, prompt in named]
+
+    def _begin_to_judge(self, made: Sequence[Rollout]) -> None:
+        """Run programs while the other batches of their step are still denoised, or an earlier step is trained."""
+        self._grader.begin([r.uid for r in made], [self._tasks[r.uid] for r in made], [r.text for r in made])
 
     def _restore(self, checkpoint: Path, state: dict[str, Any]) -> dict[int, int]:
         """Load the weights that rollouts under way had; returns the version of each of those steps."""
@@ -380,11 +392,13 @@ class Run:
                 highlight=False,
             )
 
-    def _judge(self, step: int, prompts: Sequence[Prompt], made: Sequence[Rollout]) -> list[Group]:
+    def _judge(
+        self, step: int, prompts: Sequence[Prompt], made: Sequence[Rollout], *, has_begun: bool = False
+    ) -> list[Group]:
         size = self.recipe.rollout.group_size
         tasks = [p.task for p in prompts for _ in range(size)]
         try:
-            verdicts = self._grader.score(tasks, [r.text for r in made])
+            verdicts = self._grader.score(tasks, [r.text for r in made], [r.uid for r in made] if has_begun else ())
         except RewardError as error:
             kept = write_rollouts(self.folder.path, step, made)
             raise RewardError(

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -19,6 +20,8 @@ from safetensors.torch import load_file
 
 import coupled.rl.learner
 from coupled.rl import ray_sandbox
+from coupled.rl.cluster import rollouts
+from coupled.rl.grading import Grader
 from coupled.rl.metrics import DETERMINISTIC_EXCEPT
 from coupled.rl.recipe import Recipe, load_recipe
 from coupled.rl.rundir import committed_checkpoints, read_rows
@@ -123,6 +126,29 @@ def is_start_of(key: str, worker: str) -> Callable[[dict[str, object]], bool]:
 def inline(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     """Nobody dies, and nobody could."""
     return train(small(tmp_path_factory.mktemp("inline")))
+
+
+def test_programs_are_run_while_later_batches_are_denoised_and_no_verdict_differs(
+    inline: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    begin, denoise, score = Grader.begin, rollouts.roll_out, Grader.score
+
+    def note(name: str, do: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: Any, **named: Any) -> Any:
+            seen.append(name)
+            return do(*arguments, **named)
+
+        return noted
+
+    monkeypatch.setattr(Grader, "begin", note("run", begin))
+    monkeypatch.setattr(rollouts, "roll_out", note("denoise", denoise))
+    monkeypatch.setattr(Grader, "score", note("score", score))
+    assert_same_run(inline, train(small(tmp_path / "ahead")))
+    del seen[: seen.index("run") - 1]  # the parity check before the first step
+    assert seen == [*["denoise", "run"] * 4, "score"] * 4, "twelve completions, three at a time"
+    monkeypatch.setattr(Grader, "begin", lambda *_: None)
+    assert_same_run(inline, train(small(tmp_path / "afterwards")))
 
 
 @pytest.mark.slow
