@@ -62,6 +62,7 @@ class Grader:
         """Stop the sandbox workers."""
         self._executor.close()
         self._threads.shutdown(cancel_futures=True)
+        self._scorer.close()
 
 
 def open_grader(
@@ -84,7 +85,8 @@ def open_grader(
         _check_tests(tasks, executor.isolation().tier, recipe.reward.allow_weak)
         weak = recipe.reward.allow_weak
         timeout = recipe.reward.timeout_seconds
-        scorer = Scorer(specs, executor, timeout_seconds=timeout, limits=limits, allow_weak=weak)
+        on_error = recipe.reward.on_error
+        scorer = Scorer(specs, executor, timeout_seconds=timeout, on_error=on_error, limits=limits, allow_weak=weak)
     except BaseException:
         executor.close()
         raise

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from coupled.reward import RewardError, Task
+from coupled.reward import RewardError, Status, Task
 from coupled.rl.advantage import filter_groups, group_advantages
 from coupled.rl.batch import collate, passes_of, refuse_identical_groups, rewards_of
 from coupled.rl.checkpoint import open_policy, read_carried, use_threads, write_carried
@@ -40,6 +40,8 @@ from coupled.rl.rollout_log import write_rollouts
 from coupled.rl.rundir import RunDir, open_run_dir
 from coupled.rl.types import Anchor, Group, MaskDraw, Prompt, Rollout, TrainBatch
 
+MAX_BLIND_STEPS = 3
+"""Steps in a row without a single score before the run ends: nothing is learned from them."""
 MAX_FAILED_SAVES = 5
 """Checkpoints in a row that cannot be written before the run ends: what it computes would be lost."""
 
@@ -74,6 +76,7 @@ class Run:
         """Training steps between those and the weights that are there; 0 is on-policy."""
         self._num_mismatched = 0
         self._num_failed_saves = 0
+        self._num_blind = 0
         self._metrics = StepMetrics()
         self._progress: Progress | None = None
         self._console = Console(soft_wrap=True)
@@ -176,10 +179,36 @@ class Run:
             self._console.print(f"alarm: the rollouts of step {step} are not written ({error})", highlight=False)
         refuse_identical_groups(groups)
         self._metrics.of_groups(groups)
+        self._watch_scores(step, groups)
         if not self._sampler.is_exact:
             self._metrics.of_bounds(groups)
         self._compare_with_exact(step, prompts, groups)
         return groups
+
+    def _watch_scores(self, step: int, groups: Sequence[Group]) -> None:
+        """Say why completions that should have a score have none.
+
+        Raises:
+            RolloutError: time after time none of them has one.
+        """
+        verdicts = [verdict for group in groups for verdict in group.verdicts]
+        failed = [verdict for verdict in verdicts if verdict.status is Status.INFRA]
+        if failed:
+            why = failed[0].detail or failed[0].outcome
+            self._events.tell("unscored", step=step, completions=len(failed), why=why[:500])
+            self._console.print(
+                f"alarm: step {step}: {len(failed)} of {len(verdicts)} completions have no score and are left out: "
+                f"{why}",
+                highlight=False,
+                markup=False,
+            )
+        self._num_blind = self._num_blind + 1 if all(verdict.score is None for verdict in verdicts) else 0
+        if self._num_blind >= MAX_BLIND_STEPS:
+            raise RolloutError(
+                f"in {self._num_blind} steps running, to step {step}, not one completion has a score, so nothing is "
+                "learned. Look at the reward functions and the sandbox: `coupled doctor`, `coupled sandbox run`; then "
+                f"continue with resume={self.folder.path}"
+            )
 
     def _compare_with_exact(self, step: int, prompts: Sequence[Prompt], groups: Sequence[Group]) -> None:
         """Decode some groups of the step again, exactly, where that is due, and do what the recipe says of a mismatch.
