@@ -124,6 +124,7 @@ def serve(descriptor: int) -> None:
     threading.Thread(target=_end_with_the_other, daemon=True).start()
     with Connection(descriptor) as connection:
         path, root = connection.recv()
+        sys.path.append(str((Path(root) / path).expanduser().resolve().parent))  # modules beside the user's file
         try:
             function = load_function(path, Path(root))
         except RewardError as error:

@@ -74,6 +74,11 @@ class Scorer:
         """Whether programs are run at all."""
         return self._judge is not None
 
+    @property
+    def patience(self) -> float:
+        """Seconds that the user's functions may take for one batch, when all of them fail time after time."""
+        return len(self._users) * (1 + MAX_FAILURES) * self._timeout_seconds
+
     def judge(self, tasks: Sequence[Task], completions: Sequence[str]) -> list[Judgement]:
         """Run the programs alone, for `score`: this can begin before all completions are there.
 

@@ -54,6 +54,11 @@ class Grader:
         """Hidden tests only, whatever the recipe rewards."""
         return self._judge.judge(tasks, completions)
 
+    def patience(self, tasks: Sequence[Task]) -> float:
+        """Seconds that scoring one completion of each may take when every program uses up its time, twice over."""
+        runs = sum(len(task.hidden_tests) if task.style == "stdio" else 1 for task in tasks)
+        return 2 * runs * self._judge.limits.wall_seconds + self._scorer.patience
+
     def cache_statistics(self) -> CacheStatistics:
         """How many programs had been run before, since this was opened."""
         return self._executor.statistics()

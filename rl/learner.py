@@ -6,7 +6,7 @@ rollouts, cut as one rank would cut them; what they give is added up. Adapters a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,6 +52,8 @@ class Learner:
         scored_at = recipe.estimator.temperature
         self.temperature = recipe.rollout.temperature if scored_at is None else scored_at
         self._ranks = ranks
+        self.on_progress: Callable[[], None] = lambda: None
+        """Called for each part of a long call, by whoever does the work."""
         has_reference = recipe.loss.kl_beta > 0 and recipe.loss.reference != "old"
         is_moving = has_reference and recipe.loss.reference == "synced"
         self._shards: Any = None
@@ -108,10 +110,10 @@ class Learner:
         """s of every row [B, C], each rank scoring some of the micro-batches."""
         estimator, size = self.recipe.estimator, self.recipe.optimizer.micro_batch_size
         all_rows = list(micro_batches(len(batch), size))
-        mine = [
-            estimate_logp(policy, batch.rows(rows), masks.rows(rows), estimator, self.temperature)
-            for rows in self._ranks.share(all_rows)
-        ]
+        mine = []
+        for rows in self._ranks.share(all_rows):
+            self.on_progress()
+            mine.append(estimate_logp(policy, batch.rows(rows), masks.rows(rows), estimator, self.temperature))
         if self._ranks.size == 1:
             return torch.cat(mine)
         found = torch.zeros(batch.valid.shape, device=batch.ids.device)
@@ -126,6 +128,7 @@ class Learner:
         sums: dict[str, float] = {}
         with self._training():
             for rows, is_silent in self._to_train_on(batch):
+                self.on_progress()
                 output = add_gradient(
                     self.policy,
                     batch.rows(rows),
@@ -171,6 +174,7 @@ class Learner:
         made: dict[str, Rollout] = {}
         with self._whole():
             for chunk in self._ranks.share(request_chunks(requests, self.recipe.rollout.batch_size)):
+                self.on_progress()
                 rollouts = roll_out(self.policy, chunk, sampler, seed=seed, weight_version=weight_version)
                 made.update((r.uid, r) for r in rollouts)
         for part in self._ranks.gather(made):

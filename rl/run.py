@@ -21,7 +21,7 @@ from coupled.rl.advantage import filter_groups, group_advantages
 from coupled.rl.batch import collate, passes_of, refuse_identical_groups, rewards_of
 from coupled.rl.checkpoint import open_policy, read_carried, use_threads, write_carried
 from coupled.rl.cluster.open import open_engine
-from coupled.rl.cluster.rollouts import ClusterEngine
+from coupled.rl.cluster.rollouts import HEALTH, ClusterEngine
 from coupled.rl.data import encode_prompts, load_tasks, rows_of_step
 from coupled.rl.denoise import Request
 from coupled.rl.errors import DataError, RecipeError, RolloutError, SaveError
@@ -39,6 +39,7 @@ from coupled.rl.recipe import Recipe
 from coupled.rl.rollout_log import write_rollouts
 from coupled.rl.rundir import RunDir, open_run_dir
 from coupled.rl.types import Anchor, Group, MaskDraw, Prompt, Rollout, TrainBatch
+from coupled.rl.watchdog import Watchdog
 
 MAX_BLIND_STEPS = 3
 """Steps in a row without a single score before the run ends: nothing is learned from them."""
@@ -70,6 +71,8 @@ class Run:
         self._engine = engine
         self.learner = Learner(recipe, policy) if learner is None else learner
         self._events = events or EventLog()
+        self._watchdog = Watchdog(_stall_seconds(recipe), folder.path, state=engine.oldest)
+        self._events.on_result = self.learner.on_progress = self._watchdog.moved
         self._version = 0
         """Of the weights that rolled out the step under way."""
         self._staleness = 0
@@ -97,11 +100,13 @@ class Run:
         engine.load_weights(self.learner, self._done)
 
     def __enter__(self) -> Run:
+        self._watchdog.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._watchdog.close()
         self._engine.close()
         self.learner.close()
         self._grader.close()
@@ -315,7 +320,9 @@ class Run:
             return known
         # Said beforehand: for half a minute nothing else moves on the screen.
         self._console.print(f"evaluating {len(self._held_out)} held-out problems at step {step} ...", highlight=False)
-        found = evaluate(self._engine, self._grader, self._held_out, self.recipe, step=step)
+        tasks = [prompt.task for prompt in self._held_out] * (self.recipe.evaluation.num_samples + 1)
+        with self._watchdog.phase("evaluation", self._grader.patience(tasks)):
+            found = evaluate(self._engine, self._grader, self._held_out, self.recipe, step=step)
         self.folder.log(found.to_row(), file="evaluation.jsonl")
         self._console.print(f"held-out pass@1 at step {step}: {found.headline()}", highlight=False)
         return found
@@ -427,7 +434,8 @@ class Run:
         size = self.recipe.rollout.group_size
         tasks = [p.task for p in prompts for _ in range(size)]
         try:
-            verdicts = self._grader.score(tasks, [r.text for r in made], [r.uid for r in made] if has_begun else ())
+            with self._watchdog.phase("sandbox", self._grader.patience(tasks)):
+                verdicts = self._grader.score(tasks, [r.text for r in made], [r.uid for r in made] if has_begun else ())
         except RewardError as error:
             kept = write_rollouts(self.folder.path, step, made)
             raise RewardError(
@@ -446,7 +454,8 @@ class Run:
     @contextmanager
     def _clock(self, part: str) -> Iterator[None]:
         started = time.perf_counter()
-        yield
+        with self._watchdog.phase(part):
+            yield
         self._metrics.add_seconds(part, time.perf_counter() - started)
 
 
@@ -478,6 +487,14 @@ def open_run(recipe: Recipe, resume: str = "never") -> Run:
         run = Run(recipe, policy, prompts, held_out, grader, folder, engine, learner, events)
         opened.pop_all()
     return run
+
+
+def _stall_seconds(recipe: Recipe) -> float:
+    """So much silence ends the process; coordinator and ranks, which can say more of it, notice it before that."""
+    waits = [HEALTH[recipe.cluster.health].stall_seconds]
+    if recipe.cluster.trainer_ranks > 1:
+        waits.append(recipe.cluster.trainer_timeout_seconds)
+    return 1.5 * max(waits)
 
 
 def _exactness(policy: Policy) -> str:

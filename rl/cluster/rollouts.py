@@ -304,6 +304,10 @@ class ClusterEngine:
         """No more rollouts ahead of training, from the next step that is begun."""
         self._runtime.ask(lambda c: c.admission.fall_back())
 
+    def oldest(self) -> str:
+        """What is waited for, and who has it."""
+        return self._runtime.ask(lambda c: c.oldest())
+
     def take_counters(self) -> Counters:
         """What happened since the last time."""
         return self._runtime.ask(lambda c: c.take_counters())

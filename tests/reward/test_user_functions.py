@@ -138,6 +138,11 @@ def test_a_function_that_ends_or_hangs_is_named_and_is_started_anew_for_the_next
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
+def test_a_function_may_import_the_modules_beside_its_file(tmp_path: Path) -> None:
+    (tmp_path / "helpers.py").write_text("TWO = 2.0\n")
+    assert scores(tmp_path, "from helpers import TWO\ndef score(completions): return [TWO] * 3") == [2.0] * 3
+
+
 def test_a_function_keeps_its_state_and_what_it_prints_is_seen(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -191,6 +191,25 @@ def test_checkpoints_that_cannot_be_written_are_told_and_training_goes_on(
 
 
 @pytest.mark.slow
+def test_a_trainer_that_hangs_ends_with_a_status_that_asks_for_resumption_and_resumes_to_the_same_run(
+    inline: TrainResult, tmp_path: Path
+) -> None:
+    program = (
+        "import sys, time\nfrom coupled.rl import run\nfrom coupled.rl.cli import main\n"
+        "run._stall_seconds = lambda recipe: 6.0\nupdate = run.Run.update\n"
+        "def hang(self, step, *rest):\n    update(self, step, *rest) if step < 3 else self.hangs()\n"
+        "def hangs(self):\n    with self._clock('update'):\n        time.sleep(600)\n"
+        "run.Run.update, run.Run.hangs = hang, hangs\nmain()\n"
+    )
+    command = [sys.executable, "-c", program, "train", str(QUICKSTART), *SMALL, f"output_dir={tmp_path}"]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert done.returncode == 75, done.stderr
+    assert "nothing has moved in 'update' for" in done.stderr
+    assert "in hangs" in (tmp_path / "quickstart-001" / "stalled.txt").read_text()
+    assert_same_run(inline, train(small(tmp_path), resume="auto"))
+
+
+@pytest.mark.slow
 def test_a_run_with_lag_that_is_killed_resumes_to_the_same_batches_and_weights(tmp_path: Path) -> None:
     lag = 2
     ahead = (*PROCESSES, f"cluster.lag={lag}", "num_updates=2", "loss.kl_beta=0.05")
