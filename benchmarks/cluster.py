@@ -44,7 +44,7 @@ TRAIN_SECONDS = 30 * 6.93 / (989 * 0.40)
 """GPU-seconds of training per completion: 30 forward-equivalents with LoRA (two updates on coupled pairs, the scores
 of old and reference) at 40 %."""
 SANDBOX_SECONDS = 10.0
-"""Somebody's program runs into its limit in every large step, and the trainer waits for it."""
+"""Somebody's program runs into its limit in every batch; it is run as soon as its batch is there."""
 START_SECONDS, LOAD_SECONDS = 30.0, 1.0
 """Of a worker: to start with a model, and to load an adapter."""
 BATCH = 16
@@ -65,6 +65,8 @@ class Plan:
     spread: float = 0.3
     train_seconds: float = NUM_BATCHES * BATCH_SECONDS / 8
     """The trainer's part of a step. Default: as long as eight workers need for the rollouts."""
+    judge_seconds: float = 0.0
+    """From the end of a batch until its programs have run; workers and trainer do other things meanwhile."""
     lag: int = 0
     num_steps: int = 20
     slow_share: float = 0.0
@@ -141,7 +143,12 @@ def simulate(plan: Plan, fault: Fault | None = None, at: float = math.inf) -> Re
         method="generate",
         has_weights=True,
     )
-    coordinator = Coordinator(transport, [pool], admission=InOrder(plan.lag), health=PATIENT)
+    judged: dict[GroupKey, float] = {}
+
+    def judge(unit: Unit, payload: Any) -> None:
+        judged[unit.key] = transport.now() + plan.judge_seconds
+
+    coordinator = Coordinator(transport, [pool], admission=InOrder(plan.lag), health=PATIENT, on_rolled=judge)
     spent = 0.0
 
     def pump(until: float = math.inf) -> None:
@@ -176,6 +183,9 @@ def simulate(plan: Plan, fault: Fault | None = None, at: float = math.inf) -> Re
         while not coordinator.ledger.is_done(keys):
             pump()
         coordinator.take(keys)
+        until = max(judged.pop(key) for key in keys)
+        while transport.now() < until:
+            pump(until)
         if step > 2:
             waited += transport.now() - since
         until = transport.now() + plan.train_seconds
@@ -337,7 +347,8 @@ def scaling(sizes: Sequence[int] = (8, 64, 256, 1024)) -> list[dict[str, Any]]:
                     num_batches=num_completions // 4,
                     batch_seconds=4 * seconds,
                     spread=0.03,
-                    train_seconds=num_completions * TRAIN_SECONDS / num_train + SANDBOX_SECONDS,
+                    train_seconds=num_completions * TRAIN_SECONDS / num_train,
+                    judge_seconds=SANDBOX_SECONDS,
                     lag=lag,
                     num_steps=3 if is_large else 5,
                     slow_share=0.03,
@@ -548,13 +559,13 @@ def write_scaling(rows: list[dict[str, Any]]) -> list[str]:
         "LoRA on 7.6 B parameters, prompts of 200 and a canvas of 256 tokens, 16 completions per GPU and step in",
         f"batches of four. Assumed: an H100 at 45 % of 989 TFLOP/s in rollouts ({slow} s a completion, or a",
         f"tenth) and at 40 % in training ({TRAIN_SECONDS:.2f} s a completion), perfectly parallel training, CV 0.03,",
-        f"3 % of the workers 1.4 times slower, {SANDBOX_SECONDS:.0f} s of sandbox after the rollouts,",
+        f"3 % of the workers 1.4 times slower, {SANDBOX_SECONDS:.0f} s of sandbox after each batch,",
         f"{LOAD_SECONDS:.0f} s to load an adapter. One seed, five steps, beyond 64 GPUs three, with lag 1 only.",
         "None of this has been run on GPUs. Beside each step time stands the share of the GPUs' time that is useful.",
-        "With the fast engine a lag hides the rollouts, and what is left is the trainer with the sandbox before it:",
-        "programs of a step are run when all of its rollouts are there. The last columns: for the busiest of the lags,",
-        "the processor time that the coordinator really took per batch here, the whole of ledger, pools and deadlines",
-        "without the transport. It does not slow the virtual clock down; above 100 % of a core, one coordinator would.",
+        "Programs of a batch are run while others are rolled out or trained on. The last columns: for the busiest of",
+        "the lags, the processor time that the coordinator really took per batch here, the whole of ledger, pools and",
+        "deadlines without the transport. It does not slow the virtual clock down; above 100 % of a core, one",
+        "coordinator would.",
         "",
         *table(
             (

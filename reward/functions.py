@@ -14,9 +14,7 @@ import importlib.util
 import inspect
 import math
 import numbers
-import queue
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -92,36 +90,27 @@ def load_function(path: str, root: Path) -> UserFunction:
     return UserFunction(label=path, call=function)
 
 
-def call_function(
-    function: UserFunction, tasks: Sequence[Task], completions: Sequence[str], timeout_seconds: float
-) -> list[float | None]:
+def columns_of(tasks: Sequence[Task], completions: Sequence[str]) -> dict[str, list[Any]]:
+    """Return what a user's function may ask for: name -> one entry per completion."""
+    offered: dict[str, list[Any]] = {name: [getattr(task, name) for task in tasks] for name in _OWN_COLUMNS}
+    names = {name for task in tasks for name in task.columns}
+    offered |= {name: [task.columns.get(name) for task in tasks] for name in sorted(names)}
+    return offered | {"prompts": [task.prompt for task in tasks], "completions": list(completions)}
+
+
+def call_function(function: UserFunction, offered: Mapping[str, list[Any]]) -> list[float | None]:
     """Return the user's score of each completion, checked.
 
-    Runs in a daemon thread, since Python cannot stop a function that hangs. RewardError when it raises (with
-    the traceback), takes longer than `timeout_seconds`, or returns anything but one finite number or None
-    for each.
+    RewardError when it raises (with the traceback), or returns anything but one finite number or None for each.
     """
-    keywords = _arguments(function, tasks, completions)
-    answer: queue.SimpleQueue[tuple[Any, str | None]] = queue.SimpleQueue()
-
-    def work() -> None:
-        try:
-            result = function.call(**keywords)
-            answer.put((asyncio.run(_awaited(result)) if inspect.isawaitable(result) else result, None))
-        except BaseException:  # the border to the user's code: reported below, in the caller's thread
-            answer.put((None, traceback.format_exc()))
-
-    threading.Thread(target=work, daemon=True, name=f"reward {function.label}").start()
+    keywords = _arguments(function, offered)
     try:
-        result, trace = answer.get(timeout=timeout_seconds)
-    except queue.Empty:
-        raise RewardError(
-            f"a reward function must return within reward.timeout_seconds; {function.label} was still "
-            f"running after {timeout_seconds} s on {len(completions)} completions: make it faster or raise the limit"
-        ) from None
-    if trace is not None:
-        raise RewardError(f"the reward function {function.label} raised:\n{trace}")
-    return _checked(function.label, result, len(completions))
+        result = function.call(**keywords)
+        if inspect.isawaitable(result):
+            result = asyncio.run(_awaited(result))
+    except BaseException:  # the border to the user's code, which may also call sys.exit
+        raise RewardError(f"the reward function {function.label} raised:\n{traceback.format_exc()}") from None
+    return _checked(function.label, result, len(offered["completions"]))
 
 
 async def _awaited(awaitable: Any) -> Any:
@@ -145,12 +134,8 @@ def _import_file(file: Path, path: str) -> Any:
     return module
 
 
-def _arguments(function: UserFunction, tasks: Sequence[Task], completions: Sequence[str]) -> dict[str, Any]:
+def _arguments(function: UserFunction, offered: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
     """Return the keyword arguments the signature accepts; RewardError when it requires one we lack."""
-    offered: dict[str, list[Any]] = {name: [getattr(task, name) for task in tasks] for name in _OWN_COLUMNS}
-    names = {name for task in tasks for name in task.columns}
-    offered |= {name: [task.columns.get(name) for task in tasks] for name in sorted(names)}
-    offered |= {"prompts": [task.prompt for task in tasks], "completions": list(completions)}
     parameters = inspect.signature(function.call).parameters.values()
     required = [p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     missing = [name for name in required if name not in offered]
@@ -160,7 +145,7 @@ def _arguments(function: UserFunction, tasks: Sequence[Task], completions: Seque
             f"{function.label} requires {missing[0]!r}: {_nearest(missing[0], offered)}"
         )
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
-        return offered
+        return dict(offered)
     accepted = {p.name for p in parameters}
     return {name: column for name, column in offered.items() if name in accepted}
 

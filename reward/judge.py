@@ -22,7 +22,8 @@ class Judge:
 
     def __init__(self, executor: Executor, limits: Limits | None = None, *, allow_weak: bool = False) -> None:
         self._executor = executor
-        self._limits = limits or Limits()
+        self.limits = limits or Limits()
+        """Of every program."""
         self._allow_weak = allow_weak
         self._expected: dict[_Key, Expected] = {}
 
@@ -45,13 +46,13 @@ class Judge:
         outages = self._learn_expected([task for task, runs in zip(tasks, runnable, strict=True) if runs])
         plans = [plan(task, allow_weak=self._allow_weak, expected=self._expected.get(_key(task))) for task in tasks]
         jobs = {
-            index: plans[index].job(str(program), self._limits)
+            index: plans[index].job(str(program), self.limits)
             for index, program in enumerate(programs)
             if runnable[index] and _key(tasks[index]) not in outages
         }
         runs = self._run(jobs)
         checkers = {
-            index: make(run, self._limits)
+            index: make(run, self.limits)
             for index, run in runs.items()
             if (make := plans[index].checker) and not run.outcome.is_infrastructure
         }

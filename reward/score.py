@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
+from types import TracebackType
+from typing import Literal, Self
 
 from coupled.reward.extract import Extraction, extract
-from coupled.reward.functions import RewardSpec, UserFunction, call_function, load_function
+from coupled.reward.function_process import FunctionProcess
+from coupled.reward.functions import RewardSpec
 from coupled.reward.judge import Judge
 from coupled.reward.types import Judgement, RewardError, Status, Task, Verdict
 from coupled.sandbox import Executor, Limits
@@ -15,11 +19,17 @@ PUBLISHED = (RewardSpec(name="code", weight=2.0), RewardSpec(name="format", weig
 """The published reward: 2.0 x pass rate, counted only when the format is right, plus 0.5 x format."""
 
 
-class Scorer:
-    """Scores completions. The executor stays the caller's to close; without `code` none is needed.
+OnError = Literal["stop", "mask"]
+MAX_FAILURES = 3
+"""So often a user's function that fails is asked about parts of a batch; the rest of the batch is not tried."""
 
-    `timeout_seconds` bounds one call of a user's function; `allow_weak` is the judge's. Raises RewardError for a
-    function that cannot be loaded.
+
+class Scorer:
+    """Scores completions. A context manager; the executor is the caller's to close, and without `code` none is needed.
+
+    `timeout_seconds` bounds one call of a user's function; `on_error` says what one that fails does: `stop` raises
+    RewardError, `mask` leaves the completions that it fails on without a score. `allow_weak` is the judge's. Raises
+    RewardError for a function that cannot be loaded.
     """
 
     def __init__(
@@ -28,6 +38,7 @@ class Scorer:
         executor: Executor | None = None,
         *,
         timeout_seconds: float = 60.0,
+        on_error: OnError = "stop",
         limits: Limits | None = None,
         allow_weak: bool = False,
         root: Path | None = None,
@@ -48,40 +59,123 @@ class Scorer:
             Judge(executor, limits, allow_weak=allow_weak) if "code" in keys and executor is not None else None
         )
         self._timeout_seconds = timeout_seconds
-        self._users: dict[str, UserFunction] = {
-            spec.key: load_function(spec.path, root or Path()) for spec in functions if spec.path is not None
-        }
+        self._on_error = on_error
+        self._users: dict[str, FunctionProcess] = {}
+        try:
+            for spec in functions:
+                if spec.path is not None:
+                    self._users[spec.key] = FunctionProcess(spec.path, root or Path())
+        except BaseException:
+            self.close()
+            raise
 
-    def score(self, tasks: Sequence[Task], completions: Sequence[str]) -> list[Verdict]:
+    @property
+    def has_judge(self) -> bool:
+        """Whether programs are run at all."""
+        return self._judge is not None
+
+    @property
+    def patience(self) -> float:
+        """Seconds that the user's functions may take for one batch, when all of them fail time after time."""
+        return len(self._users) * (1 + MAX_FAILURES) * self._timeout_seconds
+
+    def judge(self, tasks: Sequence[Task], completions: Sequence[str]) -> list[Judgement]:
+        """Run the programs alone, for `score`: this can begin before all completions are there.
+
+        Raises UnsupportedTest and ValueError as `score` does.
+        """
+        assert self._judge is not None, "has_judge says whether there is anything to run"
+        return self._judge.judge(tasks, completions)
+
+    def score(
+        self, tasks: Sequence[Task], completions: Sequence[str], judgements: Sequence[Judgement] | None = None
+    ) -> list[Verdict]:
         """Return one verdict per completion; each program runs once, whatever the number of functions.
 
-        A sample without a verdict on its program (INFRA) has no score at all: a sum without that part would
-        be a reward for something else. Raises RewardError for a user's function that misbehaves,
-        UnsupportedTest for a test that cannot be run, ValueError when the lengths differ.
+        `judgements` are those of `judge`, where the programs have been run already.
+
+        A sample without a verdict on its program, or of a function that failed on it, has no score at all (INFRA): a
+        sum without that part would be a reward for something else. Raises RewardError for a user's function that
+        misbehaves, UnsupportedTest for a test that cannot be run, ValueError when the lengths differ.
         """
         if len(tasks) != len(completions):
             raise ValueError(f"one task per completion; received {len(tasks)} tasks, {len(completions)} completions")
         if not tasks:
             return []
         extractions = [extract(completion) for completion in completions]
-        judgements: Sequence[Judgement | None] = [None] * len(tasks)
-        if self._judge is not None:
-            judgements = self._judge.judge_programs(tasks, [extraction.code for extraction in extractions])
-        theirs = {
-            key: call_function(function, tasks, completions, self._timeout_seconds)
-            for key, function in self._users.items()
-        }
+        judged: Sequence[Judgement | None] = [None] * len(tasks)
+        if judgements is not None:
+            judged = judgements
+        elif self._judge is not None:
+            judged = self._judge.judge_programs(tasks, [extraction.code for extraction in extractions])
+        theirs: dict[str, list[float | None]] = {}
+        failed: dict[int, str] = {}
+        for key, function in self._users.items():
+            theirs[key], why = self._ask(function, tasks, completions)
+            failed |= why
         return [
-            self._verdict(extraction, judgement, {key: scores[index] for key, scores in theirs.items()})
-            for index, (extraction, judgement) in enumerate(zip(extractions, judgements, strict=True))
+            self._verdict(
+                extraction, judgement, {key: scores[index] for key, scores in theirs.items()}, failed.get(index)
+            )
+            for index, (extraction, judgement) in enumerate(zip(extractions, judged, strict=True))
         ]
 
+    def close(self) -> None:
+        """End the processes of the user's functions; harmless when repeated."""
+        for function in self._users.values():
+            function.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _ask(
+        self, function: FunctionProcess, tasks: Sequence[Task], completions: Sequence[str]
+    ) -> tuple[list[float | None], dict[int, str]]:
+        """Return the user's scores, and why there are none for the completions that the function fails on.
+
+        It may have failed over one of them: with `mask` it is asked again prompt by prompt.
+        """
+        try:
+            return function.score(tasks, completions, self._timeout_seconds), {}
+        except RewardError as error:
+            if self._on_error == "stop":
+                raise
+            why = str(error)
+        scores: list[float | None] = [None] * len(tasks)
+        failed: dict[int, str] = {}
+        num_failures = 0
+        groups = [[index for index, _ in group] for _, group in groupby(enumerate(tasks), key=lambda each: each[1].uid)]
+        for places in groups:
+            if len(groups) > 1 and num_failures < MAX_FAILURES:
+                asked = [tasks[place] for place in places], [completions[place] for place in places]
+                try:
+                    found = function.score(*asked, self._timeout_seconds)
+                except RewardError as error:
+                    num_failures += 1
+                    why = str(error)
+                else:
+                    for place, score in zip(places, found, strict=True):
+                        scores[place] = score
+                    continue
+            failed |= dict.fromkeys(places, why)
+        return scores, failed
+
     def _verdict(
-        self, extraction: Extraction, judgement: Judgement | None, theirs: Mapping[str, float | None]
+        self,
+        extraction: Extraction,
+        judgement: Judgement | None,
+        theirs: Mapping[str, float | None],
+        why_not: str | None,
     ) -> Verdict:
         values: dict[str, float | None] = {"format": extraction.format, **theirs}
-        is_infra = judgement is not None and judgement.status is Status.INFRA
-        if judgement is not None and not is_infra:
+        is_judged = judgement is not None and judgement.status is not Status.INFRA
+        is_infra = why_not is not None or (judgement is not None and not is_judged)
+        if judgement is not None and is_judged:
             values["code"] = judgement.pass_rate if extraction.format == 1.0 else 0.0
         parts: dict[str, float] = {}
         for spec in self._functions:
@@ -92,11 +186,11 @@ class Scorer:
         return Verdict(
             score=None if is_infra or not parts else float(total),
             parts=parts,
-            status=judgement.status if judgement else Status.OK,
+            status=Status.INFRA if is_infra else judgement.status if judgement else Status.OK,
             passed=judgement.passed if judgement else 0,
             total=judgement.total if judgement else 0,
             per_test=judgement.per_test if judgement else (),
             outcome=judgement.outcome if judgement else "not_run",
             tier=judgement.tier if judgement else "",
-            detail=judgement.detail if judgement else "",
+            detail=why_not or (judgement.detail if judgement else ""),
         )

@@ -6,10 +6,13 @@ import contextlib
 import json
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
 FILE = "events.jsonl"
+RESULTS = ("rolled", "scored")
+"""Events that say that work was done."""
 
 
 class EventLog:
@@ -21,6 +24,8 @@ class EventLog:
     def __init__(self) -> None:
         self._waiting: list[str] = []
         self._file: TextIO | None = None
+        self.on_result: Callable[[], None] = lambda: None
+        """Called when a worker has come to something."""
         self._lock = threading.Lock()
 
     def bind(self, folder: Path) -> None:
@@ -33,6 +38,8 @@ class EventLog:
 
     def tell(self, event: str, **facts: Any) -> None:
         """Add an event. Example: `tell("start", key=key, worker="roll-0#1", version=3)`."""
+        if event in RESULTS:
+            self.on_result()
         plain = {name: fact if isinstance(fact, (int, float, str)) else _plain(fact) for name, fact in facts.items()}
         line = json.dumps({"time": round(time.time(), 3), "event": event, **plain}) + "\n"
         with self._lock, contextlib.suppress(OSError, ValueError):  # a closed file is a ValueError

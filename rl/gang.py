@@ -106,7 +106,7 @@ class FollowerProcess:
 
 
 class Gang:
-    """The ranks of a trainer. It has the methods of the stage's learner, and each of them runs on every rank."""
+    """The ranks of a trainer. It has a learner's methods, and each of them runs on every rank."""
 
     def __init__(self, recipe: Recipe, policy: Policy, start: StartFollower) -> None:
         self._timeout = recipe.cluster.trainer_timeout_seconds
@@ -143,6 +143,15 @@ class Gang:
     @property
     def policy(self) -> Policy:
         return self._learner.policy
+
+    @property
+    def on_progress(self) -> Callable[[], None]:
+        """See `Learner.on_progress`; of the first rank, for which the others wait as it does for them."""
+        return self._learner.on_progress
+
+    @on_progress.setter
+    def on_progress(self, called: Callable[[], None]) -> None:
+        self._learner.on_progress = called
 
     def anchor(
         self, batch: TrainBatch, masks: MaskDraw, *, is_first: bool, earlier: dict[str, Tensor] | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from coupled.reward import Judge, Judgement, RewardSpec, Scorer, Task, Verdict, plan
 from coupled.rl.recipe import Recipe, Sandbox
@@ -17,6 +18,9 @@ from coupled.sandbox import (
 )
 from coupled.sandbox.pool import require_runnable
 
+MAX_AHEAD = 16
+"""Batches whose programs are run ahead at the same time; the sandbox's workers are fewer, or on many hosts."""
+
 
 class Grader:
     """Scores completions for training, and judges them for evaluation, with sandbox workers of its own."""
@@ -25,14 +29,35 @@ class Grader:
         self._executor = executor
         self._scorer = scorer
         self._judge = judge
+        self._threads = ThreadPoolExecutor(MAX_AHEAD, "judge")
+        self._ahead: dict[str, tuple[Future[list[Judgement]], int]] = {}
 
-    def score(self, tasks: Sequence[Task], completions: Sequence[str]) -> list[Verdict]:
-        """Weighted rewards, one verdict per completion. Raises RewardError when a user's function misbehaves."""
-        return self._scorer.score(tasks, completions)
+    def begin(self, uids: Sequence[str], tasks: Sequence[Task], completions: Sequence[str]) -> None:
+        """Run the programs of completions that will be scored under these uids; returns at once."""
+        if self._scorer.has_judge:
+            batch = self._threads.submit(self._scorer.judge, tasks, completions)
+            self._ahead.update((uid, (batch, place)) for place, uid in enumerate(uids))
+
+    def score(self, tasks: Sequence[Task], completions: Sequence[str], uids: Sequence[str] = ()) -> list[Verdict]:
+        """Weighted rewards, one verdict per completion. Programs that `begin` was given are not run again.
+
+        Raises:
+            RewardError: a user's function misbehaves.
+        """
+        begun = [self._ahead.pop(uid, None) for uid in uids]
+        if not begun or None in begun:
+            return self._scorer.score(tasks, completions)
+        judgements = [batch.result()[place] for batch, place in filter(None, begun)]
+        return self._scorer.score(tasks, completions, judgements)
 
     def judge(self, tasks: Sequence[Task], completions: Sequence[str]) -> list[Judgement]:
         """Hidden tests only, whatever the recipe rewards."""
         return self._judge.judge(tasks, completions)
+
+    def patience(self, tasks: Sequence[Task]) -> float:
+        """Seconds that scoring one completion of each may take when every program uses up its time, twice over."""
+        runs = sum(len(task.hidden_tests) if task.style == "stdio" else 1 for task in tasks)
+        return 2 * runs * self._judge.limits.wall_seconds + self._scorer.patience
 
     def cache_statistics(self) -> CacheStatistics:
         """How many programs had been run before, since this was opened."""
@@ -41,6 +66,8 @@ class Grader:
     def close(self) -> None:
         """Stop the sandbox workers."""
         self._executor.close()
+        self._threads.shutdown(cancel_futures=True)
+        self._scorer.close()
 
 
 def open_grader(
@@ -63,7 +90,8 @@ def open_grader(
         _check_tests(tasks, executor.isolation().tier, recipe.reward.allow_weak)
         weak = recipe.reward.allow_weak
         timeout = recipe.reward.timeout_seconds
-        scorer = Scorer(specs, executor, timeout_seconds=timeout, limits=limits, allow_weak=weak)
+        on_error = recipe.reward.on_error
+        scorer = Scorer(specs, executor, timeout_seconds=timeout, on_error=on_error, limits=limits, allow_weak=weak)
     except BaseException:
         executor.close()
         raise

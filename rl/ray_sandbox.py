@@ -67,7 +67,7 @@ class RayExecutor:
     ) -> None:
         self._ray = open_ray(recipe)
         self._num_workers = recipe.sandbox.num_workers
-        self._num_calls = 0
+        self._numbers = itertools.count(1)
         self._isolation: Isolation | None = None
         with ExitStack() as opened:
             opened.callback(close_ray)
@@ -104,10 +104,10 @@ class RayExecutor:
         tier = self.isolation().tier
         for job in jobs:
             require_runnable(job, tier)
-        self._num_calls += 1
+        number = next(self._numbers)
         units = [
             Unit(
-                key=GroupKey(stream="programs", step=self._num_calls, slot=slot),
+                key=GroupKey(stream="programs", step=number, slot=slot),
                 samples=tuple(batch),
                 is_scored=True,
                 patience=_patience(batch),

@@ -428,6 +428,11 @@ class Rewards(Section):
         description="summed with their weights; the default is the published reward",
     )
     timeout_seconds: float = Field(default=60.0, gt=0, description="a reward function of yours may take this long")
+    on_error: Literal["stop", "mask"] = Field(
+        default="stop",
+        description="when a reward function of yours raises, hangs, crashes or returns what is not a score: stop ends "
+        "the run, to be resumed; mask leaves the completions that it fails on out of the update, and says so",
+    )
     allow_weak: bool = Field(
         default=False,
         description="judge tests that must share the program's process (tier T2); a program can forge those",

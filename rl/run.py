@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from coupled.reward import RewardError
+from coupled.reward import RewardError, Status, Task
 from coupled.rl.advantage import filter_groups, group_advantages
 from coupled.rl.batch import collate, passes_of, refuse_identical_groups, rewards_of
 from coupled.rl.checkpoint import open_policy, read_carried, use_threads, write_carried
 from coupled.rl.cluster.open import open_engine
-from coupled.rl.cluster.rollouts import ClusterEngine
+from coupled.rl.cluster.rollouts import HEALTH, ClusterEngine
 from coupled.rl.data import encode_prompts, load_tasks, rows_of_step
 from coupled.rl.denoise import Request
 from coupled.rl.errors import DataError, RecipeError, RolloutError, SaveError
@@ -39,7 +39,10 @@ from coupled.rl.recipe import Recipe
 from coupled.rl.rollout_log import write_rollouts
 from coupled.rl.rundir import RunDir, open_run_dir
 from coupled.rl.types import Anchor, Group, MaskDraw, Prompt, Rollout, TrainBatch
+from coupled.rl.watchdog import Watchdog
 
+MAX_BLIND_STEPS = 3
+"""Steps in a row without a single score before the run ends: nothing is learned from them."""
 MAX_FAILED_SAVES = 5
 """Checkpoints in a row that cannot be written before the run ends: what it computes would be lost."""
 
@@ -68,15 +71,21 @@ class Run:
         self._engine = engine
         self.learner = Learner(recipe, policy) if learner is None else learner
         self._events = events or EventLog()
+        self._watchdog = Watchdog(_stall_seconds(recipe), folder.path, state=engine.oldest)
+        self._events.on_result = self.learner.on_progress = self._watchdog.moved
         self._version = 0
         """Of the weights that rolled out the step under way."""
         self._staleness = 0
         """Training steps between those and the weights that are there; 0 is on-policy."""
         self._num_mismatched = 0
         self._num_failed_saves = 0
+        self._num_blind = 0
         self._metrics = StepMetrics()
         self._progress: Progress | None = None
         self._console = Console(soft_wrap=True)
+        self._cache = grader.cache_statistics()
+        self._tasks: dict[str, Task] = {}
+        """Of the completions that are asked for, by their uid."""
         self._done = 0
         self._under_way: dict[int, int] = {}
         """Steps that were begun before the run was interrupted, and the version of their weights."""
@@ -91,11 +100,13 @@ class Run:
         engine.load_weights(self.learner, self._done)
 
     def __enter__(self) -> Run:
+        self._watchdog.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._watchdog.close()
         self._engine.close()
         self.learner.close()
         self._grader.close()
@@ -112,6 +123,7 @@ class Run:
             num_trained=self._done,
             num_steps=self.recipe.num_steps,
             versions=self._under_way,
+            on_rolled=self._begin_to_judge,
         )
         with Progress(self.recipe.num_steps, self._done, title=title, console=self._console) as self._progress:
             for step in range(self._done + 1, self.recipe.num_steps + 1):
@@ -160,20 +172,48 @@ class Run:
         made = [found[uid] for place in whole for uid in uids[place]]
         self._version = made[0].weight_version
         self._staleness = step - 1 - self._version
-        before = self._grader.cache_statistics()
         with self._clock("sandbox"):
-            groups = self._judge(step, prompts, made)
-        self._metrics.of_cache(before, self._grader.cache_statistics())
+            groups = self._judge(step, prompts, made, has_begun=True)
+        for uid in (uid for of_group in uids for uid in of_group):
+            del self._tasks[uid]
+        before, self._cache = self._cache, self._grader.cache_statistics()
+        self._metrics.of_cache(before, self._cache)
         try:
             write_rollouts(self.folder.path, step, groups)
         except OSError as error:
             self._console.print(f"alarm: the rollouts of step {step} are not written ({error})", highlight=False)
         refuse_identical_groups(groups)
         self._metrics.of_groups(groups)
+        self._watch_scores(step, groups)
         if not self._sampler.is_exact:
             self._metrics.of_bounds(groups)
         self._compare_with_exact(step, prompts, groups)
         return groups
+
+    def _watch_scores(self, step: int, groups: Sequence[Group]) -> None:
+        """Say why completions that should have a score have none.
+
+        Raises:
+            RolloutError: time after time none of them has one.
+        """
+        verdicts = [verdict for group in groups for verdict in group.verdicts]
+        failed = [verdict for verdict in verdicts if verdict.status is Status.INFRA]
+        if failed:
+            why = failed[0].detail or failed[0].outcome
+            self._events.tell("unscored", step=step, completions=len(failed), why=why[:500])
+            self._console.print(
+                f"alarm: step {step}: {len(failed)} of {len(verdicts)} completions have no score and are left out: "
+                f"{why}",
+                highlight=False,
+                markup=False,
+            )
+        self._num_blind = self._num_blind + 1 if all(verdict.score is None for verdict in verdicts) else 0
+        if self._num_blind >= MAX_BLIND_STEPS:
+            raise RolloutError(
+                f"in {self._num_blind} steps running, to step {step}, not one completion has a score, so nothing is "
+                "learned. Look at the reward functions and the sandbox: `coupled doctor`, `coupled sandbox run`; then "
+                f"continue with resume={self.folder.path}"
+            )
 
     def _compare_with_exact(self, step: int, prompts: Sequence[Prompt], groups: Sequence[Group]) -> None:
         """Decode some groups of the step again, exactly, where that is due, and do what the recipe says of a mismatch.
@@ -280,7 +320,9 @@ class Run:
             return known
         # Said beforehand: for half a minute nothing else moves on the screen.
         self._console.print(f"evaluating {len(self._held_out)} held-out problems at step {step} ...", highlight=False)
-        found = evaluate(self._engine, self._grader, self._held_out, self.recipe, step=step)
+        tasks = [prompt.task for prompt in self._held_out] * (self.recipe.evaluation.num_samples + 1)
+        with self._watchdog.phase("evaluation", self._grader.patience(tasks)):
+            found = evaluate(self._engine, self._grader, self._held_out, self.recipe, step=step)
         self.folder.log(found.to_row(), file="evaluation.jsonl")
         self._console.print(f"held-out pass@1 at step {step}: {found.headline()}", highlight=False)
         return found
@@ -343,11 +385,17 @@ class Run:
         return f"step-{step}/{place}-{prompt.task.uid}/{sample}"
 
     def _requests_of(self, step: int) -> list[Request]:
-        return [
-            Request(uid=self._uid(step, place, prompt, sample), prompt_ids=prompt.token_ids)
+        named = [
+            (self._uid(step, place, prompt, sample), prompt)
             for place, prompt in enumerate(self._prompts_of(step))
             for sample in self._samples
         ]
+        self._tasks.update((uid, prompt.task) for uid, prompt in named)
+        return [Request(uid=uid, prompt_ids=prompt.token_ids) for uid, prompt in named]
+
+    def _begin_to_judge(self, made: Sequence[Rollout]) -> None:
+        """Run programs while the other batches of their step are still denoised, or an earlier step is trained."""
+        self._grader.begin([r.uid for r in made], [self._tasks[r.uid] for r in made], [r.text for r in made])
 
     def _restore(self, checkpoint: Path, state: dict[str, Any]) -> dict[int, int]:
         """Load the weights that rollouts under way had; returns the version of each of those steps."""
@@ -380,11 +428,14 @@ class Run:
                 highlight=False,
             )
 
-    def _judge(self, step: int, prompts: Sequence[Prompt], made: Sequence[Rollout]) -> list[Group]:
+    def _judge(
+        self, step: int, prompts: Sequence[Prompt], made: Sequence[Rollout], *, has_begun: bool = False
+    ) -> list[Group]:
         size = self.recipe.rollout.group_size
         tasks = [p.task for p in prompts for _ in range(size)]
         try:
-            verdicts = self._grader.score(tasks, [r.text for r in made])
+            with self._watchdog.phase("sandbox", self._grader.patience(tasks)):
+                verdicts = self._grader.score(tasks, [r.text for r in made], [r.uid for r in made] if has_begun else ())
         except RewardError as error:
             kept = write_rollouts(self.folder.path, step, made)
             raise RewardError(
@@ -403,7 +454,8 @@ class Run:
     @contextmanager
     def _clock(self, part: str) -> Iterator[None]:
         started = time.perf_counter()
-        yield
+        with self._watchdog.phase(part):
+            yield
         self._metrics.add_seconds(part, time.perf_counter() - started)
 
 
@@ -435,6 +487,14 @@ def open_run(recipe: Recipe, resume: str = "never") -> Run:
         run = Run(recipe, policy, prompts, held_out, grader, folder, engine, learner, events)
         opened.pop_all()
     return run
+
+
+def _stall_seconds(recipe: Recipe) -> float:
+    """So much silence ends the process; coordinator and ranks, which can say more of it, notice it before that."""
+    waits = [HEALTH[recipe.cluster.health].stall_seconds]
+    if recipe.cluster.trainer_ranks > 1:
+        waits.append(recipe.cluster.trainer_timeout_seconds)
+    return 1.5 * max(waits)
 
 
 def _exactness(policy: Policy) -> str:

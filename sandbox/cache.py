@@ -17,6 +17,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -62,28 +63,35 @@ class CachedExecutor:
         self._salt = f"{executor.isolation().tier} {sys.version}"
         self._room = max_values
         self._known: OrderedDict[bytes, tuple[Execution, int]] = OrderedDict()
+        self._running: dict[bytes, Future[Execution]] = {}
         self._lock = threading.Lock()
         self._num_jobs = self._num_hits = 0
 
     def run(self, jobs: Sequence[Job]) -> list[Execution]:
-        """Return one execution per job, in order; only jobs that are new, each once, reach the executor."""
+        """Return one execution per job, in order; only jobs that are new, each once, reach the executor.
+
+        What another thread is running at this moment is not new either: its outcome is waited for.
+        """
         keys = [job_key(job, self._salt) for job in jobs]
         found: dict[bytes, Execution] = {}
         missing: dict[bytes, Job] = {}
+        elsewhere: dict[bytes, Future[Execution]] = {}
         with self._lock:
+            self._num_jobs += len(jobs)
             for key, job in zip(keys, jobs, strict=True):
                 if key in self._known:
                     self._known.move_to_end(key)
                     found[key] = self._known[key][0]
-                else:
-                    missing.setdefault(key, job)
-        if missing:
-            found |= zip(missing, self._executor.run(list(missing.values())), strict=True)
-        with self._lock:
-            self._num_jobs += len(jobs)
+                elif key in self._running and key not in missing:
+                    elsewhere[key] = self._running[key]
+                elif key not in missing:
+                    missing[key] = job
+                    self._running[key] = Future()
             self._num_hits += len(jobs) - len(missing)
-            for key in missing:
-                self._keep(key, found[key])
+        if missing:
+            found |= self._run_new(missing)
+        # Only now: whoever runs the others may be waiting for these.
+        found |= {key: future.result() for key, future in elsewhere.items()}
         return [dataclasses.replace(found[key], uid=job.uid) for key, job in zip(keys, jobs, strict=True)]
 
     def statistics(self) -> CacheStatistics:
@@ -108,6 +116,20 @@ class CachedExecutor:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _run_new(self, missing: Mapping[bytes, Job]) -> dict[bytes, Execution]:
+        try:
+            found = dict(zip(missing, self._executor.run(list(missing.values())), strict=True))
+        except BaseException as error:
+            with self._lock:
+                for key in missing:
+                    self._running.pop(key).set_exception(error)
+            raise
+        with self._lock:
+            for key, execution in found.items():
+                self._keep(key, execution)
+                self._running.pop(key).set_result(execution)
+        return found
 
     def _keep(self, key: bytes, execution: Execution) -> None:
         if execution.outcome not in KEPT or key in self._known:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +15,9 @@ from typing import Generic, Protocol, Self, TypeVar
 from coupled.sandbox.canary import Restartable, Slot, run_watched
 from coupled.sandbox.types import Execution, Job, SandboxUnavailable
 
+GRACE_SECONDS = 10.0
+"""How long `close` waits for programs that another thread is running."""
+_CLOSED = "an executor runs nothing after close(): open another"
 REMOTE = "remote"
 """The tier of a server, see `remote`."""
 
@@ -45,15 +50,16 @@ class Pool(Generic[W]):
         self._workers: list[W] = []
         self._idle: queue.SimpleQueue[W] = queue.SimpleQueue()
         self._is_closed = False
+        self._under_way: list[deque[Slot]] = []
         self._run_job = run_job
         try:
             for _ in range(num_workers):
-                self._workers.append(start())
+                worker = start()
+                self._workers.append(worker)
+                self._idle.put(worker)
         except BaseException:
             self.close()
             raise
-        for worker in self._workers:
-            self._idle.put(worker)
 
     def run(self, jobs: Sequence[Job]) -> list[Execution]:
         """Return one execution per job, in order, whatever the programs do.
@@ -62,28 +68,45 @@ class Pool(Generic[W]):
         before anything runs, or when a worker that ended cannot be started again.
         """
         if self._is_closed:
-            raise RuntimeError("an executor runs nothing after close(): open another")
+            raise RuntimeError(_CLOSED)
         if os.getpid() != self._owner:
             raise RuntimeError(f"an executor belongs to the process that opened it ({self._owner}): open one here")
         for job in jobs:
             require_runnable(job, self._workers[0].tier)
         slots = [Slot(job) for job in jobs]
         todo = deque(slots)
-        if len(jobs) <= 1 or len(self._workers) == 1:
-            self._serve(todo)
-        else:
-            size = min(len(jobs), len(self._workers))
-            with ThreadPoolExecutor(size, "sandbox") as threads:
-                for served in [threads.submit(self._serve, todo) for _ in range(size)]:
-                    served.result()
+        self._under_way.append(todo)
+        try:
+            if len(jobs) <= 1 or len(self._workers) == 1:
+                self._serve(todo)
+            else:
+                size = min(len(jobs), len(self._workers))
+                with ThreadPoolExecutor(size, "sandbox") as threads:
+                    for served in [threads.submit(self._serve, todo) for _ in range(size)]:
+                        served.result()
+        finally:
+            self._under_way.remove(todo)
+        if self._is_closed and any(slot.execution is None for slot in slots):
+            raise RuntimeError(_CLOSED)
         return [slot.result for slot in slots]
 
     def close(self) -> None:
-        """Close every worker; harmless when repeated, and in a fork of the owner, where it closes none."""
+        """Close every worker; harmless when repeated, and in a fork of the owner, where it closes none.
+
+        Programs that another thread is running come to their end first; it gets a RuntimeError for those after them.
+        """
+        if self._is_closed or os.getpid() != self._owner:
+            return
         self._is_closed = True
-        if os.getpid() == self._owner:
-            for worker in self._workers:
-                worker.close()
+        for todo in list(self._under_way):
+            todo.clear()
+        deadline = time.monotonic() + GRACE_SECONDS
+        with contextlib.suppress(queue.Empty):
+            for _ in self._workers:
+                self._idle.get(timeout=max(0.0, deadline - time.monotonic()))
+        for worker in self._workers:
+            worker.close()
+            self._idle.put(worker)  # whoever waits for one finds out
 
     def __enter__(self) -> Self:
         return self
@@ -98,6 +121,8 @@ class Pool(Generic[W]):
         while todo:
             worker = self._idle.get()
             try:
+                if self._is_closed:
+                    raise RuntimeError(_CLOSED)
                 run_watched(worker, todo, self._run_job)
             finally:
                 self._idle.put(worker)

@@ -9,7 +9,7 @@ import pytest
 
 from coupled.reward import RewardError
 from coupled.rl.cli import main
-from coupled.rl.errors import CheckpointError, CoupledError, DataError
+from coupled.rl.errors import CheckpointError, CoupledError, DataError, RolloutError
 from coupled.rl.recipe import load_recipe
 from coupled.rl.train import train
 
@@ -128,6 +128,32 @@ def test_a_reward_function_that_misbehaves_loses_no_rollout(tmp_path: Path, body
     kept = list((tmp_path / "runs").rglob("*.unscored.parquet"))
     assert len(kept) == 1
     assert str(kept[0]) in str(caught.value)
+
+
+def test_with_mask_a_run_goes_on_without_what_a_reward_function_fails_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "calls = []\ndef score(prompts, completions, **columns):\n    calls.append(len(completions))\n"
+        "    assert len(calls) not in (1, 3), 'the second prompt is one too many'\n"
+        "    return [float(i) for i, _ in enumerate(completions)]\n"
+    )
+    function = f"reward.functions=[{{path: '{tmp_path}/mine.py:score'}}]"
+    run(tmp_path, function, "reward.on_error=mask", "num_steps=2")
+    (metrics,) = (tmp_path / "runs").rglob("metrics.jsonl")
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert [row["unscored"] for row in rows] == [2, 0]
+    assert rows[0]["reward"] == 0.5
+    out = capsys.readouterr().out
+    assert "alarm: step 1: 2 of 4 completions have no score and are left out" in out
+    assert "mine.py:score raised" in out
+
+
+def test_with_mask_a_run_that_never_gets_a_score_ends(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def score(completions): raise KeyError('answer')\n")
+    function = f"reward.functions=[{{path: '{tmp_path}/mine.py:score'}}]"
+    with pytest.raises(RolloutError, match=r"in 3 steps running, to step 3, not one completion has a score"):
+        run(tmp_path, function, "reward.on_error=mask", "num_steps=5")
 
 
 def test_a_reward_function_of_the_users_own_is_what_is_optimised(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ class Coordinator:
         health: Health = PATIENT,
         to_samples: Callable[[Unit, Any], Sequence[Any]] = lambda unit, payload: payload,
         is_infra: Callable[[Any], bool] = lambda score: False,
+        on_rolled: Callable[[Unit, Any], None] = lambda unit, payload: None,
         tell: Callable[..., None] = lambda event, **facts: None,
     ) -> None:
         self.transport = transport
@@ -72,6 +73,7 @@ class Coordinator:
         self.num_trained = 0
         self.calls: dict[Any, _Call] = {}
         self._health = health
+        self._on_rolled = on_rolled
         self._tell = tell
         self._weights: dict[int, Weights] = {}
         self._next_step = 1
@@ -365,6 +367,8 @@ class Coordinator:
         self._recovered(worker)
         if attempt.job.stage == "roll":
             is_first = self.ledger.rolled(attempt, value)
+            if is_first:
+                self._on_rolled(attempt.job.entry.unit, value)
         else:
             is_first = self.ledger.scored(attempt, value)
         worker.num_failures = 0

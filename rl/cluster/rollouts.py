@@ -27,7 +27,7 @@ from coupled.rl.cluster.ledger import Entry
 from coupled.rl.cluster.pool import PoolSpec
 from coupled.rl.cluster.runtime import Runtime
 from coupled.rl.cluster.transport import Carrier, InlineTransport, Transport, WorkerSpec
-from coupled.rl.cluster.types import FAST, PATIENT, ClusterError, Counters, GroupKey, Health, State, Unit
+from coupled.rl.cluster.types import FAST, PATIENT, TRAINING, ClusterError, Counters, GroupKey, Health, State, Unit
 from coupled.rl.denoise import Request, Sampler
 from coupled.rl.engine import HasWeights, request_chunks, roll_out
 from coupled.rl.errors import CoupledError, RolloutError
@@ -173,6 +173,7 @@ class ClusterEngine:
         self._keeps_states = lag > 0
         self._sent: list[int] = []
         self._make: Callable[[int], list[Batch]] = lambda step: []
+        self._on_rolled: Callable[[list[Rollout]], None] = lambda made: None
         self._last = 0
         pool = PoolSpec(
             stage="roll",
@@ -182,7 +183,9 @@ class ClusterEngine:
             min_workers=min_workers,
             has_weights=True,
         )
-        self._coordinator = Coordinator(transport, [pool], admission=InOrder(lag), health=health, tell=tell)
+        self._coordinator = Coordinator(
+            transport, [pool], admission=InOrder(lag), health=health, on_rolled=self._rolled, tell=tell
+        )
         self._runtime = Runtime(self._coordinator, is_ahead=lag > 0)
         self._health = health
         self._min_workers = min_workers
@@ -261,11 +264,14 @@ class ClusterEngine:
         num_trained: int,
         num_steps: int,
         versions: dict[int, int] | None = None,
+        on_rolled: Callable[[list[Rollout]], None] = lambda made: None,
     ) -> None:
         """Go on after `num_trained` steps. `versions`, from a checkpoint: step under way → its weights.
 
-        `sampler` is asked anew for every step that begins, for a run may fall back to exact rollouts.
+        `sampler` is asked anew for every step that begins, for a run may fall back to exact rollouts. `on_rolled` gets
+        the rollouts of each training batch once, as soon as they are there; it must return at once.
         """
+        self._on_rolled = on_rolled
         self._make = lambda step: self._batches(requests_of(step), sampler(), seed)
         self._last = num_steps
         self._runtime.ask(lambda c: c.begin(num_trained, versions or {}, self._units_of, num_steps))
@@ -298,6 +304,10 @@ class ClusterEngine:
         """No more rollouts ahead of training, from the next step that is begun."""
         self._runtime.ask(lambda c: c.admission.fall_back())
 
+    def oldest(self) -> str:
+        """What is waited for, and who has it."""
+        return self._runtime.ask(lambda c: c.oldest())
+
     def take_counters(self) -> Counters:
         """What happened since the last time."""
         return self._runtime.ask(lambda c: c.take_counters())
@@ -321,6 +331,10 @@ class ClusterEngine:
             self._states.pop(old, None)
             if self._carrier is not None:
                 self._carrier.drop(old)
+
+    def _rolled(self, unit: Unit, made: list[Rollout]) -> None:
+        if unit.key.stream == TRAINING:
+            self._on_rolled(made)
 
     def _units_of(self, step: int, version: int) -> Sequence[Unit]:
         return [

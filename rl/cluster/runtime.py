@@ -47,6 +47,8 @@ class Runtime:
                     return True
                 if self._error is not None:
                     raise self._error
+                if self._is_closed:
+                    raise RuntimeError("nothing comes of workers that were ended: wait before close()")
                 if transport.now() >= until:
                     return False
                 if self._thread is not None:
@@ -79,6 +81,7 @@ class Runtime:
             if self._is_closed:
                 return
             self._is_closed = True
+            self._changed.notify_all()
         if self._thread is not None:
             self._thread.join(timeout=10 * BEAT_SECONDS)
         self._coordinator.close()

@@ -1,13 +1,19 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
-from coupled.reward import RewardError, RewardSpec, Scorer, Task
+from coupled.reward import RewardError, RewardSpec, Scorer, Status, Task, Verdict
+from coupled.reward.function_process import FunctionProcess
+from coupled.reward.score import MAX_FAILURES
 
 TASKS = [
     Task(
@@ -24,8 +30,8 @@ COMPLETIONS = ["a", "bb", "ccc"]
 
 def scores(tmp_path: Path, source: str, *, timeout_seconds: float = 10.0, name: str = "score") -> list[float | None]:
     (tmp_path / "my_reward.py").write_text(source)
-    scorer = Scorer([RewardSpec(path=f"my_reward.py:{name}")], timeout_seconds=timeout_seconds, root=tmp_path)
-    return [verdict.score for verdict in scorer.score(TASKS, COMPLETIONS)]
+    with Scorer([RewardSpec(path=f"my_reward.py:{name}")], timeout_seconds=timeout_seconds, root=tmp_path) as scorer:
+        return [verdict.score for verdict in scorer.score(TASKS, COMPLETIONS)]
 
 
 def test_a_function_of_trl_s_signature_runs_unchanged(tmp_path: Path) -> None:
@@ -102,6 +108,107 @@ def test_a_function_that_hangs_is_reported_with_its_name_and_the_time_it_had(tmp
     with pytest.raises(RewardError, match=r"my_reward\.py:score was still running after 0\.2 s on 3 completions"):
         scores(tmp_path, "import time\ndef score(completions): time.sleep(60)", timeout_seconds=0.2)
     assert time.monotonic() - start < 20.0
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ("import ctypes; ctypes.string_at(0)", "ended its process with signal 11"),
+        ("import os; os._exit(7)", "ended its process with status 7"),
+        ("import time; time.sleep(600)", "still running after 0.5 s on 3 completions"),
+        ("import os, time; os.fork() or time.sleep(600)", "still running after 0.5 s"),
+    ],
+    ids=["segmentation fault", "exit", "hang", "hang of a child that keeps the pipe"],
+)
+def test_a_function_that_ends_or_hangs_is_named_and_is_started_anew_for_the_next_call(
+    tmp_path: Path, body: str, message: str
+) -> None:
+    (tmp_path / "my_reward.py").write_text(
+        f"from pathlib import Path\ndef score(completions):\n    if not Path({str(tmp_path / 'fixed')!r}).exists():\n"
+        f"        {body}\n        __import__('time').sleep(600)\n    return [1.0] * len(completions)\n"
+    )
+    spec = RewardSpec(path="my_reward.py:score")
+    with Scorer([spec], timeout_seconds=0.5, root=tmp_path) as scorer:
+        pids = [scorer._users["score"]._process.pid]
+        with pytest.raises(RewardError, match=rf"my_reward\.py:score.*{message}"):
+            scorer.score(TASKS, COMPLETIONS)
+        (tmp_path / "fixed").touch()
+        assert [verdict.score for verdict in scorer.score(TASKS, COMPLETIONS)] == [1.0] * 3
+        pids.append(scorer._users["score"]._process.pid)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_a_function_may_import_the_modules_beside_its_file(tmp_path: Path) -> None:
+    (tmp_path / "helpers.py").write_text("TWO = 2.0\n")
+    assert scores(tmp_path, "from helpers import TWO\ndef score(completions): return [TWO] * 3") == [2.0] * 3
+
+
+def test_a_function_keeps_its_state_and_what_it_prints_is_seen(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "my_reward.py").write_text(
+        "import sys\nseen = []\ndef score(completions):\n    seen.extend(completions)\n"
+        "    print('x' * 10**6, flush=True)\n    return [len(seen)] * len(completions)\n"
+    )
+    with Scorer([RewardSpec(path="my_reward.py:score")], root=tmp_path) as scorer:
+        scores = [[verdict.score for verdict in scorer.score(TASKS, COMPLETIONS)] for _ in range(2)]
+    assert scores == [[3.0] * 3, [6.0] * 3]
+    assert len(capfd.readouterr().out) == 2 * (10**6 + 1)
+
+
+def test_a_function_ends_with_the_process_that_asked_it(tmp_path: Path) -> None:
+    (tmp_path / "my_reward.py").write_text(
+        f"import os, time\nfrom pathlib import Path\ndef score(completions):\n"
+        f"    Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\n    time.sleep(600)\n"
+    )
+    program = (
+        "from pathlib import Path\nfrom coupled.reward import RewardSpec, Scorer, Task\n"
+        f"scorer = Scorer([RewardSpec(path='my_reward.py:score')], root=Path({str(tmp_path)!r}))\n"
+        "scorer.score([Task(uid='u', prompt='', hidden_tests=())], ['text'])\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", program])
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    parent.kill()
+    parent.wait()
+    child = Path("/proc") / (tmp_path / "pid").read_text()
+    while child.exists():
+        assert time.monotonic() < deadline, "it outlives whoever could hear its answer"
+        time.sleep(0.02)
+
+
+FAILS_ON_BB = "def score(completions, uid, **columns):\n    return [{'a': 1.0, 'ccc': 3.0}[c] for c in completions]"
+
+
+def masked(tmp_path: Path, source: str, **more: Any) -> list[Verdict]:
+    (tmp_path / "my_reward.py").write_text(source)
+    specs = [RewardSpec(path="my_reward.py:score"), RewardSpec(name="format", weight=0.5)]
+    with Scorer(specs, on_error="mask", root=tmp_path, **more) as scorer:
+        return scorer.score(TASKS, COMPLETIONS)
+
+
+def test_with_mask_the_completions_that_a_function_fails_on_have_no_score_and_the_others_keep_theirs(
+    tmp_path: Path,
+) -> None:
+    verdicts = masked(tmp_path, FAILS_ON_BB)
+    assert [verdict.score for verdict in verdicts] == [1.0, None, 3.0]
+    assert [verdict.status for verdict in verdicts] == [Status.OK, Status.INFRA, Status.OK]
+    assert "my_reward.py:score raised" in verdicts[1].detail
+    assert "KeyError: 'bb'" in verdicts[1].detail
+
+
+def test_with_mask_a_function_that_always_fails_is_not_asked_for_ever(tmp_path: Path) -> None:
+    many = [replace(TASKS[0], uid=str(n)) for n in range(10)]
+    source = "def score(completions):\n    print('asked', flush=True)\n    raise KeyError(len(completions))"
+    (tmp_path / "my_reward.py").write_text(source)
+    with Scorer([RewardSpec(path="my_reward.py:score")], on_error="mask", root=tmp_path) as scorer:
+        with patch.object(FunctionProcess, "score", autospec=True, side_effect=FunctionProcess.score) as asked:
+            verdicts = scorer.score(many, ["text"] * 10)
+        assert asked.call_count == 1 + MAX_FAILURES
+    assert [verdict.score for verdict in verdicts] == [None] * 10
+    assert masked(tmp_path, "def score(completions): __import__('os')._exit(3)")[0].status is Status.INFRA
 
 
 @pytest.mark.parametrize(

@@ -186,7 +186,6 @@ def test_a_run_that_loses_a_rank_names_it_and_is_resumed_by_any_number(
         patched.setattr(RunDir, "commit", killed_after_two_steps)
         with pytest.raises(RankError, match=r"rank 1 of the trainer ended with signal 9 in 'fit'.*logs/rank_1\.log"):
             fit(pair)
-    assert started[0].ended() == "signal 9"
     resumed = fit(pair, "auto")
     assert resumed.parents[1].name == "pair-001"
     assert [row["step"] for row in numbers(resumed.parents[1])] == [1, 2, 3, 4]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -20,6 +23,7 @@ from coupled.sandbox import (
     Opaque,
     Outcome,
     Raised,
+    SandboxUnavailable,
 )
 from coupled.sandbox.cache import KEPT, job_key
 
@@ -115,6 +119,68 @@ def test_only_what_a_program_brings_about_by_itself_is_kept(outcome: Outcome) ->
         assert cached.run([job()])[0].outcome is outcome
     assert len(inner.batches) == (1 if outcome in KEPT else 2)
     assert not {o for o in KEPT if o.is_infrastructure or o in (Outcome.TIMEOUT, Outcome.KILLED)}
+
+
+class Held(Scripted):
+    """Runs nothing until it is let go; may fail then."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        super().__init__()
+        self.has_begun, self.may_go, self.error = threading.Event(), threading.Event(), error
+
+    def run(self, jobs: Sequence[Job]) -> list[Execution]:
+        self.has_begun.set()
+        assert self.may_go.wait(60)
+        if self.error is not None:
+            raise self.error
+        return super().run(jobs)
+
+
+def test_what_another_thread_is_running_is_waited_for_and_not_run_again() -> None:
+    inner = Held()
+    cached = CachedExecutor(inner)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(cached.run, [job("a", uid="1")])
+        assert inner.has_begun.wait(60)
+        second = threads.submit(cached.run, [job("a", uid="2"), job("b", uid="3"), job("a", uid="4")])
+        inner.may_go.set()
+        assert [execution.uid for execution in second.result(60)] == ["2", "3", "4"]
+        assert [execution.uid for execution in first.result(60)] == ["1"]
+    assert sorted(inner.batches) == [["a"], ["b"]]
+    assert (cached.statistics().num_jobs, cached.statistics().num_hits) == (4, 2)
+
+
+def test_an_outcome_that_is_not_kept_is_shared_with_those_who_wait_for_it_alone() -> None:
+    inner = Held()
+    inner.outcome = Outcome.TIMEOUT
+    cached = CachedExecutor(inner)
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(cached.run, [job("a")])
+        assert inner.has_begun.wait(60)
+        second = threads.submit(cached.run, [job("a")])
+        while cached.statistics().num_jobs < 2:
+            time.sleep(0.01)
+        inner.may_go.set()
+        assert first.result(60) == second.result(60)
+    cached.run([job("a")])
+    assert inner.batches == [["a"], ["a"]]
+
+
+def test_a_failure_reaches_everybody_who_waits_and_the_job_is_new_again() -> None:
+    inner = Held(SandboxUnavailable("no memory"))
+    cached = CachedExecutor(inner)
+    with ThreadPoolExecutor(2) as threads:
+        runs = [threads.submit(cached.run, [job("a")])]
+        assert inner.has_begun.wait(60)
+        runs.append(threads.submit(cached.run, [job("a")]))
+        while cached.statistics().num_jobs < 2:
+            time.sleep(0.01)
+        inner.may_go.set()
+        for run in runs:
+            with pytest.raises(SandboxUnavailable, match="no memory"):
+                run.result(60)
+    inner.error = None
+    assert cached.run([job("a")])[0].outcome is Outcome.OK
 
 
 def test_what_was_used_longest_ago_goes_first_and_results_too_large_are_not_kept() -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 
@@ -19,7 +22,8 @@ from coupled.sandbox import (
 from coupled.sandbox import (
     executor as executors,
 )
-from coupled.sandbox.pool import require_runnable
+from coupled.sandbox.canary import NUM_BETWEEN
+from coupled.sandbox.pool import GRACE_SECONDS, require_runnable
 from coupled.sandbox.worker import Worker
 
 ECHO = "print(input(), end='')"
@@ -96,3 +100,21 @@ def test_a_job_that_the_tier_cannot_run_is_refused_before_anything_runs(monkeypa
         monkeypatch.setattr(Worker, "run", lambda *_: pytest.fail("something ran"))
         with pytest.raises(SandboxUnavailable, match="job 'weak' needs it"):
             executor.run([JOB, weak])
+
+
+def test_close_lets_a_program_of_another_thread_end_and_refuses_what_is_left() -> None:
+    sleeps = Job(
+        uid="s", source="import time\ndef f(): time.sleep(1)", calls=JOB.calls, limits=Limits(wall_seconds=60.0)
+    )
+    executor = open_executor(num_workers=1)
+    with ThreadPoolExecutor(1) as threads:
+        running = threads.submit(executor.run, [replace(sleeps, uid=str(n)) for n in range(NUM_BETWEEN)])
+        while executor._idle.qsize():
+            time.sleep(0.01)
+        started = time.monotonic()
+        executor.close()
+        executor.close()
+        assert time.monotonic() - started < GRACE_SECONDS, "no more than the program that was running was waited for"
+        with pytest.raises(RuntimeError, match=r"nothing after close"):
+            running.result(60)
+    assert all(worker._process is None for worker in executor._workers)

@@ -103,6 +103,7 @@ class Run:
             admission=InOrder(lag),
             health=HEALTH,
             to_samples=lambda unit, payload: [f"{payload[0]}/{n}" for n in range(NUM_SAMPLES)],
+            on_rolled=self.handed_over,
             tell=self.told,
         )
         # The checkpoint carries the weights of every step that is under way.
@@ -113,6 +114,9 @@ class Run:
     def told(self, event: str, **facts: object) -> None:
         if event == "rolled":
             self.commits[str(facts["key"]), event, ()] += 1
+
+    def handed_over(self, unit: Unit, payload: object) -> None:
+        self.commits[str(unit.key), "handed over", ()] += 1
 
     def publish(self, version: int) -> None:
         weights = Weights(version=version, handle=f"weights of {version}", digest=f"digest of {version}")
@@ -197,6 +201,11 @@ def check(run: Run) -> None:
             assert 0 <= each.step - 1 - version <= run.lag, f"step {each.step} on version {version} at lag {run.lag}"
     most = 1 + len(run.crash_after)
     assert all(count <= most for count in run.commits.values()), "one result per unit (and driver)"
+    rolled, handed = (
+        {key: count for (key, event, _), count in run.commits.items() if event == name}
+        for name in ("rolled", "handed over")
+    )
+    assert rolled == handed, "whoever waits for rollouts hears of each once"
     check_capacity(run)
 
 

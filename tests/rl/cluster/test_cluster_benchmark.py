@@ -35,6 +35,13 @@ def test_ahead_of_training_a_step_takes_the_longer_side(benchmark: ModuleType, l
     assert long.trainer_idle == pytest.approx(0)
 
 
+def test_programs_are_waited_for_at_lag_0_and_run_beside_everything_else_at_lag_2(benchmark: ModuleType) -> None:
+    at_0 = benchmark.simulate(plan(benchmark, judge_seconds=10.0))
+    assert at_0.step_seconds == pytest.approx(1 + 2 * 10 + 10 + 20)
+    assert at_0.trainer_idle == pytest.approx(31 / 51)
+    assert benchmark.simulate(plan(benchmark, judge_seconds=10.0, lag=2)).step_seconds == pytest.approx(21, abs=0.6)
+
+
 def test_twice_the_workers_roll_out_in_half_the_time(benchmark: ModuleType) -> None:
     one, two, four = (
         benchmark.simulate(plan(benchmark, num_workers=n, train_seconds=0.0)).step_seconds for n in (1, 2, 4)

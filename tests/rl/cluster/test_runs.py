@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -19,6 +20,8 @@ from safetensors.torch import load_file
 
 import coupled.rl.learner
 from coupled.rl import ray_sandbox
+from coupled.rl.cluster import rollouts
+from coupled.rl.grading import Grader
 from coupled.rl.metrics import DETERMINISTIC_EXCEPT
 from coupled.rl.recipe import Recipe, load_recipe
 from coupled.rl.rundir import committed_checkpoints, read_rows
@@ -125,6 +128,29 @@ def inline(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
     return train(small(tmp_path_factory.mktemp("inline")))
 
 
+def test_programs_are_run_while_later_batches_are_denoised_and_no_verdict_differs(
+    inline: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    begin, denoise, score = Grader.begin, rollouts.roll_out, Grader.score
+
+    def note(name: str, do: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*arguments: Any, **named: Any) -> Any:
+            seen.append(name)
+            return do(*arguments, **named)
+
+        return noted
+
+    monkeypatch.setattr(Grader, "begin", note("run", begin))
+    monkeypatch.setattr(rollouts, "roll_out", note("denoise", denoise))
+    monkeypatch.setattr(Grader, "score", note("score", score))
+    assert_same_run(inline, train(small(tmp_path / "ahead")))
+    del seen[: seen.index("run") - 1]  # the parity check before the first step
+    assert seen == [*["denoise", "run"] * 4, "score"] * 4, "twelve completions, three at a time"
+    monkeypatch.setattr(Grader, "begin", lambda *_: None)
+    assert_same_run(inline, train(small(tmp_path / "afterwards")))
+
+
 @pytest.mark.slow
 def test_processes_that_are_killed_and_stopped_in_mid_step_change_no_number(
     inline: TrainResult, tmp_path: Path
@@ -162,6 +188,25 @@ def test_checkpoints_that_cannot_be_written_are_told_and_training_goes_on(
     assert capsys.readouterr().out.count("alarm: could not write checkpoint") == 2
     assert [event["step"] for event in events(result.path) if event["event"] == "save_failed"] == [1, 2]
     assert [path.name for path in committed_checkpoints(result.path / "checkpoints")] == ["step_000003", "step_000004"]
+
+
+@pytest.mark.slow
+def test_a_trainer_that_hangs_ends_with_a_status_that_asks_for_resumption_and_resumes_to_the_same_run(
+    inline: TrainResult, tmp_path: Path
+) -> None:
+    program = (
+        "import sys, time\nfrom coupled.rl import run\nfrom coupled.rl.cli import main\n"
+        "run._stall_seconds = lambda recipe: 6.0\nupdate = run.Run.update\n"
+        "def hang(self, step, *rest):\n    update(self, step, *rest) if step < 3 else self.hangs()\n"
+        "def hangs(self):\n    with self._clock('update'):\n        time.sleep(600)\n"
+        "run.Run.update, run.Run.hangs = hang, hangs\nmain()\n"
+    )
+    command = [sys.executable, "-c", program, "train", str(QUICKSTART), *SMALL, f"output_dir={tmp_path}"]
+    done = subprocess.run(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=300)
+    assert done.returncode == 75, done.stderr
+    assert "nothing has moved in 'update' for" in done.stderr
+    assert "in hangs" in (tmp_path / "quickstart-001" / "stalled.txt").read_text()
+    assert_same_run(inline, train(small(tmp_path), resume="auto"))
 
 
 @pytest.mark.slow
