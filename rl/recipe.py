@@ -553,8 +553,8 @@ class Fit(Section):
     micro_batch_size: int = Field(
         default=0,
         ge=0,
-        description="rows per backward pass; the gradient does not depend on it; 0: all at once, by several trainer "
-        "ranks one equal part each",
+        description="rows per backward pass; the gradient does not depend on it; 0: all rows of a step at once, or of "
+        "several trainer ranks each its share",
     )
     canvas: Positive = Field(
         default=256, description="response positions of a row that holds one sample, in tokens; longer ones are skipped"
@@ -651,7 +651,7 @@ class Recipe(Section):
 
     @property
     def fit_micro_batch_size(self) -> int:
-        """`fit.micro_batch_size`, or where that is 0 the rows of a step shared out among the ranks, rounded up."""
+        """`fit.micro_batch_size`, or where that is 0 a rank's share of the rows of a step, rounded up."""
         return self.fit.micro_batch_size or -(-self.fit.batch_size // self.cluster.trainer_ranks)
 
     @model_validator(mode="after")
