@@ -130,8 +130,7 @@ def memory_gib(recipe: Recipe, shape: Shape, family: Family) -> dict[str, float]
     Trained weights have a gradient and two moments, all float32. Activations: per token and layer, what the backward
     pass needs of norms, projections and the inner layer, kept for one micro-batch of all the estimator's inputs, or of
     one with `has_two_passes`; with gradient checkpointing, the input of each layer and all of one.
-    Of weights that are sharded over ranks the device holds its share, and while it rolls out or scores, all layers of
-    one model in the compute type and what is outside of the layers in fp32.
+    Of weights that are sharded over ranks the device holds its share, and what is gathered at a time.
     """
     adapter = recipe.model.adapter
     bytes_each = 2 if recipe.model.weights_dtype == "bfloat16" else 4
@@ -145,7 +144,7 @@ def memory_gib(recipe: Recipe, shape: Shape, family: Family) -> dict[str, float]
         parts["reference"] = copied * bytes_each / shares
     compute_bytes = 2 if recipe.model.compute_dtype == "bfloat16" else 4
     if shares > 1:
-        parts["gathered"] = shape.body * compute_bytes + (shape.parameters - shape.body) * 4
+        parts["gathered"] = _gathered(recipe, shape, compute_bytes)
     elif compute_bytes == 2 and bytes_each == 4:
         parts["autocast copies"] = shape.body * 2
     streams = 2 if _has_two_streams(recipe, family) else 1
@@ -154,7 +153,7 @@ def memory_gib(recipe: Recipe, shape: Shape, family: Family) -> dict[str, float]
         views = 1 if recipe.optimizer.has_two_passes else 2 * recipe.estimator.num_pairs + 1
         length = recipe.data.max_prompt_tokens + canvas
     else:
-        rows, views = recipe.fit.micro_batch_size or recipe.fit.batch_size, 1
+        rows, views = recipe.fit_micro_batch_size, 1
         canvas = recipe.fit.context or recipe.fit.canvas
         length = recipe.fit.context or recipe.data.max_prompt_tokens + canvas
     tokens = views * streams * rows * length
@@ -165,6 +164,16 @@ def memory_gib(recipe: Recipe, shape: Shape, family: Family) -> dict[str, float]
     parts["activations"] = tokens * kept * compute_bytes
     parts["logits"] = min(rows * canvas * shape.vocabulary, CHUNK_LOGITS["cuda"]) * 4 * 3
     return {name: size / GIB for name, size in parts.items()}
+
+
+def _gathered(recipe: Recipe, shape: Shape, compute_bytes: int) -> int:
+    """Bytes of sharded weights that are whole at a time: what is outside of the layers, in fp32, and the layers in the
+    compute type, all of them to roll out or score. In likelihood training two, and gradients of one and of the outside.
+    """
+    outside, layer = shape.parameters - shape.body, shape.body // shape.layers
+    if recipe.stage == "rl":
+        return outside * 4 + shape.body * compute_bytes
+    return outside * 8 + layer * (2 * compute_bytes + 4)
 
 
 def fit_step_flops(recipe: Recipe, shape: Shape, family: Family) -> dict[str, int]:

@@ -13,8 +13,7 @@ import torch
 import torch.distributed as dist
 
 from coupled.rl.checkpoint import open_policy, pick_device, use_threads
-from coupled.rl.gang import START_SECONDS, call_key, done_key, error_key, here_key, ready
-from coupled.rl.learner import Learner
+from coupled.rl.gang import START_SECONDS, call_key, done_key, error_key, here_key, learner_of, ready
 from coupled.rl.ranks import join, moved
 from coupled.rl.recipe import Recipe
 
@@ -38,7 +37,7 @@ def follow(recipe: Recipe, *, rank: int, host: str, port: int, device: int) -> N
             torch.cuda.set_device(device)
         store.set(here_key(rank), "")
         ranks = join(store, index=rank, size=size, is_gpu=is_gpu, timeout_seconds=timeout)
-        learner = ready(Learner(recipe, open_policy(recipe.model, recipe.seed), ranks), ranks)
+        learner = ready(learner_of(recipe, open_policy(recipe.model, recipe.seed), ranks), ranks)
         number = 1
         while (method := wait_for_call(store, number)) != "close":
             arguments, named = moved(ranks.broadcast(None), learner.policy.device)

@@ -26,10 +26,14 @@ from torch import Tensor
 from coupled.rl.checkpoint import pick_device
 from coupled.rl.denoise import Request, Sampler
 from coupled.rl.errors import CoupledError, RankError, RecipeError
+from coupled.rl.fit_batch import FitBatch
+from coupled.rl.fit_learner import FitLearner, FitUpdate
+from coupled.rl.fit_objective import Noise
 from coupled.rl.learner import Learner, Update
 from coupled.rl.policy import Policy, digest_of
 from coupled.rl.ranks import Ranks, join, moved
 from coupled.rl.recipe import Recipe
+from coupled.rl.trained import Trained
 from coupled.rl.types import Anchor, MaskDraw, Prompt, Rollout, TrainBatch
 
 POLL_SECONDS = 0.05
@@ -130,7 +134,7 @@ class Gang:
                 watch = (self._followers, self._has_closed, abort_collectives)
                 threading.Thread(target=abort_when_one_ends, args=watch, daemon=True).start()
             self._ranks = join(self._store, index=0, size=size, is_gpu=is_gpu, timeout_seconds=self._timeout)
-            self._learner = self._guarded("start", lambda: ready(Learner(recipe, policy, self._ranks), self._ranks))
+            self._learner = self._guarded("start", lambda: ready(learner_of(recipe, policy, self._ranks), self._ranks))
         except BaseException:
             self.close()
             raise
@@ -164,6 +168,11 @@ class Gang:
     def update(self, step: int, batch: TrainBatch, masks: MaskDraw, anchor: Anchor) -> Update:
         """See `Learner.update`."""
         done: Update = self._call("update", step, batch, masks, anchor)
+        return done
+
+    def fit(self, step: int, batch: FitBatch, noise: Noise) -> FitUpdate:
+        """See `FitLearner.fit`."""
+        done: FitUpdate = self._call("fit", step, batch, noise)
         return done
 
     def sync_reference(self, step: int) -> None:
@@ -338,7 +347,12 @@ def error_key(rank: int) -> str:
     return f"error/{rank}"
 
 
-def ready(learner: Learner, ranks: Ranks) -> Learner:
+def learner_of(recipe: Recipe, policy: Policy, ranks: Ranks) -> Trained:
+    """One rank's learner, of the recipe's stage."""
+    return Learner(recipe, policy, ranks) if recipe.stage == "rl" else FitLearner(recipe, policy, ranks)
+
+
+def ready(learner: Trained, ranks: Ranks) -> Trained:
     """Wait until all ranks have their learners, and see to it that replicas begin alike.
 
     Raises:
@@ -366,9 +380,15 @@ def open_learner(recipe: Recipe, policy: Policy, folder: Path) -> Learner | Gang
         RecipeError: more ranks than GPUs.
         RankError: a rank did not come up.
     """
-    size = recipe.cluster.trainer_ranks
-    if size == 1:
-        return Learner(recipe, policy)
+    return Learner(recipe, policy) if recipe.cluster.trainer_ranks == 1 else _open_gang(recipe, policy, folder)
+
+
+def open_fit_learner(recipe: Recipe, policy: Policy, folder: Path) -> FitLearner | Gang:
+    """As `open_learner`, for likelihood training."""
+    return FitLearner(recipe, policy) if recipe.cluster.trainer_ranks == 1 else _open_gang(recipe, policy, folder)
+
+
+def _open_gang(recipe: Recipe, policy: Policy, folder: Path) -> Gang:
     refuse_too_few_devices(recipe)
     return Gang(recipe, policy, lambda rank, port: FollowerProcess(recipe, rank, port, folder / "logs"))
 

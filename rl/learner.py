@@ -6,28 +6,24 @@ rollouts, cut as one rank would cut them; what they give is added up. Adapters a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from coupled.rl.batch import micro_batches
-from coupled.rl.checkpoint import read_checkpoint, write_checkpoint, write_sharded_checkpoint
 from coupled.rl.denoise import Request, Sampler
 from coupled.rl.engine import request_chunks, roll_out
-from coupled.rl.gradient_checkpointing import checkpoint_gradients
 from coupled.rl.logprob import estimate_logp
 from coupled.rl.loss import loss_denominator
 from coupled.rl.metrics import add_sums
-from coupled.rl.optimizer import apply_step, learning_rate, make_optimizer
 from coupled.rl.parity import check_parity
 from coupled.rl.policy import Policy
-from coupled.rl.ranks import ALONE, Ranks, add_gradients
+from coupled.rl.ranks import ALONE, Ranks
 from coupled.rl.recipe import Recipe
+from coupled.rl.trained import Trained
 from coupled.rl.types import Anchor, MaskDraw, Prompt, Rollout, TrainBatch
 from coupled.rl.update import add_gradient
 
@@ -43,37 +39,15 @@ class Update:
     learning_rate: float
 
 
-class Learner:
+class Learner(Trained):
     """Policy, reference and optimizer of one rank. With several ranks, every method is called on all of them."""
 
     def __init__(self, recipe: Recipe, policy: Policy, ranks: Ranks = ALONE) -> None:
-        self.recipe = recipe
-        self.policy = policy
-        scored_at = recipe.estimator.temperature
-        self.temperature = recipe.rollout.temperature if scored_at is None else scored_at
-        self._ranks = ranks
-        self.on_progress: Callable[[], None] = lambda: None
-        """Called for each part of a long call, by whoever does the work."""
         has_reference = recipe.loss.kl_beta > 0 and recipe.loss.reference != "old"
         is_moving = has_reference and recipe.loss.reference == "synced"
-        self._shards: Any = None
-        self._reference_shards: Any = None
-        if ranks.size > 1 and not policy.has_adapter:
-            from coupled.rl.sharding import shard
-
-            self._shards, self._reference_shards = shard(
-                policy, ranks.size, has_reference=has_reference, is_moving=is_moving
-            )
-        elif has_reference:
-            policy.freeze_reference(is_moving=is_moving)
-        self._optimizer = make_optimizer(policy, recipe.optimizer)
-        if recipe.optimizer.has_gradient_checkpointing:
-            checkpoint_gradients(policy)
-
-    @property
-    def is_sharded(self) -> bool:
-        """Whether this rank holds a part of the weights."""
-        return self._shards is not None
+        super().__init__(recipe, policy, ranks, has_reference=has_reference, is_moving=is_moving)
+        scored_at = recipe.estimator.temperature
+        self.temperature = recipe.rollout.temperature if scored_at is None else scored_at
 
     # --- scoring and updates ------------------------------------------------------------------------------------------
 
@@ -126,9 +100,9 @@ class Learner:
         recipe = self.recipe
         denominator = loss_denominator(batch.valid, recipe.loss.norm)
         sums: dict[str, float] = {}
+        parts = micro_batches(len(batch), recipe.optimizer.micro_batch_size)
         with self._training():
-            for rows, is_silent in self._to_train_on(batch):
-                self.on_progress()
+            for rows, is_silent in self._passes([rows for rows in parts if batch.rows(rows).valid.any()]):
                 output = add_gradient(
                     self.policy,
                     batch.rows(rows),
@@ -141,25 +115,14 @@ class Learner:
                 )
                 if not is_silent:
                     add_sums(sums, output.sums)
+        if bool(batch.valid.any()):
+            self._add_gradients()
         if self._ranks.size > 1:
-            if not self.is_sharded and bool(batch.valid.any()):
-                add_gradients(self._ranks, self.policy.trainable_parameters())
-            parts, sums = self._ranks.gather(sums), {}
-            for part in parts:
+            gathered, sums = self._ranks.gather(sums), {}
+            for part in gathered:
                 add_sums(sums, part)
-        rate = learning_rate(step - 1, recipe.num_steps, recipe.optimizer)
-        norm = apply_step(self._optimizer, self.policy, rate, recipe.optimizer.max_grad_norm)
+        norm, rate = self._apply(step - 1)
         return Update(sums=sums, grad_norm=norm, learning_rate=rate)
-
-    def _to_train_on(self, batch: TrainBatch) -> Iterator[tuple[slice, bool]]:
-        """This rank's micro-batches that carry loss. Where weights are split every rank makes as many passes as the
-        others, if need be over rows that another one counts."""
-        size = self.recipe.optimizer.micro_batch_size
-        kept = [rows for rows in micro_batches(len(batch), size) if batch.rows(rows).valid.any()]
-        mine = self._ranks.share(kept)
-        yield from ((rows, False) for rows in mine)
-        if self.is_sharded and len(mine) < -(-len(kept) // self._ranks.size):
-            yield kept[0], True
 
     def sync_reference(self, step: int) -> None:
         """Let a `synced` reference follow the policy, every `sync_every` steps; others stay where they are."""
@@ -191,27 +154,6 @@ class Learner:
                 return 0.0
             return check_parity(self.policy, prompts, rollouts, temperature, self.recipe.optimizer.micro_batch_size)
 
-    def trainable_state(self) -> dict[str, Tensor]:
-        """Name → tensor of everything that training changes, whole and on the CPU: what rollout workers are given."""
-        return self.policy.trainable_state()
-
-    # --- checkpoints --------------------------------------------------------------------------------------------------
-
-    def write(self, folder: Path, state: dict[str, Any]) -> None:
-        """Write a checkpoint; `state` is kept with it."""
-        if self.is_sharded:
-            is_first = self._ranks.is_first
-            write_sharded_checkpoint(folder, self.policy, self._optimizer, state, is_first=is_first)
-        elif self._ranks.is_first:
-            write_checkpoint(folder, self.policy, self._optimizer, state)
-
-    def read(self, folder: Path) -> dict[str, Any]:
-        """Go on from a checkpoint, made by however many ranks; returns what `write` was given as `state`."""
-        return read_checkpoint(folder, self.policy, self._optimizer)
-
-    def close(self) -> None:
-        """Nothing is held by one rank."""
-
     @contextmanager
     def _under(self, earlier: dict[str, Tensor] | None) -> Iterator[None]:
         """The policy with earlier weights, for as long as the block lasts."""
@@ -225,20 +167,6 @@ class Learner:
         finally:
             self.policy.load_trainable_state(present)
 
-    # --- weights that are split ---------------------------------------------------------------------------------------
-
     def _whole(self, *, is_reference: bool = False) -> AbstractContextManager[None]:
         shards = self._reference_shards if is_reference else self._shards
         return nullcontext() if shards is None else shards.whole()
-
-    @contextmanager
-    def _training(self) -> Iterator[None]:
-        if self._shards is None:
-            yield
-            return
-        self.policy.is_in_lockstep = True
-        try:
-            with self._shards.training():
-                yield
-        finally:
-            self.policy.is_in_lockstep = False

@@ -551,7 +551,10 @@ class Fit(Section):
     )
     batch_size: Positive = Field(default=64, description="rows per optimizer step")
     micro_batch_size: int = Field(
-        default=0, ge=0, description="rows per backward pass; the gradient does not depend on it; 0: all at once"
+        default=0,
+        ge=0,
+        description="rows per backward pass; the gradient does not depend on it; 0: all rows of a step at once, or of "
+        "several trainer ranks each its share",
     )
     canvas: Positive = Field(
         default=256, description="response positions of a row that holds one sample, in tokens; longer ones are skipped"
@@ -646,6 +649,11 @@ class Recipe(Section):
     cluster: Cluster = Cluster()
     fit: Fit = Fit()
 
+    @property
+    def fit_micro_batch_size(self) -> int:
+        """`fit.micro_batch_size`, or where that is 0 a rank's share of the rows of a step, rounded up."""
+        return self.fit.micro_batch_size or -(-self.fit.batch_size // self.cluster.trainer_ranks)
+
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         if self.rollout.denoising_steps > self.rollout.canvas:
@@ -670,11 +678,6 @@ class Recipe(Section):
             raise ValueError(
                 "group_filter=accuracy needs hidden tests, and reward.functions has no 'code'; add it (its weight may "
                 "be 0), or use group_filter=zero_std"
-            )
-        if self.stage != "rl" and self.cluster.trainer_ranks > 1:
-            raise ValueError(
-                f"cluster.trainer_ranks={self.cluster.trainer_ranks} has no effect with stage={self.stage}, which "
-                "trains in one process. Leave it out"
             )
         if self.optimizer.warmup_steps > self.num_steps:
             raise ValueError(

@@ -115,6 +115,19 @@ def test_a_stage_before_rl_is_estimated(name: str, family: str, tokens: float) -
         assert least < flops < 1.5 * least
 
 
+def test_ranks_share_the_memory_of_a_stage_before_rl() -> None:
+    recipe = load_recipe(ROOT / "recipes" / "diffucoder" / "adapt.yaml", ("fit.micro_batch_size=0",))
+    family = family_of(PUBLISHED["qwen2"], name="qwen2")
+    shape = shape_of(family.translate(PUBLISHED["qwen2"]))
+    one, eight = (
+        memory_gib(recipe.model_copy(update={"cluster": Cluster(trainer_ranks=n)}), shape, family) for n in (1, 8)
+    )
+    for part in ("weights", "gradients and moments", "activations"):
+        assert eight[part] == pytest.approx(one[part] / 8)
+    outside, layer = 2 * shape.head, shape.body / shape.layers
+    assert eight["gathered"] * 2**30 == pytest.approx(8 * outside + (2 * 2 + 4) * layer)
+
+
 def test_a_checkpoint_that_is_yours_to_name_has_no_estimate() -> None:
     assert "# no estimate: owner/" in estimate_run(load_recipe(ROOT / "recipes" / "diffucoder" / "midtrain.yaml"))
 

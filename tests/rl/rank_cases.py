@@ -1,26 +1,36 @@
-"""A trainer of 1, 2 or 4 ranks on toy batches. As a program it is one of four processes that go through all cases.
+"""A trainer of 1, 2 or 4 ranks on toy batches, of RL or of likelihood training. As a program it is one of four
+processes that go through all cases.
 
 python rank_cases.py INDEX PORT FOLDER      FOLDER/cases.pt: name → Case; results: FOLDER/NAME-RANKS.pt
 """
 
 from __future__ import annotations
 
+import socket
+import subprocess
 import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 import torch.distributed as dist
-from toys import make_batch, make_requests
+from toys import FIRST_LETTER, NUM_TOKENS, make_batch, make_requests
 
 from coupled.rl.checkpoint import open_policy
 from coupled.rl.denoise import Sampler
+from coupled.rl.fit_batch import PackedRow, collate
+from coupled.rl.fit_data import Example
+from coupled.rl.fit_learner import FitLearner
+from coupled.rl.fit_objective import draw_noise
 from coupled.rl.learner import Learner
 from coupled.rl.masking import draw_masks
 from coupled.rl.ranks import ALONE, Ranks, join
-from coupled.rl.recipe import Recipe
+from coupled.rl.recipe import Fit, Recipe
+from coupled.rl.trained import Trained
 from coupled.rl.types import MaskDraw, TrainBatch
 
 NUM_PROCESSES = 4
@@ -28,6 +38,8 @@ NUM_STEPS = 3
 ONES = ((3, 5, 2, 3, 4), (1, 4, 1, 1, 2))
 NINE = ((3, 5, 2, 3, 4, 2, 6, 3, 4), (6, 4, 2, 6, 5, 1, 6, 3, 6))
 """Five micro-batches of two: they come out even on no number of ranks."""
+TOLERANCE = 1e-6
+ADAPTER = {"rank": 2, "alpha": 4.0, "targets": ("q_proj", "v_proj", "down_proj")}
 SAMPLER = Sampler(canvas=6, denoising_steps=6, temperature=1.0)
 
 
@@ -51,12 +63,16 @@ def batch_and_draws(case: Case, recipe: Recipe, step: int) -> tuple[TrainBatch, 
 
 
 def run_case(case: Case, ranks: Ranks = ALONE) -> dict[str, Any]:
-    """Three steps of two updates each; losses, norms, weights, reference, and rollouts before and after."""
+    """Three steps; losses, norms, weights, and what else there is to compare."""
     recipe = Recipe.model_validate(case.recipe)
+    return _rl_case(case, recipe, ranks) if recipe.stage == "rl" else _fit_case(case, recipe, ranks)
+
+
+def _rl_case(case: Case, recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
+    """Steps of two updates each; also the reference, and rollouts before and after."""
     policy = open_policy(recipe.model, recipe.seed)
     learner = Learner(recipe, policy, ranks)
-    start = {name: tensor.clone() for name, tensor in learner.trainable_state().items()}
-    first = 1 if case.resumes is None else learner.read(case.resumes)["step"] + 1
+    start, first = _begun(case, learner)
     requests = make_requests(5)
     before = learner.generate(requests, SAMPLER, seed=0, weight_version=0)
     updates = []
@@ -65,24 +81,115 @@ def run_case(case: Case, ranks: Ranks = ALONE) -> dict[str, Any]:
         anchors = [learner.anchor(batch, masks, is_first=inner == 0) for inner, masks in enumerate(draws)]
         updates += [learner.update(step, batch, m, a) for m, a in zip(draws, anchors, strict=True)]
         learner.sync_reference(step)
-        if case.writes is not None and step == 2:
-            folder = case.writes / f"from-{ranks.size}"
-            folder.mkdir(parents=True, exist_ok=True)
-            learner.write(folder, {"step": step})
+        _write_if_due(case, learner, ranks, step)
     after = learner.generate(requests, SAMPLER, seed=0, weight_version=1)
     return {
         "losses": [update.sums.get("loss") for update in updates],
         "norms": [update.grad_norm for update in updates],
-        "start": start,
-        "weights": policy.trainable_state(),
         "reference": policy.reference_state() if policy.has_moving_reference else {},
         "before": [r.canvas_ids.tolist() for r in before],
         "after": [r.canvas_ids.tolist() for r in after],
-        "is_sharded": learner.is_sharded,
-        "local_numbers": sum(
-            (p.to_local() if hasattr(p, "to_local") else p).numel() for p in policy.trainable_parameters()
-        ),
+        **_trained(learner, start),
     }
+
+
+def _fit_case(case: Case, recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
+    """Steps of one update each; also how many positions of each row were masked."""
+    policy = open_policy(recipe.model, recipe.seed)
+    learner = FitLearner(recipe, policy, ranks)
+    start, first = _begun(case, learner)
+    updates, masked = [], []
+    for step in range(first, NUM_STEPS + 1):
+        batch = collate(packed_rows(recipe.fit, step), policy, recipe.fit)
+        noise = draw_noise(batch, recipe.fit, recipe.seed, step - 1)
+        updates.append(learner.fit(step - 1, batch, noise))
+        masked.append(noise.masked.sum(-1).tolist())
+        _write_if_due(case, learner, ranks, step)
+    return {
+        "losses": [update.loss for update in updates],
+        "norms": [update.grad_norm for update in updates],
+        "reference": {},
+        "masked": masked,
+        **_trained(learner, start),
+    }
+
+
+def packed_rows(fit: Fit, step: int) -> list[PackedRow]:
+    """Random samples, one a row, or two and now and then a text where rows are packed."""
+    stream = np.random.default_rng(step)
+
+    def tokens(low: int, high: int) -> tuple[int, ...]:
+        return tuple(stream.integers(FIRST_LETTER, NUM_TOKENS, stream.integers(low, high)).tolist())
+
+    def row(number: int) -> PackedRow:
+        samples = [Example(prompt_ids=tokens(1, 6), response_ids=tokens(2, 9)) for _ in range(2 if fit.context else 1)]
+        is_text = bool(fit.context) and number % 4 == 3
+        return (*samples, *([Example(prompt_ids=(), response_ids=tokens(3, 8))] if is_text else []))
+
+    return [row(number) for number in range(fit.batch_size)]
+
+
+def _begun(case: Case, learner: Trained) -> tuple[dict[str, torch.Tensor], int]:
+    start = {name: tensor.clone() for name, tensor in learner.trainable_state().items()}
+    return start, 1 if case.resumes is None else learner.read(case.resumes)["step"] + 1
+
+
+def _write_if_due(case: Case, learner: Trained, ranks: Ranks, step: int) -> None:
+    if case.writes is not None and step == 2:
+        folder = case.writes / f"from-{ranks.size}"
+        folder.mkdir(parents=True, exist_ok=True)
+        learner.write(folder, {"step": step})
+
+
+def _trained(learner: Trained, start: dict[str, torch.Tensor]) -> dict[str, Any]:
+    mine = learner.policy.trainable_parameters()
+    return {
+        "start": start,
+        "weights": learner.trainable_state(),
+        "is_sharded": learner.is_sharded,
+        "local_numbers": sum((p.to_local() if hasattr(p, "to_local") else p).numel() for p in mine),
+    }
+
+
+def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Equal but for rounding."""
+    assert found["losses"] == pytest.approx(expected["losses"], abs=TOLERANCE)
+    assert found["norms"] == pytest.approx(expected["norms"], abs=TOLERANCE, rel=TOLERANCE)
+    for part in ("weights", "reference"):
+        assert found[part].keys() == expected[part].keys()
+        for name, tensor in expected[part].items():
+            torch.testing.assert_close(found[part][name], tensor, atol=TOLERANCE, rtol=0, msg=name)
+
+
+def assert_goes_on(found: dict[str, Any], whole: dict[str, Any]) -> None:
+    """The third step after a resumption is that of the run that was never interrupted."""
+    num_done = len(whole["losses"]) * 2 // NUM_STEPS
+    assert len(found["losses"]) == len(whole["losses"]) - num_done
+    joined = {part: whole[part][:num_done] + found[part] for part in ("losses", "norms")}
+    assert_same(found | joined, whole)
+
+
+def run_together(cases: dict[str, Case], folder: Path) -> dict[str, dict[str, Any]]:
+    """What several ranks give, by `name-ranks`: four processes go through all cases, so that they start once."""
+    torch.save(cases, folder / "cases.pt")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = [sys.executable, "-W", "ignore", __file__]
+    logs = [folder / f"rank_{index}.log" for index in range(NUM_PROCESSES)]
+    processes = []
+    for index, log in enumerate(logs):
+        with log.open("wb") as out:
+            command = [*program, str(index), str(port), str(folder)]
+            processes.append(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT))
+    try:
+        for process, log in zip(processes, logs, strict=True):
+            assert process.wait(timeout=600) == 0, log.read_text()
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    return {file.stem: torch.load(file, weights_only=False) for file in folder.glob("*-[24].pt")}
 
 
 def main(index: int, port: int, folder: Path) -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from rank_cases import NUM_PROCESSES, NUM_STEPS, ONES, Case, run_case
+from rank_cases import ADAPTER, NUM_STEPS, ONES, TOLERANCE, Case, assert_goes_on, assert_same, run_case, run_together
 from toys import make_recipe
 
 from coupled.rl.loading import load_policy
@@ -22,9 +19,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
 ]
 FAMILIES = {"whole": {"shift": 1}, "blocks": {"shift": 0, "block_length": 4}, "tied": {"tie_word_embeddings": True}}
-ADAPTER = {"rank": 2, "alpha": 4.0, "targets": ("q_proj", "v_proj", "down_proj")}
 MOVING = {"kl_beta": 0.1, "reference": "synced", "sync_every": 2, "sync_mix": 0.6}
-TOLERANCE = 1e-6
 
 
 def recipe_of(folder: Path, *, adapter: bool = False, **sections: Any) -> dict[str, Any]:
@@ -73,8 +68,7 @@ def alone(cases: dict[str, Case]) -> dict[str, dict[str, Any]]:
 def together(
     cases: dict[str, Case], alone: dict[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
-    """What 2 and 4 ranks give, by `name-ranks`: four processes go through all cases, so that they start once."""
-    folder = tmp_path_factory.mktemp("ranks")
+    """What 2 and 4 ranks give, by `name-ranks`."""
     resumed = {
         f"{kind}-resumed-by-2": Case(
             recipe=cases[f"{kind}-whole"].recipe, num_ranks=(2,), resumes=cases[f"{kind}-whole"].writes / "from-1"
@@ -84,34 +78,7 @@ def together(
     resumed["full-resumed-from-4"] = Case(
         recipe=cases["full-whole"].recipe, num_ranks=(2,), resumes=cases["full-whole"].writes / "from-4"
     )
-    torch.save(cases | resumed, folder / "cases.pt")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    program = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("rank_cases.py"))]
-    logs = [folder / f"rank_{index}.log" for index in range(NUM_PROCESSES)]
-    processes = []
-    for index, log in enumerate(logs):
-        with log.open("wb") as out:
-            command = [*program, str(index), str(port), str(folder)]
-            processes.append(subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT))
-    try:
-        for process, log in zip(processes, logs, strict=True):
-            assert process.wait(timeout=600) == 0, log.read_text()
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return {file.stem: torch.load(file, weights_only=False) for file in folder.glob("*-[24].pt")}
-
-
-def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
-    assert found["losses"] == pytest.approx(expected["losses"], abs=TOLERANCE)
-    assert found["norms"] == pytest.approx(expected["norms"], abs=TOLERANCE, rel=TOLERANCE)
-    for part in ("weights", "reference"):
-        assert found[part].keys() == expected[part].keys()
-        for name, tensor in expected[part].items():
-            torch.testing.assert_close(found[part][name], tensor, atol=TOLERANCE, rtol=0, msg=name)
+    return run_together(cases | resumed, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
@@ -164,14 +131,6 @@ def test_layers_that_are_gathered_in_bfloat16_train_as_under_autocast(
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------
-
-
-def assert_goes_on(found: dict[str, Any], whole: dict[str, Any]) -> None:
-    """The third step after a resumption is that of the run that was never interrupted."""
-    assert len(found["losses"]) == 2
-    assert_same(
-        found | {"losses": whole["losses"][:4] + found["losses"], "norms": whole["norms"][:4] + found["norms"]}, whole
-    )
 
 
 @pytest.mark.parametrize("kind", ["full", "lora"])

@@ -147,6 +147,13 @@ def test_the_defaults_are_the_published_recipe() -> None:
     assert [(f.name, f.weight) for f in recipe.reward.functions] == [("code", 2.0), ("format", 0.5)]
 
 
+@pytest.mark.parametrize(("micro", "ranks", "size"), [(0, 1, 9), (0, 2, 5), (0, 4, 3), (4, 1, 4), (4, 2, 4)])
+def test_rows_that_are_not_cut_into_micro_batches_are_one_for_each_rank(micro: int, ranks: int, size: int) -> None:
+    fit = {"batch_size": 9, "micro_batch_size": micro}
+    recipe = Recipe.model_validate(MINIMAL | {"stage": "sft", "fit": fit, "cluster": {"trainer_ranks": ranks}})
+    assert recipe.fit_micro_batch_size == size
+
+
 # --- refusals -----------------------------------------------------------------------------------------------------
 
 
