@@ -21,6 +21,7 @@ from coupled.rl.gang import open_fit_learner
 from coupled.rl.progress import Progress
 from coupled.rl.recipe import Recipe
 from coupled.rl.rundir import open_run_dir
+from coupled.rl.watchdog import Watchdog, stall_seconds
 
 
 def fit(recipe: Recipe, resume: str = "never") -> Path:
@@ -36,6 +37,10 @@ def fit(recipe: Recipe, resume: str = "never") -> Path:
     run = open_run_dir(as_asked, resume)
     with ExitStack() as opened:
         learner = opened.enter_context(closing(open_fit_learner(recipe, policy, run.path)))
+        watchdog = Watchdog(stall_seconds(recipe), run.path)
+        learner.on_progress = watchdog.moved
+        opened.callback(watchdog.close)
+        watchdog.start()
         done, cursor = 0, Cursor()
         if (latest := run.latest()) is not None:
             state = learner.read(latest)

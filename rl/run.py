@@ -21,7 +21,7 @@ from coupled.rl.advantage import filter_groups, group_advantages
 from coupled.rl.batch import collate, passes_of, refuse_identical_groups, rewards_of
 from coupled.rl.checkpoint import open_policy, read_carried, use_threads, write_carried
 from coupled.rl.cluster.open import open_engine
-from coupled.rl.cluster.rollouts import HEALTH, ClusterEngine
+from coupled.rl.cluster.rollouts import ClusterEngine
 from coupled.rl.data import encode_prompts, load_tasks, rows_of_step
 from coupled.rl.denoise import Request
 from coupled.rl.errors import DataError, RecipeError, RolloutError, SaveError
@@ -39,7 +39,8 @@ from coupled.rl.recipe import Recipe
 from coupled.rl.rollout_log import write_rollouts
 from coupled.rl.rundir import RunDir, open_run_dir
 from coupled.rl.types import Anchor, Group, MaskDraw, Prompt, Rollout, TrainBatch
-from coupled.rl.watchdog import Watchdog
+from coupled.rl.watchdog import Watchdog, stall_seconds
+from coupled.sandbox import CacheStatistics
 
 MAX_BLIND_STEPS = 3
 """Steps in a row without a single score before the run ends: nothing is learned from them."""
@@ -71,7 +72,7 @@ class Run:
         self._engine = engine
         self.learner = Learner(recipe, policy) if learner is None else learner
         self._events = events or EventLog()
-        self._watchdog = Watchdog(_stall_seconds(recipe), folder.path, state=engine.oldest)
+        self._watchdog = Watchdog(stall_seconds(recipe), folder.path, state=engine.oldest)
         self._events.on_result = self.learner.on_progress = self._watchdog.moved
         self._version = 0
         """Of the weights that rolled out the step under way."""
@@ -83,7 +84,7 @@ class Run:
         self._metrics = StepMetrics()
         self._progress: Progress | None = None
         self._console = Console(soft_wrap=True)
-        self._cache = grader.cache_statistics()
+        self._cache = CacheStatistics()
         self._tasks: dict[str, Task] = {}
         """Of the completions that are asked for, by their uid."""
         self._done = 0
@@ -487,14 +488,6 @@ def open_run(recipe: Recipe, resume: str = "never") -> Run:
         run = Run(recipe, policy, prompts, held_out, grader, folder, engine, learner, events)
         opened.pop_all()
     return run
-
-
-def _stall_seconds(recipe: Recipe) -> float:
-    """So much silence ends the process; coordinator and ranks, which can say more of it, notice it before that."""
-    waits = [HEALTH[recipe.cluster.health].stall_seconds]
-    if recipe.cluster.trainer_ranks > 1:
-        waits.append(recipe.cluster.trainer_timeout_seconds)
-    return 1.5 * max(waits)
 
 
 def _exactness(policy: Policy) -> str:

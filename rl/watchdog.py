@@ -14,13 +14,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from coupled.rl.cluster.types import ClusterError
+from coupled.rl.cluster.types import HEALTH, ClusterError
+from coupled.rl.recipe import Recipe
 
 FILE = "stalled.txt"
 TICKS = 20
 """Looks in the time that is allowed. Silence is counted in looks: a process that was stopped itself has not hung."""
 STATE_SECONDS = 5.0
 """How long the question may take what the workers do: who answers it may be what hangs."""
+
+
+def stall_seconds(recipe: Recipe) -> float:
+    """So much silence ends the process; coordinator and ranks, which can say more of it, notice it before that."""
+    waits = [HEALTH[recipe.cluster.health].stall_seconds]
+    if recipe.cluster.trainer_ranks > 1:
+        waits.append(recipe.cluster.trainer_timeout_seconds)
+    return 1.5 * max(waits)
 
 
 class Watchdog:

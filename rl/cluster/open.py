@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from coupled.rl.cluster.rollouts import (
-    HEALTH,
     ClusterEngine,
     FileCarrier,
     ObjectCarrier,
@@ -16,6 +15,7 @@ from coupled.rl.cluster.rollouts import (
     inline_engine,
 )
 from coupled.rl.cluster.transport import Carrier, Transport, WorkerSpec
+from coupled.rl.cluster.types import HEALTH
 from coupled.rl.gang import Gang
 from coupled.rl.learner import Learner
 from coupled.rl.recipe import Recipe

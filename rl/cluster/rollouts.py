@@ -27,7 +27,7 @@ from coupled.rl.cluster.ledger import Entry
 from coupled.rl.cluster.pool import PoolSpec
 from coupled.rl.cluster.runtime import Runtime
 from coupled.rl.cluster.transport import Carrier, InlineTransport, Transport, WorkerSpec
-from coupled.rl.cluster.types import FAST, PATIENT, TRAINING, ClusterError, Counters, GroupKey, Health, State, Unit
+from coupled.rl.cluster.types import PATIENT, TRAINING, ClusterError, Counters, GroupKey, Health, State, Unit
 from coupled.rl.denoise import Request, Sampler
 from coupled.rl.engine import HasWeights, request_chunks, roll_out
 from coupled.rl.errors import CoupledError, RolloutError
@@ -37,7 +37,6 @@ from coupled.rl.recipe import Recipe
 from coupled.rl.types import Rollout
 
 Tell = Callable[..., None]
-HEALTH: dict[str, Health] = {"patient": PATIENT, "fast": FAST}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -117,6 +117,8 @@ PATIENT = Health()
 """For real models, and networks with interruptions of seconds."""
 FAST = Health(least_seconds=10.0, first_seconds=120.0, start_seconds=120.0, stall_seconds=600.0)
 """For one host or a quiet network, and steps of seconds."""
+HEALTH = {"patient": PATIENT, "fast": FAST}
+"""By the recipe's `cluster.health`."""
 
 
 class WorkerLost(Exception):

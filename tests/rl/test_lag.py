@@ -78,12 +78,11 @@ def test_groups_whose_rollouts_could_not_be_made_are_left_out_and_said(
     run = toy_run(tiny_policy(), tmp_path)
     judged: list[tuple[str, ...]] = []
 
-    def judge(self: Run, step: int, prompts: list[Prompt], made: list[Rollout]) -> list[Group]:
+    def judge(self: Run, step: int, prompts: list[Prompt], made: list[Rollout], **_: object) -> list[Group]:
         judged.append(tuple(r.uid for r in made))
         raise KeyboardInterrupt  # what comes after is not looked at here
 
     monkeypatch.setattr(Run, "_judge", judge)
-    monkeypatch.setattr(Grader, "cache_statistics", lambda self: None)
     requests: list[Request] = run._requests_of(1)
     made = {r.uid: r for r in run._engine.generate(requests, sampler_of(run.recipe), seed=0)}
     lost = requests[1].uid

@@ -196,7 +196,7 @@ def test_a_trainer_that_hangs_ends_with_a_status_that_asks_for_resumption_and_re
 ) -> None:
     program = (
         "import sys, time\nfrom coupled.rl import run\nfrom coupled.rl.cli import main\n"
-        "run._stall_seconds = lambda recipe: 6.0\nupdate = run.Run.update\n"
+        "run.stall_seconds = lambda recipe: 6.0\nupdate = run.Run.update\n"
         "def hang(self, step, *rest):\n    update(self, step, *rest) if step < 3 else self.hangs()\n"
         "def hangs(self):\n    with self._clock('update'):\n        time.sleep(600)\n"
         "run.Run.update, run.Run.hangs = hang, hangs\nmain()\n"
