@@ -27,7 +27,7 @@ from coupled.rl.cluster.transport import Transport, WorkerSpec
 from coupled.rl.cluster.types import ClusterError, WorkerLost, WorkFailed
 from coupled.rl.errors import RecipeError
 from coupled.rl.follower import follow
-from coupled.rl.gang import End, Gang
+from coupled.rl.gang import LOCAL_HOST, End, Gang
 from coupled.rl.policy import Policy
 from coupled.rl.ray_cluster import (
     Bundle,
@@ -88,8 +88,10 @@ class GpuTeller:
 class RayFollower:
     """A rank in an actor, which Ray ends when this process does."""
 
-    def __init__(self, transport: Transport, spec: WorkerSpec, rank: int, place: Bundle, log: Path) -> None:
-        self.rank, self.host, self.log = rank, place.host, str(log)
+    def __init__(
+        self, transport: Transport, spec: WorkerSpec, place: Bundle, *, rank: int, host: str, log: Path
+    ) -> None:
+        self.rank, self.host, self.log = rank, host, str(log)
         self._transport = transport
         self._actor = transport.spawn(spec, place)
         self._call = transport.call(self._actor, "follow")
@@ -130,7 +132,8 @@ def open_ray_gang(recipe: Recipe, policy: Policy, folder: Path) -> Gang:
     try:
         ray = open_ray(recipe, folder)
         opened.callback(close_ray)
-        transport, host = RayTransport(ray), address_here(ray)
+        transport, here = RayTransport(ray), address_here(ray)
+        host = LOCAL_HOST if recipe.cluster.address is None else here
         places = reserve(ray, recipe, opened.callback)
         use_interface_towards(host)
         if device == "cuda":
@@ -141,7 +144,9 @@ def open_ray_gang(recipe: Recipe, policy: Policy, folder: Path) -> Gang:
         def start(rank: int, port: int) -> RayFollower:
             arguments = (recipe, rank, host, port, folder, token)
             spec = WorkerSpec(make=RemoteRank, arguments=arguments, num_gpus=gpus)
-            return RayFollower(transport, spec, rank, places[rank], log_of(folder, rank))
+            place = places[rank]
+            at = host if place.host == here else place.host
+            return RayFollower(transport, spec, place, rank=rank, host=at, log=log_of(folder, rank))
 
         return Gang(recipe, policy, start, host=host, on_close=opened.close)
     except BaseException:

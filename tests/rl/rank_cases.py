@@ -42,6 +42,8 @@ class Case:
     """A checkpoint after step 2, to go on from."""
     writes: Path | None = None
     """Where to write a checkpoint after step 2."""
+    num_requests: int = 5
+    """Rollouts before and after; with 1 only the first rank makes passes without gradients."""
 
 
 def batch_and_draws(case: Case, recipe: Recipe, step: int) -> tuple[TrainBatch, list[MaskDraw]]:
@@ -57,7 +59,7 @@ def run_case(case: Case, ranks: Ranks = ALONE) -> dict[str, Any]:
     learner = Learner(recipe, policy, ranks)
     start = {name: tensor.clone() for name, tensor in learner.trainable_state().items()}
     first = 1 if case.resumes is None else learner.read(case.resumes)["step"] + 1
-    requests = make_requests(5)
+    requests = make_requests(case.num_requests)
     before = learner.generate(requests, SAMPLER, seed=0, weight_version=0)
     updates = []
     for step in range(first, NUM_STEPS + 1):
