@@ -20,6 +20,7 @@ from coupled.rl.cluster.placement import Room
 from coupled.rl.errors import CoupledError, RecipeError
 from coupled.rl.recipe import Recipe
 
+CONNECT_SECONDS = 10.0
 SIOCGIFADDR = 0x8915
 """Linux: the IPv4 address of a network interface."""
 
@@ -40,12 +41,8 @@ def open_ray(recipe: Recipe, log_dir: Path | None = None) -> Any:
     """
     if recipe.cluster.address is None:
         _require_token()  # before the import, which reads the mode
-    elif "RAY_AUTH_MODE" not in os.environ:
-        raise RecipeError(
-            "a Ray cluster is joined with RAY_AUTH_MODE set to what it is on every host of it, 'token' or 'disabled'; "
-            "it is not set here. Ray guesses otherwise, and differently on the head: export it before `ray start` and "
-            "before `coupled train`"
-        )
+    else:
+        _require_mode()
     import ray
 
     global _num_users
@@ -67,6 +64,22 @@ def close_ray() -> None:
         _num_users = max(0, _num_users - 1)
         if _num_users == 0:
             ray.shutdown()
+
+
+def look_at_cluster(address: str) -> list[Room]:
+    """Join a cluster for as long as it takes to see what its hosts have.
+
+    Raises:
+        CoupledError: there is none at the address, or it wants a token that is not known here.
+    """
+    _require_mode()
+    import ray
+
+    _join(ray, address, num_threads=1)
+    try:
+        return rooms(ray)
+    finally:
+        ray.shutdown()
 
 
 def alive_nodes(ray: Any) -> list[str]:
@@ -211,23 +224,19 @@ def _require_token() -> None:
         raylet.Config.initialize("")  # reads the mode again
 
 
+def _require_mode() -> None:
+    if "RAY_AUTH_MODE" not in os.environ:
+        raise RecipeError(
+            "a Ray cluster is joined with RAY_AUTH_MODE set to what it is on every host of it, 'token' or 'disabled'; "
+            "it is not set here. Ray guesses otherwise, and differently on the head: export it before `ray start` and "
+            "before `coupled`"
+        )
+
+
 def _start_quietly(ray: Any, recipe: Recipe) -> None:
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    threads = str(recipe.num_threads or 1)
-    common: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": "ERROR",
-        "configure_logging": True,
-        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads}},
-    }
+    num_threads = recipe.num_threads or 1
     if recipe.cluster.address is not None:
-        try:
-            ray.init(address=recipe.cluster.address, **common)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise CoupledError(
-                f"no Ray cluster answers at cluster.address={recipe.cluster.address} ({error}). Is it the head's "
-                "ip:port, and are RAY_AUTH_MODE and the token those of the head?"
-            ) from error
+        _join(ray, recipe.cluster.address, num_threads)
         return
     num_ranks = recipe.cluster.trainer_ranks if recipe.cluster.trainer_workers == "ray" else 0
     ray.init(
@@ -235,8 +244,31 @@ def _start_quietly(ray: Any, recipe: Recipe) -> None:
         num_cpus=max(recipe.rollout.num_workers + num_ranks, os.cpu_count() or 1),
         include_dashboard=recipe.cluster.dashboard,
         _node_ip_address="127.0.0.1",
-        **common,
+        **_quiet(num_threads),
     )
+
+
+def _join(ray: Any, address: str, num_threads: int) -> None:
+    host, _, port = address.rpartition(":")
+    try:
+        if host:  # Ray itself goes on trying for minutes where nobody listens
+            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+        ray.init(address=address, **_quiet(num_threads))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CoupledError(
+            f"no Ray cluster answers at cluster.address={address} ({error}). Is it the head's ip:port, and are "
+            "RAY_AUTH_MODE and the token those of the head?"
+        ) from error
+
+
+def _quiet(num_threads: int) -> dict[str, Any]:
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    return {
+        "log_to_driver": False,
+        "logging_level": "ERROR",
+        "configure_logging": True,
+        "runtime_env": {"env_vars": {"OMP_NUM_THREADS": str(num_threads)}},
+    }
 
 
 def _redirect_dumps(path: Path) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 GIB = 2.0**30
 SHOWN = {"CPU": "CPUs", "GPU": "GPUs", "memory": "memory, GiB"}
-"""Ray's resources that are shown, and their names for people."""
+"""Ray's resources that the table shows, and their names for people."""
+DESCRIBED = SHOWN | {"object_store_memory": "object store, GiB"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +27,15 @@ class Room:
         have = self.total if is_empty else self.free
         # Ray counts in ten-thousandths.
         return min(int(have.get(name, 0.0) / amount + 1e-4) for name, amount in needs.items() if amount)
+
+    def describe(self) -> str:
+        """In a line. Example: `CPUs 3 free of 8; memory, GiB 20.5 free of 30.0`."""
+        parts = [f"{DESCRIBED[name]} {self.share(name, ' free of ')}" for name in DESCRIBED if self.total.get(name)]
+        return "; ".join(parts)
+
+    def share(self, name: str, between: str) -> str:
+        """What is free and what there is of a resource. Example: `3 of 8`."""
+        return f"{_amount(name, self.free)}{between}{_amount(name, self.total)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +64,7 @@ def placement_table(ask: Ask, rooms: Sequence[Room]) -> str:
     ordered = sorted(rooms, key=lambda room: (not room.is_here, room.host))
     rows += [
         [f"{room.host} (here)" if room.is_here else room.host]
-        + [f"{_amount(name, room.free)} of {_amount(name, room.total)}" for name in shown]
+        + [room.share(name, " of ") for name in shown]
         + [str(room.fits(ask.needs))]
         for room in ordered
     ]
@@ -75,4 +85,4 @@ def no_room(ask: Ask, rooms: Sequence[Room], remedy: str) -> str:
 
 def _amount(name: str, amounts: Mapping[str, float]) -> str:
     amount = amounts.get(name, 0.0)
-    return f"{amount / GIB:.1f}" if name == "memory" else f"{amount:g}"
+    return f"{amount / GIB:.1f}" if name.endswith("memory") else f"{amount:g}"

@@ -191,6 +191,7 @@ def test_the_defaults_are_the_published_recipe() -> None:
             "to its default (dual_clip=null), or use objective=clipped",
         ),
         ({"loss": {"objective": "likelihood", "ratio": "sequence"}}, "ratio=sequence has no effect"),
+        ({"cluster": {"trainer_workers": "ray"}}, "trainer_workers=ray has no effect with trainer_ranks=1"),
         (
             {"rollout": {"canvas": 8, "denoising_steps": 9}},
             "rollout.denoising_steps (9) must not exceed rollout.canvas (8)",
