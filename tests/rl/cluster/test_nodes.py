@@ -107,7 +107,7 @@ sys.stdin.read()
 def test_ranks_on_other_nodes_are_lost_with_them_and_end_with_the_first(
     nodes: Any, tiny_folder: Any, tmp_path: Path
 ) -> None:
-    other = nodes.add_node(num_cpus=1)
+    nodes.add_node(num_cpus=1)
     recipe = recipe_of_ranks(nodes.address, tiny_folder())
     log = tmp_path / "killed" / "logs" / "rank_1.log"
     command = [sys.executable, "-c", DRIVER, recipe.model_dump_json(), str(tmp_path / "killed")]
@@ -129,12 +129,21 @@ def test_ranks_on_other_nodes_are_lost_with_them_and_end_with_the_first(
     try:
         assert isinstance(gang._followers[0], RayFollower)
         state = gang.trainable_state()
-        nodes.remove_node(other, allow_graceful=False)
+        nodes.remove_node(node_of_rank(nodes, 1), allow_graceful=False)
         with pytest.raises(RankLostError, match="rank 1 of the trainer ended with the loss of its process or host"):
             ask_until_it_fails(gang)
         assert digest_of(state) == digest_of(open_policy(recipe.model, 0).trainable_state())
     finally:
         gang.close()
+
+
+def node_of_rank(nodes: Any, rank: int) -> Any:
+    import ray
+
+    groups = ray.util.placement_group_table().values()
+    (places,) = [group["bundles_to_node_id"] for group in groups if group["state"] == "CREATED"]
+    assert places[0] == ray.get_runtime_context().get_node_id(), "the first rank's place is where the run itself is"
+    return next(node for node in nodes.worker_nodes if node.node_id == places[rank])
 
 
 def ask_until_it_fails(gang: Gang) -> None:
