@@ -59,7 +59,8 @@ def cases(tiny_policy: Callable[..., Any], tmp_path_factory: pytest.TempPathFact
         found[f"low-memory-{family}"] = Case(
             recipe=recipe_of(folder / family, optimizer=low_memory), num_ranks=(2,), lengths=ONES
         )
-    found["idle"] = Case(recipe=recipe_of(folder / "whole"), num_ranks=(2,), num_requests=1)
+    # With one update nothing is scored before it: the second rank has made no pass at all, the first has rolled out.
+    found["idle"] = Case(recipe=recipe_of(folder / "whole", num_updates=1), num_ranks=(2,), num_requests=1)
     found["bfloat16"] = Case(recipe=recipe_of(folder / "whole", model={"compute_dtype": "bfloat16"}), num_ranks=(2,))
     return found
 
