@@ -281,11 +281,15 @@ def top(
 
 
 @app.command()
-def doctor() -> None:
+def doctor(
+    address: Annotated[
+        str | None, typer.Option(help="ip:port of a running Ray cluster, or auto: also say what each of its hosts has")
+    ] = None,
+) -> None:
     """Say what this machine can and cannot do, and the remedy."""
     from coupled.rl.doctor import examine
 
-    findings = examine()
+    findings = examine(address)
     for finding in findings:
         mark = "[green]ok[/green]  " if finding.is_good else "[red]no[/red]  "
         console.print(f"{mark} {finding.name}: {escape(finding.detail)}")

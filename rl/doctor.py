@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from coupled.rl.environment import PACKAGES, installed_version, usable_cores
+from coupled.rl.errors import CoupledError
 from coupled.sandbox import Isolation, SandboxUnavailable, open_executor, self_check
 
 MIN_SHM_GIB = 1.0
@@ -28,9 +29,13 @@ class Finding:
     is_needed: bool = False
 
 
-def examine() -> list[Finding]:
-    """All findings, in the order a user cares for them. Starts and stops a sandbox; needs a few seconds."""
-    return [_python(), *_packages(), _families(), _processor(), _gpu(), *_sandbox(), _shared_memory(), _disk()]
+def examine(address: str | None = None) -> list[Finding]:
+    """All findings, in the order a user cares for them. Starts and stops a sandbox; needs a few seconds.
+
+    `address`: of a Ray cluster, whose hosts are looked at, too.
+    """
+    found = [_python(), *_packages(), _families(), _processor(), _gpu(), *_sandbox(), _shared_memory(), _disk()]
+    return found if address is None else [*found, *_cluster(address)]
 
 
 def _python() -> Finding:
@@ -139,3 +144,16 @@ def _disk() -> Finding:
         detail=f"{free:.0f} GiB free here",
         remedy="" if good else "free some space, or set output_dir to another disk",
     )
+
+
+def _cluster(address: str) -> list[Finding]:
+    from coupled.rl.ray_cluster import look_at_cluster
+
+    try:
+        hosts = look_at_cluster(address)
+    except CoupledError as error:
+        return [Finding(name="cluster", is_good=False, detail=str(error), is_needed=True)]
+    return [
+        Finding(name=f"cluster: {room.host}{' (here)' if room.is_here else ''}", is_good=True, detail=room.describe())
+        for room in hosts
+    ]

@@ -41,7 +41,13 @@ class RolloutError(CoupledError):
 
 
 class RankError(CoupledError):
-    """A rank of the trainer ended, or did not answer in time."""
+    """The ranks of the trainer cannot work together, or one of them says what is wrong."""
+
+
+class RankLostError(RankError):
+    """A rank of the trainer is gone with its process or host, or did not answer in time. Resuming may well succeed."""
+
+    exit_code = 75
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

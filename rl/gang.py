@@ -9,13 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import socket
+import stat
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -25,7 +29,7 @@ from torch import Tensor
 
 from coupled.rl.checkpoint import pick_device
 from coupled.rl.denoise import Request, Sampler
-from coupled.rl.errors import CoupledError, RankError, RecipeError
+from coupled.rl.errors import CoupledError, RankError, RankLostError, RecipeError
 from coupled.rl.fit_batch import FitBatch
 from coupled.rl.fit_learner import FitLearner, FitUpdate
 from coupled.rl.fit_objective import Noise
@@ -46,16 +50,29 @@ START_SECONDS = 300.0
 LOCAL_HOST = "127.0.0.1"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """How a rank ended. Example: `End(how="signal 9", is_lost=True)`."""
+
+    how: str
+    is_lost: bool
+    """Whether its process or host is gone. Otherwise it has ended by itself."""
+    reason: str | None = None
+    """What it raised, where that is known."""
+
+
 @runtime_checkable
 class Follower(Protocol):
     """Another rank's process, wherever it runs."""
 
     rank: int
+    host: str
+    """The address of the host it runs on."""
     log: str
     """Where to read what it printed."""
 
-    def ended(self) -> str | None:
-        """How it ended, e.g. `signal 9`; None while it runs. Does not wait."""
+    def ended(self) -> End | None:
+        """How it ended; None while it runs. Does not wait."""
         ...
 
     def kill(self) -> None:
@@ -64,14 +81,14 @@ class Follower(Protocol):
 
 
 StartFollower = Callable[[int, int], Follower]
-"""Starts the given rank, which is to meet the others at the given port of this host."""
+"""Starts the given rank, which is to meet the others at the given port of the first rank's address."""
 
 
 class FollowerProcess:
     """A rank on this host, in a process of its own that ends when this one does."""
 
     def __init__(self, recipe: Recipe, rank: int, port: int, folder: Path) -> None:
-        self.rank = rank
+        self.rank, self.host = rank, LOCAL_HOST
         folder.mkdir(parents=True, exist_ok=True)
         self.log = str(folder / f"rank_{rank}.log")
         place = {"rank": rank, "host": LOCAL_HOST, "port": port}
@@ -91,11 +108,11 @@ class FollowerProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def ended(self) -> str | None:
+    def ended(self) -> End | None:
         status = self._process.poll()
         if status is None:
             return None
-        return f"signal {-status}" if status < 0 else f"status {status}"
+        return End(how=f"signal {-status}" if status < 0 else f"status {status}", is_lost=status < 0)
 
     def kill(self) -> None:
         self._process.kill()
@@ -106,19 +123,33 @@ class FollowerProcess:
 
 
 class Gang:
-    """The ranks of a trainer. It has a learner's methods, and each of them runs on every rank."""
+    """The ranks of a trainer. It has a learner's methods, and each of them runs on every rank.
 
-    def __init__(self, recipe: Recipe, policy: Policy, start: StartFollower) -> None:
+    Args:
+        start: starts another rank.
+        host: the address of this host that the other ranks reach; nothing listens on another one.
+        on_close: called when the ranks have ended, to give back what they ran on.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        policy: Policy,
+        start: StartFollower,
+        *,
+        host: str = LOCAL_HOST,
+        on_close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._on_close = on_close
         self._timeout = recipe.cluster.trainer_timeout_seconds
         self._num_calls = 0
         self._is_whole = False
         self._has_closed = threading.Event()
         size, is_gpu = recipe.cluster.trainer_ranks, policy.device.type == "cuda"
-        # Heard on this host alone.
-        listener = socket.create_server((LOCAL_HOST, 0))
+        listener = socket.create_server((host, 0))
         port = listener.getsockname()[1]
         self._store = dist.TCPStore(
-            LOCAL_HOST,
+            host,
             port,
             is_master=True,
             wait_for_workers=False,
@@ -130,8 +161,8 @@ class Gang:
             for rank in range(1, size):
                 self._followers.append(start(rank, port))
             self._wait_until_all_are_there()
-            if is_gpu:
-                watch = (self._followers, self._has_closed, abort_collectives)
+            if is_gpu or any(follower.host != host for follower in self._followers):
+                watch = (self._followers, self._has_closed, partial(abort_collectives, host, self._has_closed))
                 threading.Thread(target=abort_when_one_ends, args=watch, daemon=True).start()
             self._ranks = join(self._store, index=0, size=size, is_gpu=is_gpu, timeout_seconds=self._timeout)
             self._learner = self._guarded("start", lambda: ready(learner_of(recipe, policy, self._ranks), self._ranks))
@@ -199,13 +230,13 @@ class Gang:
     def write(self, folder: Path, state: dict[str, Any]) -> None:
         """See `Learner.write`."""
         if self._learner.is_sharded:
-            self._call("write", folder, state)
+            self._call("write", folder.resolve(), state)  # ranks may have other working folders
         else:
             self._learner.write(folder, state)
 
     def read(self, folder: Path) -> dict[str, Any]:
         """See `Learner.read`."""
-        state: dict[str, Any] = self._call("read", folder)
+        state: dict[str, Any] = self._call("read", folder.resolve())
         return state
 
     def close(self) -> None:
@@ -222,6 +253,7 @@ class Gang:
         self._followers = []
         if dist.is_initialized():
             dist.destroy_process_group()
+        self._on_close()
 
     # --- calls --------------------------------------------------------------------------------------------------------
 
@@ -232,7 +264,7 @@ class Gang:
             RankError: a rank has ended, or the ranks waited for each other for too long. The gang is of no use then.
         """
         if not self._is_whole:
-            raise RankError("the trainer has lost a rank before; continue the run with resume=auto")
+            raise RankLostError("the trainer has lost a rank before; continue the run with resume=auto")
         self._refuse_ended(method)
 
         def run() -> Any:
@@ -271,10 +303,15 @@ class Gang:
                 self._refuse_ended(method, error)
             if has_expired:
                 late = [f for f in self._followers if not self._store.check([done_key(self._num_calls, f.rank)])]
-                raise RankError(
+                raise RankLostError(
                     f"the trainer's ranks waited {self._timeout:g} s for each other in {method!r}; not done: "
                     f"{', '.join(f'rank {f.rank} ({f.log})' for f in late)}. If one of them is only slow, raise "
                     "cluster.trainer_timeout_seconds; then continue with resume=auto"
+                ) from error
+            if is_of_connections(text):
+                raise RankLostError(
+                    f"the trainer's ranks lost each other in {method!r}, and all of them still run: {error}. If the "
+                    "network is whole, continue with resume=auto"
                 ) from error
             raise
 
@@ -286,19 +323,26 @@ class Gang:
         while (found := self._blame()) is None and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
         first = found or next(f for f in self._followers if f.ended() is not None)
+        end, reason = first.ended(), self._reason(first)
+        assert end is not None
+        text = f"rank {first.rank} of the trainer ended with {end.how} in {method!r}{reason and f': {reason}'}"
+        if end.is_lost or is_of_connections(reason.lower()):
+            raise RankLostError(f"{text}. What it printed is in {first.log}. Continue with resume=auto") from cause
         raise RankError(
-            f"rank {first.rank} of the trainer ended with {first.ended()} in {method!r}{self._reason(first.rank)}. "
-            f"What it printed is in {first.log}. Mend that, then continue with resume=auto"
+            f"{text}. What it printed is in {first.log}. Mend that, then continue with resume=auto"
         ) from cause
 
     def _blame(self) -> Follower | None:
         """A rank that ended by itself: without a word, or with a reason that is not the loss of another one."""
         ended = [f for f in self._followers if f.ended() is not None]
-        return next((f for f in ended if not is_of_connections(self._reason(f.rank).lower())), None)
+        return next((f for f in ended if not is_of_connections(self._reason(f).lower())), None)
 
-    def _reason(self, rank: int) -> str:
-        key = error_key(rank)
-        return f": {self._store.get(key).decode()}" if self._store.check([key]) else ""
+    def _reason(self, follower: Follower) -> str:
+        """What an ended rank has raised, as far as that is known."""
+        end, key = follower.ended(), error_key(follower.rank)
+        if end is not None and end.reason is not None:
+            return end.reason
+        return self._store.get(key).decode() if self._store.check([key]) else ""
 
     def _wait_until_all_are_there(self) -> None:
         deadline = time.monotonic() + START_SECONDS
@@ -306,25 +350,51 @@ class Gang:
             self._refuse_ended("start")
             if time.monotonic() > deadline:
                 missing = [f for f in self._followers if not self._store.check([here_key(f.rank)])]
-                raise RankError(
+                raise RankLostError(
                     f"after {START_SECONDS:g} s these ranks of the trainer have not come up: "
                     f"{', '.join(f'{f.rank} ({f.log})' for f in missing)}"
                 )
             time.sleep(POLL_SECONDS)
 
 
-def abort_when_one_ends(followers: Sequence[Follower], has_closed: threading.Event, abort: Callable[[], None]) -> None:
-    """A rank that ends breaks gloo's connections, but NCCL's kernels go on waiting for it: end those, too."""
+def abort_when_one_ends(
+    followers: Sequence[Follower], has_closed: threading.Event, abort: Callable[[Follower], None]
+) -> None:
+    """Let collectives fail when a rank has ended.
+
+    A process that ends breaks gloo's connections by itself, but NCCL's kernels go on waiting for it, and so does gloo
+    for a host that falls silent.
+    """
     while not has_closed.wait(POLL_SECONDS):
-        if any(follower.ended() is not None for follower in followers):
-            abort()
-            return
+        for follower in followers:
+            if follower.ended() is not None:
+                abort(follower)
+                return
 
 
-def abort_collectives() -> None:
-    """Let the collectives of this process fail now."""
+def abort_collectives(here: str, has_closed: threading.Event, lost: Follower) -> None:
+    """Let the collectives of this process, on host `here`, fail now that a rank has ended."""
     if dist.is_initialized() and dist.group.WORLD is not None:
-        dist.group.WORLD.abort()
+        dist.group.WORLD.abort()  # NCCL's
+    end = lost.ended()
+    is_silent = lost.host != here and end is not None and end.is_lost and not has_closed.wait(GRACE_SECONDS)
+    if is_silent:
+        cut_connections(lost.host)
+
+
+def cut_connections(address: str) -> None:
+    """Shut this process's TCP connections to a host that is gone: whoever reads from one is told so at once.
+
+    gloo has no other way to be told. Ray's connections to that host are among them; nobody answers there.
+    """
+    for entry in os.scandir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # closed meanwhile, or not connected
+            if not stat.S_ISSOCK(entry.stat().st_mode):
+                continue
+            with socket.socket(fileno=os.dup(int(entry.name))) as connection:
+                is_tcp = connection.family in (socket.AF_INET, socket.AF_INET6)
+                if is_tcp and connection.getpeername()[0].removeprefix("::ffff:") == address:
+                    connection.shutdown(socket.SHUT_RDWR)
 
 
 def call_key(number: int) -> str:
@@ -374,10 +444,11 @@ def is_of_connections(text: str) -> bool:
 
 
 def open_learner(recipe: Recipe, policy: Policy, folder: Path) -> Learner | Gang:
-    """What trains: this process alone, or with as many more on this host as the recipe asks for.
+    """What trains: this process alone, or with as many more, on this host or others, as the recipe asks for.
 
     Raises:
         RecipeError: more ranks than GPUs.
+        ClusterError: the cluster has no room for the ranks.
         RankError: a rank did not come up.
     """
     return Learner(recipe, policy) if recipe.cluster.trainer_ranks == 1 else _open_gang(recipe, policy, folder)
@@ -389,6 +460,10 @@ def open_fit_learner(recipe: Recipe, policy: Policy, folder: Path) -> FitLearner
 
 
 def _open_gang(recipe: Recipe, policy: Policy, folder: Path) -> Gang:
+    if recipe.cluster.trainer_workers == "ray":
+        from coupled.rl.ray_ranks import open_ray_gang
+
+        return open_ray_gang(recipe, policy, folder)
     refuse_too_few_devices(recipe)
     return Gang(recipe, policy, lambda rank, port: FollowerProcess(recipe, rank, port, folder / "logs"))
 

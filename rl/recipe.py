@@ -494,6 +494,11 @@ class Cluster(Section):
         description="the ranks wait for each other this long at most; loading and the slowest share of a step must "
         "fit in",
     )
+    trainer_workers: Literal["process", "ray"] = Field(
+        default="process",
+        description="where the ranks besides the first run, which is the run's own process. process: processes of this "
+        "host; ray: actors, here or on a cluster (cluster.address)",
+    )
     address: str | None = Field(
         default=None,
         pattern=r"^(auto|[^/:]+:\d+)$",
@@ -533,6 +538,11 @@ class Cluster(Section):
             raise ValueError(
                 f"trainer_timeout_seconds={self.trainer_timeout_seconds:g} has no effect with trainer_ranks=1, which "
                 "waits for nobody. Leave it out, or raise trainer_ranks"
+            )
+        if self.trainer_ranks == 1 and self.trainer_workers != "process":
+            raise ValueError(
+                f"trainer_workers={self.trainer_workers} has no effect with trainer_ranks=1, which is the run's own "
+                "process. Leave it out, or raise trainer_ranks"
             )
         return self
 

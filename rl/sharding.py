@@ -57,6 +57,10 @@ class Shards:
         for layer in body.layers:
             fully_shard(layer, mesh=mesh, mp_policy=precision)
         fully_shard(body, mesh=mesh, mp_policy=precision, ignored_params=set(self._outer))
+        # FSDP would gather ahead by the order of all passes since the last update, also of those without gradients, of
+        # which ranks make unequally many. The first layer has nothing before it: itself is there already.
+        for earlier, layer in zip([body.layers[0], *body.layers], body.layers, strict=False):
+            layer.set_modules_to_backward_prefetch([earlier])
         self._wrapped = [module for module in body.modules() if isinstance(module, FSDPModule)]
         for wrapped in self._wrapped:
             # The losses of the ranks have the denominator of the whole batch: their gradients are added, not averaged.

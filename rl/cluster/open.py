@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from coupled.rl.cluster.placement import Ask, no_room
 from coupled.rl.cluster.rollouts import (
     ClusterEngine,
     FileCarrier,
@@ -19,6 +20,11 @@ from coupled.rl.cluster.types import HEALTH
 from coupled.rl.gang import Gang
 from coupled.rl.learner import Learner
 from coupled.rl.recipe import Recipe
+
+REMEDY = (
+    "Free what is held, add hosts, or lower cluster.min_workers or cluster.gpus_per_worker; then continue with "
+    "resume=auto"
+)
 
 
 def open_engine(
@@ -37,12 +43,16 @@ def open_engine(
     transport: Transport
     carrier: Carrier = FileCarrier(folder / "weights")
     on_close: Callable[[], None] = lambda: None  # noqa: E731
+    room: Callable[[], str] = lambda: ""  # noqa: E731
+    spec = WorkerSpec(make=RolloutWorker, arguments=(recipe,), num_gpus=cluster.gpus_per_worker)
     if rollout.workers == "ray":
         from coupled.rl.cluster.ray_actors import RayTransport
-        from coupled.rl.ray_cluster import close_ray, open_ray
+        from coupled.rl.ray_cluster import close_ray, open_ray, rooms
 
         ray = open_ray(recipe, folder)
         transport, on_close = RayTransport(ray), close_ray
+        ask = Ask(num=cluster.min_workers, what="rollout workers", needs=spec.needs)
+        room = lambda: f"\n{no_room(ask, rooms(ray), REMEDY)}"  # noqa: E731
         if cluster.weights == "object":
             carrier = ObjectCarrier(ray)
     else:
@@ -51,7 +61,7 @@ def open_engine(
         transport = LocalTransport(folder / "workers.log")
     engine = ClusterEngine(
         transport,
-        WorkerSpec(make=RolloutWorker, arguments=(recipe,), num_gpus=cluster.gpus_per_worker),
+        spec,
         carrier,
         num_workers=rollout.num_workers,
         min_workers=cluster.min_workers,
@@ -60,6 +70,7 @@ def open_engine(
         health=HEALTH[cluster.health],
         tell=tell,
         on_close=on_close,
+        room=room,
     )
     try:
         engine.wait_ready()

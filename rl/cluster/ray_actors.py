@@ -13,7 +13,7 @@ from typing import Any
 from coupled.rl.cluster.processes import Target
 from coupled.rl.cluster.transport import WorkerSpec
 from coupled.rl.cluster.types import WorkerLost, WorkFailed
-from coupled.rl.ray_cluster import on_node
+from coupled.rl.ray_cluster import scheduling_of
 
 GET_SECONDS = 60.0
 """How long the object of a finished call may take to get here."""
@@ -34,7 +34,7 @@ class RayTransport:
             "max_concurrency": spec.concurrency,
         }
         if place is not None:
-            options["scheduling_strategy"] = on_node(place)
+            options["scheduling_strategy"] = scheduling_of(place)
         return self._ray.remote(**options)(Target).remote(spec.make, spec.arguments)
 
     def call(self, worker: Any, method: str, *arguments: Any) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,6 +47,32 @@ class Batch:
     seed: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class SentTensor:
+    """A tensor as bytes, which NumPy knows whatever the type: it has no bfloat16."""
+
+    data: np.ndarray
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> SentTensor:
+        """Of a tensor on the CPU, without a copy if it is contiguous."""
+        data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+        return cls(data=data, dtype=tensor.dtype, shape=tuple(tensor.shape))
+
+    def tensor(self) -> Tensor:
+        """A copy, for arrays of the object store are read-only."""
+        return torch.from_numpy(self.data.copy()).view(self.dtype).reshape(self.shape)
+
+
+def received(handle: dict[str, SentTensor] | str) -> dict[str, Tensor]:
+    """The weights behind a handle of either carrier."""
+    if isinstance(handle, str):
+        return load_file(handle)
+    return {name: sent.tensor() for name, sent in handle.items()}
+
+
 class RolloutWorker:
     """What runs in a worker: a policy of its own."""
 
@@ -60,13 +85,9 @@ class RolloutWorker:
         """Say who this is, once the model is loaded."""
         return {"host": socket.gethostname(), "pid": os.getpid(), "device": str(self._policy.device)}
 
-    def load(self, version: int, handle: dict[str, np.ndarray] | str) -> str:
+    def load(self, version: int, handle: dict[str, SentTensor] | str) -> str:
         """Take the trainer's weights, arrays or a file; returns the digest of what is now in the policy."""
-        if isinstance(handle, str):
-            state = load_file(handle)
-        else:  # arrays of the object store are read-only, hence the copy
-            state = {name: torch.from_numpy(array.copy()) for name, array in handle.items()}
-        self._policy.load_trainable_state(state)
+        self._policy.load_trainable_state(received(handle))
         self._version = version
         return digest_of(self._policy.trainable_state())
 
@@ -140,14 +161,19 @@ class ObjectCarrier:
         self._ray = ray
 
     def send(self, state: Mapping[str, Tensor], version: int) -> Any:
-        return self._ray.put({name: tensor.numpy() for name, tensor in state.items()})
+        return self._ray.put({name: SentTensor.of(tensor) for name, tensor in state.items()})
 
     def drop(self, version: int) -> None:
         """The store drops what no handle names."""
 
 
 class ClusterEngine:
-    """Rolls out batches on a pool of workers, up to `lag` training steps ahead of the trainer."""
+    """Rolls out batches on a pool of workers, up to `lag` training steps ahead of the trainer.
+
+    Args:
+        batch_size: requests that a worker gets at a time; none gives it all of them.
+        room: what there is for workers and what they need, should too few of them start.
+    """
 
     def __init__(
         self,
@@ -157,12 +183,14 @@ class ClusterEngine:
         *,
         num_workers: int = 1,
         min_workers: int = 1,
-        batch_size: int,
+        batch_size: int | None,
         lag: int = 0,
         health: Health = PATIENT,
         tell: Tell = lambda event, **facts: None,
         on_close: Callable[[], None] = lambda: None,
+        room: Callable[[], str] = lambda: "",
     ) -> None:
+        self._room = room
         self._carrier = carrier
         self._batch_size = batch_size
         self._on_close = on_close
@@ -244,7 +272,7 @@ class ClusterEngine:
             raise error
         raise ClusterError(
             f"cluster.min_workers is {self._min_workers}, and {pool.num_ready} of {len(pool.workers)} rollout workers "
-            f"started within {self._health.start_seconds:.0f} s: {self._coordinator.oldest()}"
+            f"started within {self._health.start_seconds:.0f} s: {self._coordinator.oldest()}{self._room()}"
         ) from error
 
     def load_state(self, state: dict[str, Tensor], version: int) -> None:
@@ -344,7 +372,8 @@ class ClusterEngine:
         return Unit(key=key, version=version, work=batch)
 
     def _batches(self, requests: list[Request], sampler: Sampler, seed: int) -> list[Batch]:
-        chunks = request_chunks(requests, self._batch_size)
+        size = self._batch_size
+        chunks = [requests] if size is None else request_chunks(requests, size)
         return [Batch(requests=chunk, sampler=sampler, seed=seed) for chunk in chunks]
 
 
@@ -357,7 +386,7 @@ def inline_engine(policy: Policy, batch_size: int, tell: Tell = lambda event, **
 def gang_engine(gang: Gang, tell: Tell = lambda event, **facts: None) -> ClusterEngine:
     """Rollouts by the trainer's ranks: one call for all requests, which the ranks cut and share out themselves."""
     spec = WorkerSpec(make=LiveGang, arguments=(gang,))
-    return ClusterEngine(InlineTransport(), spec, None, batch_size=sys.maxsize, tell=tell)
+    return ClusterEngine(InlineTransport(), spec, None, batch_size=None, tell=tell)
 
 
 def _made(entries: Sequence[Entry], *, is_all_needed: bool = True) -> dict[str, Rollout]:

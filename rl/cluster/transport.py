@@ -24,6 +24,11 @@ class WorkerSpec:
     concurrency: int = 1
     """Calls that a worker runs at the same time."""
 
+    @property
+    def needs(self) -> dict[str, float]:
+        """What Ray reserves for a worker, by the names it has for it."""
+        return {"CPU": self.num_cpus} | ({"GPU": self.num_gpus} if self.num_gpus else {})
+
 
 class Transport(Protocol):
     """Processes and messages. `worker` and `call` are whatever the transport makes of them."""

@@ -54,6 +54,8 @@ class Case:
     """A checkpoint after step 2, to go on from."""
     writes: Path | None = None
     """Where to write a checkpoint after step 2."""
+    num_requests: int = 5
+    """Rollouts before and after; with 1 only the first rank makes passes without gradients."""
 
 
 def batch_and_draws(case: Case, recipe: Recipe, step: int) -> tuple[TrainBatch, list[MaskDraw]]:
@@ -73,7 +75,7 @@ def _rl_case(case: Case, recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
     policy = open_policy(recipe.model, recipe.seed)
     learner = Learner(recipe, policy, ranks)
     start, first = _begun(case, learner)
-    requests = make_requests(5)
+    requests = make_requests(case.num_requests)
     before = learner.generate(requests, SAMPLER, seed=0, weight_version=0)
     updates = []
     for step in range(first, NUM_STEPS + 1):

@@ -17,14 +17,17 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
 from toys import MakePolicy, make_batch, make_recipe, make_requests
 
+import coupled.rl.gang
 from coupled.rl.checkpoint import open_policy
 from coupled.rl.cluster.rollouts import gang_engine
 from coupled.rl.denoise import Sampler
 from coupled.rl.engine import InlineEngine
 from coupled.rl.errors import RankError, RecipeError
 from coupled.rl.gang import (
+    End,
     FollowerProcess,
     Gang,
+    abort_collectives,
     abort_when_one_ends,
     error_key,
     open_learner,
@@ -103,6 +106,9 @@ def test_a_gang_does_what_a_learner_does_and_a_killed_rank_ends_it_with_its_name
         for each in (engine, plain):
             each.load_weights(gang, 1)
         requests = make_requests(5)
+        assert len(engine._batches(requests, SAMPLER, 0)) == 1, (
+            "the ranks share out all of them, whatever their lengths"
+        )
         made, wanted = (each.generate(requests, SAMPLER, seed=0) for each in (engine, plain))
         assert [(r.uid, r.canvas_ids.tolist(), r.weight_version) for r in made] == [
             (r.uid, r.canvas_ids.tolist(), r.weight_version) for r in wanted
@@ -114,9 +120,12 @@ def test_a_gang_does_what_a_learner_does_and_a_killed_rank_ends_it_with_its_name
         anchor = gang.anchor(batch, draw, is_first=True)
         started = time.monotonic()
         os.kill(other.pid, signal.SIGKILL)
-        with pytest.raises(RankError, match=r"rank 1 of the trainer ended with signal 9 in 'update'.*rank_1\.log"):
+        with pytest.raises(
+            RankError, match=r"rank 1 of the trainer ended with signal 9 in 'update'.*rank_1\.log"
+        ) as lost:
             gang.update(2, batch, draw, anchor)
         assert time.monotonic() - started < 30
+        assert lost.value.exit_code == 75
         with pytest.raises(RankError, match="has lost a rank before"):
             gang.sync_reference(2)
     finally:
@@ -158,51 +167,85 @@ def test_replicas_that_begin_differently_are_refused(tiny_policy: MakePolicy) ->
 class Ended:
     """A follower that is seen as ended from the n-th look on."""
 
-    def __init__(self, rank: int, how: str, looks: int = 0) -> None:
-        self.rank, self.log = rank, f"rank_{rank}.log"
-        self._how, self._looks = how, looks
+    def __init__(self, rank: int, how: str, looks: int = 0, host: str = "127.0.0.1") -> None:
+        self.rank, self.host, self.log = rank, host, f"rank_{rank}.log"
+        self._end, self._looks = End(how=how, is_lost=how.startswith("signal")), looks
 
-    def ended(self) -> str | None:
+    def ended(self) -> End | None:
         self._looks -= 1
-        return self._how if self._looks < 0 else None
+        return self._end if self._looks < 0 else None
 
     def kill(self) -> None:
         raise AssertionError("nobody is killed for having ended")
 
 
 @pytest.mark.parametrize(
-    ("reasons", "named"),
+    ("how", "reasons", "named", "exit_code"),
     [
         (
+            "signal 9",
             {1: "RuntimeError: [gloo] Connection reset by peer"},
             "rank 3 of the trainer ended with signal 9 in 'update'\\.",
+            75,
         ),
         (
+            "status 1",
             {1: "RuntimeError: Connection closed by peer", 3: "OutOfMemoryError: 40 GiB"},
-            "rank 3 of the trainer ended with signal 9 in 'update': OutOfMemoryError: 40 GiB",
+            "rank 3 of the trainer ended with status 1 in 'update': OutOfMemoryError: 40 GiB.*Mend that",
+            2,
         ),
-        ({1: "RuntimeError: NCCL error", 3: "RuntimeError: NCCL error"}, "rank 1 .* NCCL error"),
+        ("status 1", {1: "RuntimeError: NCCL error", 3: "RuntimeError: NCCL error"}, "rank 1 .* NCCL error", 75),
+        ("status 1", {1: "RuntimeError: NCCL error"}, "rank 3 .* ended with status 1 in 'update'.*Mend that", 2),
     ],
-    ids=["killed", "failed", "all lost somebody"],
+    ids=["killed", "failed", "all lost somebody", "failed before it could say why"],
 )
-def test_the_rank_that_ended_first_is_named_and_not_those_that_lost_it(reasons: dict[int, str], named: str) -> None:
+def test_the_rank_that_ended_first_is_named_and_resuming_is_for_those_that_were_lost(
+    how: str, reasons: dict[int, str], named: str, exit_code: int
+) -> None:
     gang = Gang.__new__(Gang)
-    gang._followers = [Ended(1, "status 1"), Ended(3, "signal 9", looks=3)]
+    gang._followers = [Ended(1, "status 1"), Ended(3, how, looks=3)]
     gang._store = dist.HashStore()
     for rank, reason in reasons.items():
         gang._store.set(error_key(rank), reason)
-    with pytest.raises(RankError, match=named):
+    with pytest.raises(RankError, match=named) as caught:
         gang._refuse_ended("update")
+    assert caught.value.exit_code == exit_code
 
 
 def test_collectives_are_aborted_when_a_rank_ends_and_only_then() -> None:
-    aborted: list[bool] = []
-    abort_when_one_ends([Ended(1, "signal 9", looks=2)], threading.Event(), lambda: aborted.append(True))
-    assert aborted == [True]
+    aborted: list[int] = []
+    followers = [Ended(1, "status 0", looks=9), Ended(2, "signal 9", looks=2)]
+    abort_when_one_ends(followers, threading.Event(), lambda lost: aborted.append(lost.rank))
+    assert aborted == [2]
     closed = threading.Event()
     closed.set()
-    abort_when_one_ends([Ended(1, "signal 9")], closed, lambda: aborted.append(True))
-    assert aborted == [True], "a gang that is closed ends its ranks itself"
+    abort_when_one_ends([Ended(1, "signal 9")], closed, lambda lost: aborted.append(lost.rank))
+    assert aborted == [2], "a gang that is closed ends its ranks itself"
+
+
+def test_who_reads_from_a_host_that_fell_silent_is_told_and_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo waits for a silent host until its own deadline; here 127.0.0.2 is that host."""
+    monkeypatch.setattr(coupled.rl.gang, "GRACE_SECONDS", 0.1)
+    ends: dict[str, list[socket.socket]] = {}
+    for address in ("127.0.0.1", "127.0.0.2"):
+        with socket.create_server((address, 0)) as listener:
+            ours = socket.create_connection(listener.getsockname())
+            ends[address] = [ours, listener.accept()[0]]
+    try:
+        heard: list[bytes] = []
+        reader = threading.Thread(target=lambda: heard.append(ends["127.0.0.2"][0].recv(1)))
+        reader.start()
+        for still_here in (Ended(1, "signal 9"), Ended(1, "status 1", host="127.0.0.2")):
+            abort_collectives("127.0.0.1", threading.Event(), still_here)
+        assert reader.is_alive(), "what ends on a host that lives breaks its own connections"
+        abort_collectives("127.0.0.1", threading.Event(), Ended(1, "signal 9", host="127.0.0.2"))
+        reader.join(timeout=10)
+        assert heard == [b""]
+        ends["127.0.0.1"][1].send(b"x")
+        assert ends["127.0.0.1"][0].recv(1) == b"x"
+    finally:
+        for one in (*ends["127.0.0.1"], *ends["127.0.0.2"]):
+            one.close()
 
 
 def test_a_rank_that_cannot_load_the_model_says_why(checkpoint: Path, tmp_path: Path) -> None:
@@ -237,7 +280,7 @@ def test_a_rank_ends_when_the_process_that_started_it_is_gone(
         deadline = time.monotonic() + 60
         while follower.ended() is None and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert follower.ended() == "status 3"
+        assert follower.ended() == End(how="status 3", is_lost=False)
         assert "the process of the first rank has ended" in (tmp_path / "rank_1.log").read_text()
     finally:
         follower.kill()

@@ -54,6 +54,8 @@ def cases(tiny_policy: Callable[..., Any], tmp_path_factory: pytest.TempPathFact
         found[f"low-memory-{family}"] = Case(
             recipe=recipe_of(folder / family, optimizer=low_memory), num_ranks=(2,), lengths=ONES
         )
+    # With one update nothing is scored before it: the second rank has made no pass at all, the first has rolled out.
+    found["idle"] = Case(recipe=recipe_of(folder / "whole", num_updates=1), num_ranks=(2,), num_requests=1)
     found["bfloat16"] = Case(recipe=recipe_of(folder / "whole", model={"compute_dtype": "bfloat16"}), num_ranks=(2,))
     return found
 
@@ -95,8 +97,8 @@ def test_losses_norms_weights_and_reference_are_those_of_one_rank(
     assert found["is_sharded"] == name.startswith("full")
 
 
-@pytest.mark.parametrize("name", ["full-tied-2", "low-memory-whole-2", "low-memory-blocks-2"])
-def test_so_are_those_of_tied_weights_and_of_views_that_score_nothing(
+@pytest.mark.parametrize("name", ["full-tied-2", "low-memory-whole-2", "low-memory-blocks-2", "idle-2"])
+def test_so_are_those_of_tied_weights_of_views_that_score_nothing_and_of_ranks_that_rolled_out_nothing(
     alone: dict[str, Any], together: dict[str, Any], name: str
 ) -> None:
     assert_same(together[name], alone[name[:-2]])

@@ -198,6 +198,7 @@ def test_rows_that_are_not_cut_into_micro_batches_are_one_for_each_rank(micro: i
             "to its default (dual_clip=null), or use objective=clipped",
         ),
         ({"loss": {"objective": "likelihood", "ratio": "sequence"}}, "ratio=sequence has no effect"),
+        ({"cluster": {"trainer_workers": "ray"}}, "trainer_workers=ray has no effect with trainer_ranks=1"),
         (
             {"rollout": {"canvas": 8, "denoising_steps": 9}},
             "rollout.denoising_steps (9) must not exceed rollout.canvas (8)",

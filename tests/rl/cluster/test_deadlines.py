@@ -31,6 +31,13 @@ def test_every_wait_for_ray_has_a_deadline() -> None:
     assert {name for name, keywords in waits.items() if "timeout" not in keywords} == set()
 
 
+def test_nobody_waits_for_a_placement_group_to_be_ready() -> None:
+    """`group.ready()` of what does not fit blocks for ever; `group.wait(seconds)` does not."""
+    calls = [call for path in FILES for call in calls_of(path) if isinstance(call.func, ast.Attribute)]
+    assert not [ast.unparse(call) for call in calls if call.func.attr == "ready"]  # type: ignore[attr-defined]
+    assert all(call.args for call in calls if ast.unparse(call.func) == "self._group.wait")
+
+
 @pytest.mark.parametrize("option", ["max_restarts", "max_task_retries"])
 def test_ray_neither_restarts_an_actor_nor_runs_a_call_twice(option: str) -> None:
     values = []

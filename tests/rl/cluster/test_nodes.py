@@ -1,25 +1,35 @@
-"""Three Ray nodes on one machine: one is lost with what it had, and comes back."""
+"""Three Ray nodes on one machine: one is lost with what it had, and comes back; ranks are lost with theirs."""
 
 from __future__ import annotations
 
 import os
+import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import ValidationError
+from toys import make_recipe
 
-from coupled.rl import ray_cluster
+from coupled.rl import doctor, ray_cluster, ray_ranks
+from coupled.rl.checkpoint import open_policy
 from coupled.rl.cluster.coordinator import Coordinator
+from coupled.rl.cluster.open import open_engine
 from coupled.rl.cluster.pool import PoolSpec
 from coupled.rl.cluster.ray_actors import RayTransport
 from coupled.rl.cluster.runtime import Runtime
 from coupled.rl.cluster.transport import WorkerSpec
-from coupled.rl.cluster.types import GroupKey, Health, Unit
-from coupled.rl.errors import RecipeError
+from coupled.rl.cluster.types import HEALTH, ClusterError, GroupKey, Health, Unit
+from coupled.rl.errors import RankLostError, RecipeError
+from coupled.rl.gang import Gang, open_learner
+from coupled.rl.learner import Learner
+from coupled.rl.policy import digest_of
 from coupled.rl.ray_cluster import alive_nodes, close_ray, open_ray
+from coupled.rl.ray_ranks import RayFollower
 from coupled.rl.recipe import Cluster, Recipe
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -77,6 +87,107 @@ def test_a_lost_node_costs_time_and_one_that_comes_back_is_used(nodes: Any, make
         runtime.close()
     finally:
         close_ray()
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from coupled.rl.checkpoint import open_policy
+from coupled.rl.gang import open_learner
+from coupled.rl.recipe import Recipe
+recipe = Recipe.model_validate_json(sys.argv[1])
+gang = open_learner(recipe, open_policy(recipe.model, 0), Path(sys.argv[2]))
+gang._announce("trainable_state")
+print("the others are inside a collective", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_ranks_on_other_nodes_are_lost_with_them_and_end_with_the_first(
+    nodes: Any, tiny_folder: Any, tmp_path: Path
+) -> None:
+    nodes.add_node(num_cpus=1)
+    recipe = recipe_of_ranks(nodes.address, tiny_folder())
+    log = tmp_path / "killed" / "logs" / "rank_1.log"
+    command = [sys.executable, "-c", DRIVER, recipe.model_dump_json(), str(tmp_path / "killed")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as driver:
+        try:
+            assert driver.stdout is not None
+            assert driver.stdout.readline() == b"the others are inside a collective\n"
+            pid = int(log.read_text().split("process ")[1].split()[0])
+            assert os.path.exists(f"/proc/{pid}")
+        finally:
+            driver.kill()
+    deadline = time.monotonic() + 60
+    while os.path.exists(f"/proc/{pid}") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not os.path.exists(f"/proc/{pid}"), "an actor ends with its owner"
+
+    gang = open_learner(recipe, open_policy(recipe.model, 0), tmp_path)
+    assert isinstance(gang, Gang)
+    try:
+        assert isinstance(gang._followers[0], RayFollower)
+        state = gang.trainable_state()
+        nodes.remove_node(node_of_rank(nodes, 1), allow_graceful=False)
+        with pytest.raises(RankLostError, match="rank 1 of the trainer ended with the loss of its process or host"):
+            ask_until_it_fails(gang)
+        assert digest_of(state) == digest_of(open_policy(recipe.model, 0).trainable_state())
+    finally:
+        gang.close()
+
+
+def node_of_rank(nodes: Any, rank: int) -> Any:
+    import ray
+
+    groups = ray.util.placement_group_table().values()
+    (places,) = [group["bundles_to_node_id"] for group in groups if group["state"] == "CREATED"]
+    assert places[0] == ray.get_runtime_context().get_node_id(), "the first rank's place is where the run itself is"
+    return next(node for node in nodes.worker_nodes if node.node_id == places[rank])
+
+
+def ask_until_it_fails(gang: Gang) -> None:
+    """The actors of a node that is gone answer for a moment longer."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        gang.trainable_state()
+
+
+def test_what_there_is_no_room_for_is_told_with_a_table_in_time(
+    nodes: Any, tiny_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(HEALTH, "fast", Health(start_seconds=1.0))
+    monkeypatch.setattr(ray_ranks, "QUIET_SECONDS", 0.5)
+    recipe = recipe_of_ranks(nodes.address, tiny_folder(), trainer_ranks=40, health="fast")
+    policy = open_policy(recipe.model, 0)
+    started = time.monotonic()
+    with pytest.raises(
+        ClusterError, match=r"(?s)no room for 40 trainer ranks within 1 s: .*too few.*asked: 40 .*here\)"
+    ):
+        open_learner(recipe, policy, tmp_path)
+    assert time.monotonic() - started < 30
+    assert "waiting up to 1 s for room. asked: 40 trainer ranks of 1 CPU each" in capsys.readouterr().err
+    rollout = recipe.rollout.model_copy(update={"workers": "ray"})
+    recipe = recipe_of_ranks(nodes.address, tiny_folder(), trainer_ranks=1, trainer_workers="process", health="fast")
+    cluster = recipe.cluster.model_copy(update={"gpus_per_worker": 0.5})
+    recipe = recipe.model_copy(update={"rollout": rollout, "cluster": cluster})
+    with pytest.raises(ClusterError, match=r"(?s)0 of 2 rollout workers.*asked: 1 rollout workers of 1 CPU, 0\.5 GPU "):
+        open_engine(recipe, Learner(recipe, policy), tmp_path)
+
+
+def test_the_doctor_has_a_line_for_each_host(nodes: Any) -> None:
+    found = doctor._cluster(nodes.address)
+    assert len(found) >= 1
+    assert sum("(here)" in finding.name for finding in found) == 1
+    assert all(re.match(r"CPUs \d free of \d; memory, GiB .*; object store, GiB", f.detail) for f in found)
+    (unreachable,) = doctor._cluster("127.0.0.1:1")
+    assert not unreachable.is_good
+    assert "no Ray cluster answers at" in unreachable.detail
+
+
+def recipe_of_ranks(address: str, checkpoint: Path, **cluster: object) -> Recipe:
+    values = {"address": address, "trainer_ranks": 2, "trainer_workers": "ray"} | cluster
+    model, rollout = {"path": str(checkpoint)}, {"canvas": 6, "denoising_steps": 6}
+    return make_recipe(model=model, rollout=rollout, num_threads=1, cluster=values)
 
 
 @pytest.fixture

@@ -1,0 +1,88 @@
+"""What is asked of a cluster's hosts and what they have, as a table for people who have to mend the difference."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+GIB = 2.0**30
+SHOWN = {"CPU": "CPUs", "GPU": "GPUs", "memory": "memory, GiB"}
+"""Ray's resources that the table shows, and their names for people."""
+DESCRIBED = SHOWN | {"object_store_memory": "object store, GiB"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """One host as Ray sees it. Example: `Room(host="10.0.0.1", total={"CPU": 8, "GPU": 1}, free={"CPU": 3})`."""
+
+    host: str
+    total: Mapping[str, float]
+    """Ray's resources, memory in bytes; what is missing is 0."""
+    free: Mapping[str, float]
+    is_here: bool = False
+    """Whether the run's own process is there."""
+
+    def fits(self, needs: Mapping[str, float], *, is_empty: bool = False) -> int:
+        """How many of them there is room for now; `is_empty`: if nothing else ran."""
+        have = self.total if is_empty else self.free
+        # Ray counts in ten-thousandths.
+        return min(int(have.get(name, 0.0) / amount + 1e-4) for name, amount in needs.items() if amount)
+
+    def describe(self) -> str:
+        """In a line. Example: `CPUs 3 free of 8; memory, GiB 20.5 free of 30.0`."""
+        parts = [f"{DESCRIBED[name]} {self.share(name, ' free of ')}" for name in DESCRIBED if self.total.get(name)]
+        return "; ".join(parts)
+
+    def share(self, name: str, between: str) -> str:
+        """What is free and what there is of a resource. Example: `3 of 8`."""
+        return f"{_amount(name, self.free)}{between}{_amount(name, self.total)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """So many of a kind, each with the same needs. Example: four trainer ranks of 1 CPU and 1 GPU, the first here."""
+
+    num: int
+    what: str
+    """Their name, in the plural."""
+    needs: Mapping[str, float]
+    has_one_here: bool = False
+    """Whether one of them must be on the host of the run's own process."""
+
+    def is_possible(self, rooms: Sequence[Room]) -> bool:
+        """Whether the hosts could take all of them if nothing else ran."""
+        has_place = not self.has_one_here or any(r.is_here and r.fits(self.needs, is_empty=True) for r in rooms)
+        return has_place and sum(room.fits(self.needs, is_empty=True) for room in rooms) >= self.num
+
+
+def placement_table(ask: Ask, rooms: Sequence[Room]) -> str:
+    """What is asked, and for each host what is free, what there is in all, and for how many of them there is room."""
+    each = ", ".join(f"{amount:g} {name}" for name, amount in ask.needs.items() if amount)
+    where = ", one of them here" if ask.has_one_here else ""
+    shown = [name for name in SHOWN if any(room.total.get(name) for room in rooms) or ask.needs.get(name)]
+    rows = [["host", *(f"{SHOWN[name]} free of" for name in shown), "room for"]]
+    ordered = sorted(rooms, key=lambda room: (not room.is_here, room.host))
+    rows += [
+        [f"{room.host} (here)" if room.is_here else room.host]
+        + [room.share(name, " of ") for name in shown]
+        + [str(room.fits(ask.needs))]
+        for room in ordered
+    ]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  " + "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    return "\n".join([f"asked: {ask.num} {ask.what} of {each} each{where}", *lines])
+
+
+def no_room(ask: Ask, rooms: Sequence[Room], remedy: str) -> str:
+    """The table, what to make of it, and the remedy: for the error of whoever has waited in vain."""
+    is_possible = ask.is_possible(rooms)
+    found = "other work holds what they need" if is_possible else "the hosts that are there are too few, or too small"
+    return f"{found}\n{placement_table(ask, rooms)}\n{remedy}"
+
+
+def _amount(name: str, amounts: Mapping[str, float]) -> str:
+    amount = amounts.get(name, 0.0)
+    return f"{amount / GIB:.1f}" if name.endswith("memory") else f"{amount:g}"
