@@ -64,10 +64,10 @@ def alive_nodes(ray: Any) -> list[str]:
 
 
 def on_node(node: str) -> Any:
-    """Return the scheduling that prefers a node, and takes another when it is gone."""
+    """Return the scheduling that takes this node and no other: what Ray calls a soft affinity, it often ignores."""
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    return NodeAffinitySchedulingStrategy(node_id=node, soft=True)
+    return NodeAffinitySchedulingStrategy(node_id=node, soft=False)
 
 
 def _require_token() -> None:

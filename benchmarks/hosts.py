@@ -1,0 +1,405 @@
+"""Whole runs on a cluster of several hosts while hosts, cables and trainers fail: the same numbers, and what it costs.
+
+    python benchmarks/hosts.py                              # as root; writes docs/results/hosts.md and .json
+    python benchmarks/hosts.py --only none lost takeover    # some scenarios, beside the run without faults
+
+The hosts are namespaces of this machine with a network of their own (`netns.py`): Ray, its actors and the trainer are
+real and started as on real hosts, and cables are pulled at the switch. Needs Linux, root, iproute2 and util-linux. All
+of it is gone when this ends, also by Ctrl-C. Every scenario has a cluster of its own, and its fault waits until it hits
+work that is under way.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from cloud import SECONDS, Cloud, Event, Layout, NotShown, Run
+from common import ROOT, environment
+from netns import Host, Network, why_not
+
+from coupled.rl.metrics import DETERMINISTIC_EXCEPT
+from coupled.rl.rundir import committed_checkpoints, read_rows, read_run_recipe
+
+NAME = "quickstart"
+NUM_STEPS = 30
+RECIPE = (
+    "num_threads=1",
+    f"num_steps={NUM_STEPS}",
+    "optimizer.warmup_steps=0",
+    "estimator.num_pairs=1",
+    "rollout.num_prompts=3",
+    "rollout.group_size=4",
+    "rollout.batch_size=2",
+    "sandbox.num_workers=1",
+    "data.eval_path=null",
+    "cluster.health=fast",
+    "rollout.workers=ray",
+    "rollout.num_workers=3",
+    "sandbox.workers=ray",
+)
+FAULT_STEP = 3
+"""The fault waits for a batch of this step."""
+COUNTED = ("redispatched", "hedged", "duplicates", "lost_workers", "quarantined")
+
+Fault = Callable[[Cloud, Run], dict[str, float]]
+"""Does a scenario's fault to a run, and returns the seconds that it saw things take."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """A fault, and the cluster that it happens to."""
+
+    what: str
+    fault: Fault
+    lags: tuple[int, ...] = (0, 1)
+    layout: Layout = field(default_factory=Layout)
+    arguments: tuple[str, ...] = ()
+    """Of `coupled train`, besides the recipe."""
+    fewest: dict[str, int] = field(default_factory=dict)
+    """What the metrics must at least have counted: the fault did hit."""
+
+
+# --- faults -------------------------------------------------------------------------------------------------------
+
+
+def none(cloud: Cloud, run: Run) -> dict[str, Any]:
+    """Nothing happens."""
+    return {}
+
+
+def cut_briefly(cloud: Cloud, run: Run) -> dict[str, Any]:
+    """A cable is out for five seconds: shorter than any deadline."""
+    host = cloud[run.busy_host(FAULT_STEP)]
+    host.cut()
+    time.sleep(5.0)
+    host.heal()
+    return {}
+
+
+def cut_until_hedged(cloud: Cloud, run: Run) -> dict[str, Any]:
+    """A cable is out until another host has made what its host has: the same batch comes twice."""
+    host = cloud[run.busy_host(FAULT_STEP)]
+    host.cut()
+    since = time.time()
+    hedged = run.wait(lambda event: event["event"] == "hedged", after=since)
+    run.wait(lambda event: event["event"] == "rolled" and event["key"] == hedged["key"], after=since)
+    host.heal()
+    return {"seconds until hedged": hedged["time"] - since}
+
+
+def cut_for_good(cloud: Cloud, run: Run) -> dict[str, Any]:
+    """A cable is never put back."""
+    host = cloud[run.busy_host(FAULT_STEP)]
+    host.cut()
+    return {"seconds until given up": seconds_until_given_up(run, host, time.time())}
+
+
+def heal_late(cloud: Cloud, run: Run) -> dict[str, Any]:
+    """A cable is put back when Ray has given up the host: its Ray ends itself, is started again, and gets work."""
+    host = cloud[run.busy_host(FAULT_STEP)]
+    host.cut()
+    since = time.time()
+    seen = {"seconds until given up": seconds_until_given_up(run, host, since)}
+    while host.address in cloud.alive():
+        next(run.until_it_ends())
+    seen["seconds until Ray noticed"] = time.time() - since
+    host.heal()
+    since = time.time()
+    cloud.rays[host.name].wait(timeout=SECONDS)
+    seen["seconds until its Ray ended itself"] = time.time() - since
+    return seen | rejoin(cloud, run, host)
+
+
+def crash_and_rejoin(cloud: Cloud, run: Run) -> dict[str, Any]:
+    """All that runs on a host is killed; it is started again and gets work."""
+    host = cloud[run.busy_host(FAULT_STEP)]
+    host.crash()
+    seen = {"seconds until given up": seconds_until_given_up(run, host, time.time())}
+    return seen | rejoin(cloud, run, host)
+
+
+def rejoin(cloud: Cloud, run: Run, host: Host) -> dict[str, Any]:
+    """Start Ray on a host again, and wait until it has made a batch."""
+    since = time.time()
+    cloud.start_ray(host.name)
+    ready = run.wait(is_of_host("ready", "roll", host), after=since)
+    rolled = run.wait(lambda e: e["event"] == "rolled" and e["worker"] == ready["worker"], after=since)
+    return {"seconds until it is ready again": ready["time"] - since, "and has made a batch": rolled["time"] - since}
+
+
+def seconds_until_given_up(run: Run, host: Host, since: float) -> float:
+    """Wait until the rollout worker on a host is given up."""
+    there = {e["worker"] for e in run.events() if is_of_host("ready", "roll", host)(e)}
+    lost = run.wait(lambda event: event["event"] == "lost" and event["worker"] in there, after=since)
+    return float(lost["time"]) - since
+
+
+def is_of_host(kind: str, stage: str, host: Host) -> Callable[[Event], bool]:
+    return lambda e: e["event"] == kind and e.get("host") == host.name and str(e["worker"]).startswith(f"{stage}-")
+
+
+def kill_trainer(cloud: Cloud, run: Run) -> dict[str, Any]:
+    """The training process is killed; its supervisor resumes the run."""
+    run.busy_host(FAULT_STEP)
+    command = cloud["head"].ask(["pgrep", "-f", "coupled.rl.cli train"]).split()
+    trainer = int(command[-1])
+    cloud["head"].ask(["kill", "-9", str(trainer)])
+    since = time.time()
+    issued = run.wait(lambda event: event["event"] == "issue", after=since)
+    return {"seconds until resumed": issued["time"] - since}
+
+
+def take_over(cloud: Cloud, run: Run) -> dict[str, Any]:
+    """The trainer's host is cut off, the run is resumed on the head's, and then the first one comes back."""
+    run.busy_host(FAULT_STEP)
+    cloud["trainer"].cut()
+    since = time.time()
+    lag = f"cluster.lag={read_run_recipe(run.folder).cluster.lag}"
+    successor = cloud.train(NAME, (*RECIPE, lag, "resume=auto"))
+    successor.wait_committed(FAULT_STEP, epoch=2)
+    seen: dict[str, Any] = {"seconds until the successor committed": time.time() - since}
+    cloud["trainer"].heal()
+    since = time.time()
+    status = run.status()
+    seen["seconds until the first one stopped"] = time.time() - since
+    if status != 2 or "has taken over" not in run.tail():
+        raise NotShown(f"the first trainer was to be refused, and ended with {status}: {run.tail()}")
+    run.process = successor.process
+    return seen
+
+
+def wrong_token(cloud: Cloud, run: Run) -> dict[str, Any]:
+    """Beside the run, others try to join with a wrong token, and without saying how they authenticate."""
+    run.busy_host(FAULT_STEP)
+    seen = {}
+    right = cloud.environment()
+    strangers = {
+        "with another token": (right | {"RAY_AUTH_TOKEN": "0" * 64}, "and are RAY_AUTH_MODE and the token those"),
+        "without a token": (right | {"RAY_AUTH_MODE": "disabled"}, "and are RAY_AUTH_MODE and the token those"),
+        "without RAY_AUTH_MODE": (
+            {name: value for name, value in right.items() if name != "RAY_AUTH_MODE"},
+            "is joined with RAY_AUTH_MODE set",
+        ),
+    }
+    for name, (variables, told) in strangers.items():
+        since = time.time()
+        stranger = cloud.train(NAME, (*RECIPE, "name=stranger"), environment=variables)
+        if stranger.status() != 2 or told not in stranger.tail():
+            raise NotShown(f"{name}: {stranger.process.returncode}, {stranger.tail()}")
+        seen[f"seconds until refused, {name}"] = time.time() - since
+    return seen
+
+
+SCENARIOS = {
+    "none": Scenario(what="no fault", fault=none),
+    "brief": Scenario(what="cable of a worker's host out for 5 s", fault=cut_briefly),
+    "hedged": Scenario(
+        what="cable out until another host has made the batch, then back",
+        fault=cut_until_hedged,
+        fewest={"hedged": 1, "duplicates": 1},
+    ),
+    "lost": Scenario(what="cable out for good", fault=cut_for_good, fewest={"redispatched": 1, "lost_workers": 1}),
+    "zombie": Scenario(
+        what="cable back when Ray has given the host up; its Ray is started again",
+        fault=heal_late,
+        fewest={"redispatched": 1, "lost_workers": 1},
+    ),
+    "crash": Scenario(
+        what="all processes of a worker's host killed; its Ray is started again",
+        fault=crash_and_rejoin,
+        fewest={"redispatched": 1, "lost_workers": 1},
+    ),
+    "slow": Scenario(
+        what="every worker's host 50 ms away, 2 % of the frames lost", fault=none, layout=Layout(delay=0.05, loss=0.02)
+    ),
+    "trainer": Scenario(
+        what="training process killed, under --supervise", fault=kill_trainer, arguments=("--supervise",)
+    ),
+    "takeover": Scenario(
+        what="trainer's host cut off, run resumed on another host, then the cable put back",
+        fault=take_over,
+        layout=Layout(cpus_per_host=2, has_trainer_host=True),
+    ),
+    "token": Scenario(what="others try to join with a wrong token", fault=wrong_token, lags=(0,)),
+    "shm": Scenario(what="/dev/shm of 64 MB on every host", fault=none, layout=Layout(shm_mb=64), lags=(0,)),
+}
+
+
+# --- the oracle ---------------------------------------------------------------------------------------------------
+
+
+def outcome(run: Run) -> dict[str, Any]:
+    """Of a finished run: digests of what it computed, what it counted, and its seconds from the first batch on."""
+    rows = read_rows(run.folder / "metrics.jsonl")
+    known = [{k: v for k, v in row.items() if not k.startswith(DETERMINISTIC_EXCEPT)} for row in rows]
+    tables = [pq.read_table(path).to_pylist() for path in sorted((run.folder / "rollouts").glob("*.parquet"))]
+    checkpoint = committed_checkpoints(run.folder / "checkpoints")[-1]
+    first = next(event["time"] for event in run.events() if event["event"] == "issue")
+    return {
+        "weights": digest((checkpoint / "model.safetensors").read_bytes()),
+        "metrics": digest(json.dumps(known).encode()),
+        "rollouts": digest(repr(tables).encode()),
+        "steps": [row["step"] for row in rows],
+        "checkpoint": checkpoint.name,
+        "counted": {name: sum(row.get(f"cluster/{name}", 0) for row in rows) for name in COUNTED},
+        "seconds": (run.folder / "metrics.jsonl").stat().st_mtime - first,
+    }
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def miscounts(events: Sequence[Event], num_processes: int) -> list[str]:
+    """Batches of training and samples to score that counted more often than the run had processes, or not at all.
+
+    One that resumes makes what was under way again.
+    """
+    asked = {f"train/{e['step']}/{slot}" for e in events if e["event"] == "issue" for slot in range(e["units"])}
+    made = Counter(e["key"] for e in events if e["event"] == "rolled" and e["key"] in asked)
+    wrong = [f"{key} counted {made[key]} times" for key in sorted(asked) if not 1 <= made[key] <= num_processes]
+    scores = Counter((e["key"], place) for e in events if e["event"] == "scored" for place in e["part"])
+    again = Counter((e["key"], place) for e in events if e["event"] == "infra" for place in e["part"])
+    wrong += [
+        f"{key}[{n}] scored {times} times" for (key, n), times in (scores - again).items() if times > num_processes
+    ]
+    return wrong
+
+
+def flaws(found: dict[str, Any], reference: dict[str, Any], scenario: Scenario, events: Sequence[Event]) -> list[str]:
+    """What differs from the run without faults, and what was to be seen and was not."""
+    wrong = [f"{name} differ" for name in ("weights", "metrics", "rollouts") if found[name] != reference[name]]
+    if found["steps"] != list(range(1, NUM_STEPS + 1)):
+        wrong.append(f"steps in the metrics: {found['steps']}")
+    if found["checkpoint"] != f"step_{NUM_STEPS:06d}":
+        wrong.append(f"the last checkpoint is {found['checkpoint']}")
+    wrong += [
+        f"{name}: {found['counted'][name]} counted, at least {least} expected"
+        for name, least in scenario.fewest.items()
+        if found["counted"][name] < least
+    ]
+    num_processes = sum(event["event"] == "spawn" and event["worker"] == "roll-0#1" for event in events)
+    return wrong + miscounts(events, num_processes)
+
+
+# --- the sitting --------------------------------------------------------------------------------------------------
+
+
+def measure(name: str, lag: int, folder: Path, reference: dict[str, Any] | None) -> dict[str, Any]:
+    """One scenario on a cluster of its own."""
+    scenario = SCENARIOS[name]
+    row: dict[str, Any] = {"scenario": name, "what": scenario.what, "lag": lag}
+    with Network(folder / "network") as network:
+        cloud = Cloud(network, folder, scenario.layout)
+        host = "trainer" if scenario.layout.has_trainer_host else "head"
+        run = cloud.train(NAME, (*scenario.arguments, *RECIPE, f"cluster.lag={lag}"), host=host)
+        row["seen"] = scenario.fault(cloud, run)
+        status = run.status()
+        if status != 0:
+            raise NotShown(f"the run ended with {status}: {run.tail()}")
+    row |= outcome(run)
+    if reference is not None:
+        row["added_seconds"] = row["seconds"] - reference["seconds"]
+        row["flaws"] = flaws(row, reference, scenario, run.events())
+    else:
+        row["flaws"] = flaws(row, row, scenario, run.events())
+    return row
+
+
+def sitting(names: Sequence[str], lags: Sequence[int], folder: Path, to: Path) -> dict[str, Any]:
+    """Scenarios one after the other, each beside the run without faults of the same lag."""
+    report: dict[str, Any] = {"seconds": 0.0, "rows": []}
+    references: dict[int, dict[str, Any]] = {}
+    started = time.monotonic()
+    for lag in lags:
+        for name in dict.fromkeys(("none", *names)):
+            if lag not in SCENARIOS[name].lags:
+                continue
+            place = folder / f"{name}-{lag}"
+            place.mkdir(parents=True)
+            try:
+                row = measure(name, lag, place, references.get(lag))
+            except NotShown as error:
+                row = {"scenario": name, "what": SCENARIOS[name].what, "lag": lag, "flaws": [str(error)]}
+            if name == "none":
+                references[lag] = row
+            report["rows"].append(row)
+            report["seconds"] = time.monotonic() - started
+            about = {"ray": version("ray"), "load": " ".join(f"{load:.1f}" for load in os.getloadavg())}
+            report["environment"] = environment() | about
+            to.parent.mkdir(parents=True, exist_ok=True)
+            to.write_text(json.dumps(report, indent=1) + "\n")
+            print(json.dumps({k: v for k, v in row.items() if k not in ("weights", "metrics", "rollouts")}), flush=True)
+    return report
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The rows in Markdown."""
+    lines = [
+        "| what happens | lag | same bits | seconds | added | redispatched | hedged | dropped | lost workers | seen |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        counted = [f"{row['counted'][name]:.0f}" for name in ("redispatched", "hedged", "duplicates", "lost_workers")]
+        seen = "; ".join(f"{name}: {value:.1f}" for name, value in row["seen"].items())
+        same = "no: " + "; ".join(row["flaws"]) if row["flaws"] else "yes"
+        added = f"{row['added_seconds']:+.0f}" if "added_seconds" in row else ""
+        cells = [row["what"], str(row["lag"]), same, f"{row['seconds']:.0f}", added, *counted, seen]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def page(report: dict[str, Any]) -> str:
+    """docs/results/hosts.md."""
+    about = report["environment"]
+    return "\n".join(
+        [
+            "# Faults of hosts and networks",
+            "",
+            "Made by `benchmarks/hosts.py`; all numbers are in [hosts.json](hosts.json).",
+            "",
+            *table(report["rows"]),
+            "",
+            f"`{about['command']}`, commit {about['commit']}, {about['cores']} cores of an {about['processor']} "
+            f"(load {about['load']}), Python {about['python']}, Ray {about['ray']}, {report['seconds']:.0f} s.",
+            "",
+        ]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(SCENARIOS), default=list(SCENARIOS), help="scenarios")
+    parser.add_argument("--lag", type=int, nargs="+", default=[0, 1], help="steps that rollouts run ahead")
+    parser.add_argument("--keep", type=Path, help="folder for runs and logs; default: one that is thrown away")
+    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results", help="where the results go")
+    options = parser.parse_args()
+    reason = why_not()
+    if reason is not None:
+        sys.exit(f"benchmarks/hosts.py cannot run here: {reason}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is open is closed
+    with contextlib.ExitStack() as opened:
+        folder = options.keep or Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="hosts-")))
+        report = sitting(options.only, options.lag, folder, options.output / "hosts.json")
+    (options.output / "hosts.md").write_text(page(report))
+    print("\n".join(table(report["rows"])), flush=True)
+    sys.exit(any(row["flaws"] for row in report["rows"]))
+
+
+if __name__ == "__main__":
+    main()
