@@ -86,7 +86,7 @@ def test_there_is_one_worker_on_each_node_that_is_named_and_a_node_that_joins_ta
 ) -> None:
     ray = open_ray(make_recipe_at(nodes.address))
     try:
-        wanted = alive_nodes(ray)
+        wanted = [node.node_id for node in nodes.list_all_nodes()]
         spec = WorkerSpec(make=Sleeper, num_cpus=0.0)
         pool = PoolSpec(stage="roll", spec=spec, places=wanted, method="work")
         health = Health(start_seconds=60.0, first_seconds=60.0)
@@ -98,13 +98,12 @@ def test_there_is_one_worker_on_each_node_that_is_named_and_a_node_that_joins_ta
 
         assert len(wanted) >= 2
         assert places() == wanted
-        nodes.add_node(num_cpus=1)
-        (joined,) = set(alive_nodes(ray)) - set(wanted)
+        joined = nodes.add_node(num_cpus=1)
         lost = next(node for node in nodes.worker_nodes if node.node_id in wanted)
         nodes.remove_node(lost, allow_graceful=False)
         units = [Unit(key=GroupKey(stream="now", step=1, slot=n), work=n) for n in range(2 * len(wanted))]
         runtime.finish(units)
-        assert places() == [joined if node == lost.node_id else node for node in wanted]
+        assert places() == [joined.node_id if node == lost.node_id else node for node in wanted]
         runtime.close()
     finally:
         close_ray()
