@@ -16,6 +16,7 @@ import random
 import select
 import shlex
 import shutil
+import signal
 import struct
 import subprocess
 import sys
@@ -107,6 +108,7 @@ class Network:
     def __init__(self, folder: Path) -> None:
         self.hosts: dict[str, Host] = {}
         self._folder = folder
+        self._switch: tuple[subprocess.Popen[bytes], int] | None = None
         self._relays: list[subprocess.Popen[bytes]] = []
 
     def __enter__(self) -> Network:
@@ -124,9 +126,9 @@ class Network:
         for relay in self._relays:
             _end(relay)
         for host in self.hosts.values():
-            _end(host.holder)
-        if hasattr(self, "_switch"):
-            _end(self._switch[0])
+            _release(host.holder, host.init)
+        if self._switch is not None:
+            _release(*self._switch)
 
     def add(self, name: str, *, shm_mb: int = 512, delay: float = 0.0, loss: float = 0.0) -> Host:
         """Add a host. `delay` (seconds) and `loss` (share of the frames) are those of its cable, each way."""
@@ -148,6 +150,7 @@ class Network:
         host = Host(name, address, holder, init, self)
         self.hosts[name] = host
         if delay or loss:
+            assert self._switch is not None, "the network was entered"
             self._relays.append(_relay(self._switch[1], init, name, delay, loss))
         else:
             self.switch("ip", "link", "add", name, "type", "veth", "peer", "name", "card", "netns", str(init))
@@ -159,15 +162,17 @@ class Network:
 
     def switch(self, *command: str) -> None:
         """Run a command where the switch is."""
-        subprocess.run(
-            ["nsenter", "--target", str(self._switch[1]), "--net", "--", *command], check=True, timeout=_SECONDS
-        )
+        assert self._switch is not None, "the network was entered"
+        target = str(self._switch[1])
+        subprocess.run(["nsenter", "--target", target, "--net", "--", *command], check=True, timeout=_SECONDS)
 
 
 def _hold(name: str, prepare: Sequence[str]) -> tuple[subprocess.Popen[bytes], int]:
     """Make the namespaces of a host; returns the process that holds them, and the first process inside."""
     # The first process of its namespace adopts what loses its parent there, hence a shell, which reaps.
-    script = "; ".join(["set -e", *prepare, "echo ready", "set +e", "while :; do sleep 3600 & wait $!; done"])
+    script = "; ".join(
+        ["set -e", *prepare, "echo ready", "set +e", "exec 2> /dev/null", "while :; do sleep 3600 & wait $!; done"]
+    )
     holder = subprocess.Popen(
         [*_HOLD, "--mount-proc", "--propagation", "private", "bash", "-c", script],
         stdin=subprocess.DEVNULL,
@@ -178,8 +183,19 @@ def _hold(name: str, prepare: Sequence[str]) -> tuple[subprocess.Popen[bytes], i
     if holder.stdout.readline() != b"ready\n":
         _end(holder)
         raise RuntimeError(f"host {name} could not be prepared: {'; '.join(prepare)}")
-    init = int(Path(f"/proc/{holder.pid}/task/{holder.pid}/children").read_text().split()[0])
-    return holder, init
+    holder.stdout.close()
+    return holder, _child(holder.pid)
+
+
+def _child(process: int) -> int:
+    return int(Path(f"/proc/{process}/task/{process}/children").read_text().split()[0])
+
+
+def _release(holder: subprocess.Popen[bytes], init: int) -> None:
+    """End a host; when the process that holds it ends, everything on it has ended."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(init, signal.SIGKILL)
+    holder.wait(timeout=_SECONDS)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -204,6 +220,7 @@ def _relay(switch: int, host: int, name: str, delay: float, loss: float) -> subp
     if relay.stdout.readline() != b"ready\n":
         _end(relay)
         raise RuntimeError(f"the cable of {name} could not be made: is /dev/net/tun there?")
+    relay.stdout.close()
     return relay
 
 
