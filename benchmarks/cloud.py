@@ -103,6 +103,17 @@ class Layout:
     loss: float = 0.0
     """Share of these frames that is lost."""
     has_trainer_host: bool = False
+    silent_seconds: int = 65
+    """After which the head gives a silent node up; the default is Ray's."""
+
+    @property
+    def checks(self) -> dict[str, str]:
+        """What the head is told, so that it gives up when it should."""
+        if self.silent_seconds == Layout.silent_seconds:
+            return {}
+        milliseconds = {"initial_delay": 1000, "period": 1000, "timeout": 2000}
+        settings = {f"RAY_health_check_{name}_ms": str(value) for name, value in milliseconds.items()}
+        return settings | {"RAY_health_check_failure_threshold": str(self.silent_seconds // 3)}
 
 
 class Cloud:
@@ -138,7 +149,8 @@ class Cloud:
         num_cpus = self.layout.cpus_per_host if name.startswith("worker") else 0
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", *role, f"--node-ip-address={host.address}"]
         command += [f"--num-cpus={num_cpus}", "--object-store-memory=104857600", "--disable-usage-stats", "--block"]
-        self.rays[name] = host.start(command, self.folder / f"{name}.log", self.environment())
+        checks = self.layout.checks if name == "head" else {}
+        self.rays[name] = host.start(command, self.folder / f"{name}.log", self.environment() | checks)
 
     def alive(self) -> list[str]:
         """Addresses of the nodes that the head counts as alive."""

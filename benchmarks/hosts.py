@@ -165,22 +165,43 @@ def kill_trainer(cloud: Cloud, run: Run) -> dict[str, Any]:
 
 
 def take_over(cloud: Cloud, run: Run) -> dict[str, Any]:
-    """The trainer's host is cut off, the run is resumed on the head's, and then the first one comes back."""
+    """The trainer's host is cut off and the run resumed on the head's; the first one comes back, and may not go on."""
+    seen, successor = resume_elsewhere(cloud, run)
+    status, seconds = come_back(cloud, run)
+    if status != 2 or "has taken over" not in run.tail():
+        raise NotShown(f"the first trainer was to be refused, and ended with {status}: {run.tail()}")
+    run.process = successor.process
+    return seen | {"seconds until the first one stopped": seconds}
+
+
+def take_over_late(cloud: Cloud, run: Run) -> dict[str, Any]:
+    """The same, when Ray has given the trainer's host up, too: its node ends itself, and the trainer with it."""
+    seen, successor = resume_elsewhere(cloud, run)
+    while cloud["trainer"].address in cloud.alive():
+        time.sleep(1.0)
+    status, seconds = come_back(cloud, run)
+    if status == 0:
+        raise NotShown(f"the first trainer was to end, and was done: {run.tail()}")
+    run.process = successor.process
+    return seen | {"seconds until the first one stopped": seconds}
+
+
+def resume_elsewhere(cloud: Cloud, run: Run) -> tuple[dict[str, Any], Run]:
+    """Cut the trainer's host off, resume its run on the head's, and wait for the first commit there."""
     run.busy_host(FAULT_STEP)
     cloud["trainer"].cut()
     since = time.time()
     lag = f"cluster.lag={read_run_recipe(run.folder).cluster.lag}"
     successor = cloud.train(NAME, (*RECIPE, lag, "resume=auto"))
     successor.wait_committed(FAULT_STEP, epoch=2)
-    seen: dict[str, Any] = {"seconds until the successor committed": time.time() - since}
+    return {"seconds until the successor committed": time.time() - since}, successor
+
+
+def come_back(cloud: Cloud, run: Run) -> tuple[int, float]:
+    """Put the cable of the trainer's host back; returns how its trainer ends, and after how many seconds."""
     cloud["trainer"].heal()
     since = time.time()
-    status = run.status()
-    seen["seconds until the first one stopped"] = time.time() - since
-    if status != 2 or "has taken over" not in run.tail():
-        raise NotShown(f"the first trainer was to be refused, and ended with {status}: {run.tail()}")
-    run.process = successor.process
-    return seen
+    return run.status(), time.time() - since
 
 
 def wrong_token(cloud: Cloud, run: Run) -> dict[str, Any]:
@@ -214,6 +235,12 @@ SCENARIOS = {
         fewest={"hedged": 1, "duplicates": 1},
     ),
     "lost": Scenario(what="cable out for good", fault=cut_for_good, fewest={"hedged": 1, "lost_workers": 1}),
+    "noticed": Scenario(
+        what="the same, with a head that gives a silent node up after 9 s",
+        fault=cut_for_good,
+        layout=Layout(silent_seconds=9),
+        fewest={"lost_workers": 1},
+    ),
     "zombie": Scenario(
         what="cable back when Ray has given the host up; its Ray is started again",
         fault=heal_late,
@@ -233,6 +260,11 @@ SCENARIOS = {
     "takeover": Scenario(
         what="trainer's host cut off, run resumed on another host, then the cable put back",
         fault=take_over,
+        layout=Layout(cpus_per_host=2, has_trainer_host=True, silent_seconds=300),
+    ),
+    "takeover-late": Scenario(
+        what="the same, the cable put back when Ray has given the trainer's host up",
+        fault=take_over_late,
         layout=Layout(cpus_per_host=2, has_trainer_host=True),
     ),
     "token": Scenario(what="others try to join with a wrong token", fault=wrong_token, lags=(0,)),
