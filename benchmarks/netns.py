@@ -114,7 +114,7 @@ class Network:
     def __enter__(self) -> Network:
         self._folder.mkdir(parents=True, exist_ok=True)
         try:
-            self._switch = _hold("switch", [])
+            self._switch = _hold("switch", [], self._folder)
             self.switch("ip", "link", "add", "bridge", "type", "bridge")
             self.switch("ip", "link", "set", "bridge", "up")
         except BaseException:
@@ -145,7 +145,7 @@ class Network:
             f"mount -t tmpfs -o mode=1777,size={shm_mb}m tmpfs /dev/shm",
             "ip link set lo up",
         ]
-        holder, init = _hold(name, prepare)
+        holder, init = _hold(name, prepare, self._folder)
         address = f"{SUBNET}.{number}"
         host = Host(name, address, holder, init, self)
         self.hosts[name] = host
@@ -167,22 +167,23 @@ class Network:
         subprocess.run(["nsenter", "--target", target, "--net", "--", *command], check=True, timeout=_SECONDS)
 
 
-def _hold(name: str, prepare: Sequence[str]) -> tuple[subprocess.Popen[bytes], int]:
+def _hold(name: str, prepare: Sequence[str], folder: Path) -> tuple[subprocess.Popen[bytes], int]:
     """Make the namespaces of a host; returns the process that holds them, and the first process inside."""
+    log = folder / f"{name}.log"
     # The first process of its namespace adopts what loses its parent there, hence a shell, which reaps.
-    script = "; ".join(
-        ["set -e", *prepare, "echo ready", "set +e", "exec 2> /dev/null", "while :; do sleep 3600 & wait $!; done"]
-    )
-    holder = subprocess.Popen(
-        [*_HOLD, "--mount-proc", "--propagation", "private", "bash", "-c", script],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        start_new_session=True,
-    )
+    script = "; ".join(["set -e", *prepare, "echo ready", "set +e", "while :; do sleep 3600 & wait $!; done"])
+    with log.open("ab") as errors:
+        holder = subprocess.Popen(
+            [*_HOLD, "--mount-proc", "--propagation", "private", "bash", "-c", script],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            start_new_session=True,
+        )
     assert holder.stdout is not None
     if holder.stdout.readline() != b"ready\n":
         _end(holder)
-        raise RuntimeError(f"host {name} could not be prepared: {'; '.join(prepare)}")
+        raise RuntimeError(f"host {name} could not be prepared: {log.read_text()}")
     holder.stdout.close()
     return holder, _child(holder.pid)
 
