@@ -1,7 +1,8 @@
 """Whole runs on a cluster of several hosts while hosts, cables and trainers fail: the same numbers, and what it costs.
 
-    python benchmarks/hosts.py                              # as root; writes docs/results/hosts.md and .json
-    python benchmarks/hosts.py --only none lost takeover    # some scenarios, beside the run without faults
+    python benchmarks/hosts.py                # as root; writes docs/results/hosts.md and .json
+    python benchmarks/hosts.py --lag 1        # lag 1 alone; what is there of lag 0 stays
+    python benchmarks/hosts.py --only lost takeover --output /tmp/x   # some scenarios, and the run without faults
 
 The hosts are namespaces of this machine with a network of their own (`netns.py`): Ray, its actors and the trainer are
 real and started as on real hosts, and cables are pulled at the switch. Needs Linux, root, iproute2 and util-linux. All
@@ -29,13 +30,29 @@ from typing import Any
 import pyarrow.parquet as pq
 from cloud import Cloud, Event, NotShown, Run
 from common import ROOT, environment
-from faults import NAME, NUM_STEPS, RECIPE, SCENARIOS, Scenario
+from faults import FAULT_STEP, NAME, NUM_STEPS, RECIPE, SCENARIOS, Scenario
 from netns import Network, why_not
 
 from coupled.rl.metrics import DETERMINISTIC_EXCEPT
 from coupled.rl.rundir import committed_checkpoints, read_rows
 
 COUNTED = ("redispatched", "hedged", "duplicates", "lost_workers", "quarantined")
+INTRODUCTION = f"""# Faults of hosts and networks
+
+Made by `benchmarks/hosts.py`; all numbers are in [hosts.json](hosts.json). The hosts are namespaces of one machine, each
+with a network card, processes, /dev/shm and Ray of its own: a head, three with a rollout worker and a supervisor of the
+sandbox each, and where it says so one for the trainer. The trainer is `coupled train` on the embedded model:
+{NUM_STEPS} steps of twelve completions in six batches, `cluster.health: fast`. A fault comes when a batch of step
+{FAULT_STEP} is under way on the host that it hits.
+
+**Same bits**: SHA-256 of the last checkpoint's weights, of all metrics of all steps (without times and the cluster's own),
+and of all rollouts with tokens, log-probabilities and verdicts are those of the run without faults; every step is logged
+once; every batch and every program counted once, or where the run was resumed at most once for each process.
+**Seconds**: from the first batch to the last step; **added**: over the run without faults in the same sitting. **Again**:
+tried again after a loss; **hedged**: given to a second worker beside the first; **dropped**: results that came second;
+**lost**: workers that were given up; **left out**: batches. These are sums over the metrics of all steps. **Seen**:
+seconds between fault and reaction.
+"""
 
 # --- the oracle ---------------------------------------------------------------------------------------------------
 
@@ -118,42 +135,35 @@ def measure(name: str, lag: int, folder: Path, reference: dict[str, Any] | None)
     return row
 
 
-def sitting(names: Sequence[str], lags: Sequence[int], folder: Path, to: Path) -> dict[str, Any]:
-    """Scenarios one after the other, each beside the run without faults of the same lag."""
-    report: dict[str, Any] = {"seconds": 0.0, "rows": []}
-    references: dict[int, dict[str, Any]] = {}
+def sitting(names: Sequence[str], lag: int, folder: Path) -> dict[str, Any]:
+    """Scenarios one after the other, beside the run without faults of the same lag."""
     started = time.monotonic()
-    for lag in lags:
-        for name in dict.fromkeys(("none", *names)):
-            if lag not in SCENARIOS[name].lags:
-                continue
-            place = folder / f"{name}-{lag}"
-            place.mkdir(parents=True)
-            try:
-                row = measure(name, lag, place, references.get(lag))
-            except NotShown as error:
-                row = {"scenario": name, "what": SCENARIOS[name].what, "lag": lag, "flaws": [str(error)]}
-            if name == "none":
-                references[lag] = row
-            report["rows"].append(row)
-            report["seconds"] = time.monotonic() - started
-            about = {"ray": version("ray"), "load": " ".join(f"{load:.1f}" for load in os.getloadavg())}
-            report["environment"] = environment() | about
-            to.parent.mkdir(parents=True, exist_ok=True)
-            to.write_text(json.dumps(report, indent=1) + "\n")
-            print(json.dumps({k: v for k, v in row.items() if k not in ("weights", "metrics", "rollouts")}), flush=True)
-    return report
+    rows: list[dict[str, Any]] = []
+    for name in dict.fromkeys(("none", *names)):
+        if lag not in SCENARIOS[name].lags:
+            continue
+        place = folder / f"{name}-{lag}"
+        place.mkdir(parents=True)
+        try:
+            row = measure(name, lag, place, rows[0] if rows else None)
+        except NotShown as error:
+            row = {"scenario": name, "what": SCENARIOS[name].what, "lag": lag, "flaws": [str(error)]}
+            if not rows:
+                sys.exit(f"the run without faults failed: {error}")
+        rows.append(row)
+        print("\n".join(table([row])[2:]), flush=True)
+    about = {"ray": version("ray"), "load": " ".join(f"{load:.1f}" for load in os.getloadavg())}
+    return {"environment": environment() | about, "seconds": time.monotonic() - started, "rows": rows}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The rows in Markdown."""
     lines = [
-        "| what happens | lag | same bits | seconds | added | again | hedged | dropped | lost | left out | seen |",
-        "|" + "---|" * 11,
+        "| what happens | same bits | seconds | added | again | hedged | dropped | lost | left out | seen |",
+        "|" + "---|" * 10,
     ]
     for row in rows:
-        same = "no: " + "; ".join(row["flaws"]) if row["flaws"] else "yes"
-        cells = [row["what"], str(row["lag"]), same]
+        cells = [row["what"], "no: " + "; ".join(row["flaws"]) if row["flaws"] else "yes"]
         if "counted" in row:
             cells += [f"{row['seconds']:.0f}", f"{row['added_seconds']:+.0f}" if "added_seconds" in row else ""]
             cells += [f"{row['counted'][name]:.0f}" for name in COUNTED]
@@ -164,20 +174,19 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def page(report: dict[str, Any]) -> str:
     """docs/results/hosts.md."""
-    about = report["environment"]
-    return "\n".join(
-        [
-            "# Faults of hosts and networks",
+    lines = [INTRODUCTION]
+    for lag, part in sorted(report.items()):
+        about = part["environment"]
+        lines += [
+            f"## Lag {lag}",
             "",
-            "Made by `benchmarks/hosts.py`; all numbers are in [hosts.json](hosts.json).",
-            "",
-            *table(report["rows"]),
+            *table(part["rows"]),
             "",
             f"`{about['command']}`, commit {about['commit']}, {about['cores']} cores of an {about['processor']} "
-            f"(load {about['load']}), Python {about['python']}, Ray {about['ray']}, {report['seconds']:.0f} s.",
+            f"(load {about['load']}), Python {about['python']}, Ray {about['ray']}, {part['seconds']:.0f} s.",
             "",
         ]
-    )
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -191,12 +200,16 @@ def main() -> None:
     if reason is not None:
         sys.exit(f"benchmarks/hosts.py cannot run here: {reason}")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what is open is closed
+    file = options.output / "hosts.json"
+    report = json.loads(file.read_text()) if file.is_file() else {}
     with contextlib.ExitStack() as opened:
         folder = options.keep or Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="hosts-")))
-        report = sitting(options.only, options.lag, folder, options.output / "hosts.json")
-    (options.output / "hosts.md").write_text(page(report))
-    print("\n".join(table(report["rows"])), flush=True)
-    sys.exit(any(row["flaws"] for row in report["rows"]))
+        for lag in options.lag:
+            report[str(lag)] = sitting(options.only, lag, folder)
+            options.output.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(report, indent=1) + "\n")
+            (options.output / "hosts.md").write_text(page(report))
+    sys.exit(any(row["flaws"] for lag in options.lag for row in report[str(lag)]["rows"]))
 
 
 if __name__ == "__main__":
