@@ -39,19 +39,19 @@ from coupled.rl.rundir import committed_checkpoints, read_rows
 COUNTED = ("redispatched", "hedged", "duplicates", "lost_workers", "quarantined")
 INTRODUCTION = f"""# Faults of hosts and networks
 
-Made by `benchmarks/hosts.py`; all numbers are in [hosts.json](hosts.json). The hosts are namespaces of one machine, each
-with a network card, processes, /dev/shm and Ray of its own: a head, three with a rollout worker and a supervisor of the
-sandbox each, and where it says so one for the trainer. The trainer is `coupled train` on the embedded model:
-{NUM_STEPS} steps of twelve completions in six batches, `cluster.health: fast`. A fault comes when a batch of step
-{FAULT_STEP} is under way on the host that it hits.
+Made by `benchmarks/hosts.py`; all numbers are in [hosts.json](hosts.json). The hosts are namespaces of one
+machine, each with a network card, processes, /dev/shm and Ray of its own: a head, three with a rollout worker
+and a supervisor of the sandbox each, and where it says so one for the trainer. The trainer is `coupled train`
+on the embedded model: {NUM_STEPS} steps of twelve completions in six batches, `cluster.health: fast`. A fault
+comes when a batch of step {FAULT_STEP} is under way on the host that it hits.
 
-**Same bits**: SHA-256 of the last checkpoint's weights, of all metrics of all steps (without times and the cluster's own),
-and of all rollouts with tokens, log-probabilities and verdicts are those of the run without faults; every step is logged
-once; every batch and every program counted once, or where the run was resumed at most once for each process.
-**Seconds**: from the first batch to the last step; **added**: over the run without faults in the same sitting. **Again**:
-tried again after a loss; **hedged**: given to a second worker beside the first; **dropped**: results that came second;
-**lost**: workers that were given up; **left out**: batches. These are sums over the metrics of all steps. **Seen**:
-seconds between fault and reaction.
+**Same bits**: SHA-256 of the last checkpoint's weights, of all metrics of all steps (without times and the
+cluster's own), and of all rollouts with tokens, log-probabilities and verdicts are those of the run without
+faults; every step is logged once; every batch and every program counted once, or where the run was resumed at
+most once for each process. **Seconds**: from the first batch to the last step; **added**: over the run without
+faults in the same sitting. **Again**: tried again after a loss; **hedged**: given to a second worker beside the
+first; **dropped**: results that came second; **lost**: workers that were given up; **left out**: batches. These
+are sums over the metrics of all steps. **Seen**: seconds between fault and reaction.
 """
 
 # --- the oracle ---------------------------------------------------------------------------------------------------
