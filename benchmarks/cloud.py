@@ -64,8 +64,9 @@ class Run:
         """For loops that look at the run again and again, as long as there is something to see."""
         deadline = time.monotonic() + SECONDS
         while time.monotonic() < deadline:
+            has_ended = self.process.poll() is not None  # asked first: what it did last is seen, too
             yield
-            if self.process.poll() is not None:
+            if has_ended:
                 raise NotShown(f"the run ended ({self.process.returncode}) before: {self.tail()}")
             time.sleep(0.02)
         raise NotShown(f"nothing of it within {SECONDS:.0f} s")
@@ -82,8 +83,13 @@ class Run:
         return next(str(e["host"]) for e in reversed(self.events()) if e["event"] == "ready" and e["worker"] == worker)
 
     def busy_host(self, step: int) -> str:
-        """Wait until a batch of a step has begun, and return where."""
-        return self.host_of(self.wait(is_start(f"train/{step}/"))["worker"])
+        """Wait until a worker has its second batch of a step, so that it has the weights, and return where it is."""
+        for _ in self.until_it_ends():
+            started = [str(event["worker"]) for event in self.events() if is_start(f"train/{step}/")(event)]
+            for worker in started:
+                if started.count(worker) > 1:
+                    return self.host_of(worker)
+        raise AssertionError("unreachable")
 
 
 def is_start(key: str) -> Callable[[Event], bool]:
@@ -174,6 +180,14 @@ class Cloud:
                     raise NotShown(f"Ray on {name} ended with {process.returncode}: {log}")
             time.sleep(0.5)
         raise NotShown(f"the head does not count {number} nodes: {self.alive()}")
+
+    def wait_given_up(self, host: Host) -> None:
+        """Wait until the head counts a host as dead."""
+        deadline = time.monotonic() + SECONDS
+        while host.address in self.alive():
+            if time.monotonic() > deadline:
+                raise NotShown(f"the head still counts {host.name} after {SECONDS:.0f} s")
+            time.sleep(0.5)
 
     def environment(self) -> dict[str, str]:
         """Of everything that runs on a host."""

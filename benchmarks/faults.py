@@ -22,6 +22,7 @@ RECIPE = (
     "rollout.num_prompts=3",
     "rollout.group_size=4",
     "rollout.batch_size=2",
+    "rollout.denoising_steps=40",
     "sandbox.num_workers=1",
     "data.eval_path=null",
     "cluster.health=fast",
@@ -33,7 +34,7 @@ FAULT_STEP = 3
 """The fault waits for a batch of this step."""
 
 Fault = Callable[[Cloud, Run], dict[str, float]]
-"""Does a scenario's fault to a run, and returns the seconds that it saw things take."""
+"""Does a fault to a run, and returns the seconds that things took, by their names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,8 +68,8 @@ def cut_briefly(cloud: Cloud, run: Run) -> dict[str, Any]:
 def cut_until_hedged(cloud: Cloud, run: Run) -> dict[str, Any]:
     """A cable is out until another host has made what its host has: the same batch comes twice."""
     host = cloud[run.busy_host(FAULT_STEP)]
-    host.cut()
     since = time.time()
+    host.cut()
     hedged = run.wait(lambda event: event["event"] == "hedged", after=since)
     run.wait(lambda event: event["event"] == "rolled" and event["key"] == hedged["key"], after=since)
     host.heal()
@@ -78,18 +79,18 @@ def cut_until_hedged(cloud: Cloud, run: Run) -> dict[str, Any]:
 def cut_for_good(cloud: Cloud, run: Run) -> dict[str, Any]:
     """A cable is never put back."""
     host = cloud[run.busy_host(FAULT_STEP)]
+    since = time.time()
     host.cut()
-    return {"seconds until given up": seconds_until_given_up(run, host, time.time())}
+    return {"seconds until given up": seconds_until_given_up(run, host, since)}
 
 
 def heal_late(cloud: Cloud, run: Run) -> dict[str, Any]:
     """A cable is put back when Ray has given up the host: its Ray ends itself, is started again, and gets work."""
     host = cloud[run.busy_host(FAULT_STEP)]
-    host.cut()
     since = time.time()
+    host.cut()
     seen = {"seconds until given up": seconds_until_given_up(run, host, since)}
-    while host.address in cloud.alive():
-        next(run.until_it_ends())
+    cloud.wait_given_up(host)
     seen["seconds until Ray noticed"] = time.time() - since
     host.heal()
     since = time.time()
@@ -101,8 +102,9 @@ def heal_late(cloud: Cloud, run: Run) -> dict[str, Any]:
 def crash_and_rejoin(cloud: Cloud, run: Run) -> dict[str, Any]:
     """All that runs on a host is killed; it is started again and gets work."""
     host = cloud[run.busy_host(FAULT_STEP)]
+    since = time.time()
     host.crash()
-    seen = {"seconds until given up": seconds_until_given_up(run, host, time.time())}
+    seen = {"seconds until given up": seconds_until_given_up(run, host, since)}
     return seen | rejoin(cloud, run, host)
 
 
@@ -129,10 +131,9 @@ def is_of_host(kind: str, stage: str, host: Host) -> Callable[[Event], bool]:
 def kill_trainer(cloud: Cloud, run: Run) -> dict[str, Any]:
     """The training process is killed; its supervisor resumes the run."""
     run.busy_host(FAULT_STEP)
-    command = cloud["head"].ask(["pgrep", "-f", "coupled.rl.cli train"]).split()
-    trainer = int(command[-1])
-    cloud["head"].ask(["kill", "-9", str(trainer)])
+    _, trainer = cloud["head"].ask(["pgrep", "-f", "coupled.rl.cli train"]).split()
     since = time.time()
+    cloud["head"].ask(["kill", "-9", trainer])
     issued = run.wait(lambda event: event["event"] == "issue", after=since)
     return {"seconds until resumed": issued["time"] - since}
 
@@ -150,8 +151,7 @@ def take_over(cloud: Cloud, run: Run) -> dict[str, Any]:
 def take_over_late(cloud: Cloud, run: Run) -> dict[str, Any]:
     """The same, when Ray has given the trainer's host up, too: its node ends itself, and the trainer with it."""
     seen, successor = resume_elsewhere(cloud, run)
-    while cloud["trainer"].address in cloud.alive():
-        time.sleep(1.0)
+    cloud.wait_given_up(cloud["trainer"])
     status, seconds = come_back(cloud, run)
     if status == 0:
         raise NotShown(f"the first trainer was to end, and was done: {run.tail()}")

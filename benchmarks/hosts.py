@@ -5,7 +5,7 @@
     python benchmarks/hosts.py --only lost takeover --output /tmp/x   # some scenarios, and the run without faults
 
 The hosts are namespaces of this machine with a network of their own (`netns.py`): Ray, its actors and the trainer are
-real and started as on real hosts, and cables are pulled at the switch. Needs Linux, root, iproute2 and util-linux. All
+real and started as on real hosts, and cables are pulled at the switch. Needs Linux, root, iproute2, util-linux, procps. All
 of it is gone when this ends, also by Ctrl-C. Every scenario has a cluster of its own, and its fault waits until it hits
 work that is under way.
 """
@@ -18,6 +18,7 @@ import hashlib
 import json
 import os
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -146,7 +147,7 @@ def sitting(names: Sequence[str], lag: int, folder: Path) -> dict[str, Any]:
         place.mkdir(parents=True)
         try:
             row = measure(name, lag, place, rows[0] if rows else None)
-        except NotShown as error:
+        except (NotShown, RuntimeError, subprocess.SubprocessError) as error:
             row = {"scenario": name, "what": SCENARIOS[name].what, "lag": lag, "flaws": [str(error)]}
             if not rows:
                 sys.exit(f"the run without faults failed: {error}")

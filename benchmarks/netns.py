@@ -29,7 +29,7 @@ from pathlib import Path
 SUBNET = "10.77.0"
 TEMPORARY = "/media"
 """A folder that every Linux has and nobody needs here: each host has its own."""
-PROGRAMS = ("ip", "unshare", "nsenter", "setpriv", "mount")
+PROGRAMS = ("ip", "unshare", "nsenter", "setpriv", "mount", "pgrep")
 _HOLD = ("setpriv", "--pdeathsig", "KILL", "unshare", "--kill-child", "--fork", "--pid", "--net", "--mount", "--uts")
 _ENTER = ("--pid", "--net", "--mount", "--uts")
 _SECONDS = 20.0
@@ -44,7 +44,7 @@ def why_not() -> str | None:
         return f"hosts are network namespaces, which only root may make; this is user {os.geteuid()}: run it as root"
     missing = [program for program in PROGRAMS if shutil.which(program) is None]
     if missing:
-        return f"not found: {', '.join(missing)}. Install util-linux and iproute2"
+        return f"not found: {', '.join(missing)}. Install iproute2, util-linux and procps"
     tried = subprocess.run([*_HOLD, "true"], capture_output=True, text=True, timeout=_SECONDS)
     if tried.returncode != 0:
         return f"this kernel, or this container, allows no namespaces ({tried.stderr.strip()}): use a machine that does"

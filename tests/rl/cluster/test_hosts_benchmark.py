@@ -92,7 +92,7 @@ def test_it_says_why_it_cannot_run(
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     which = shutil.which
     monkeypatch.setattr(shutil, "which", lambda name: None if name == "ip" else which(name))
-    assert netns.why_not() == "not found: ip. Install util-linux and iproute2"
+    assert netns.why_not() == "not found: ip. Install iproute2, util-linux and procps"
     assert list(tmp_path.iterdir()) == []
 
 
