@@ -5,9 +5,9 @@
     python benchmarks/hosts.py --only lost takeover --output /tmp/x   # some scenarios, and the run without faults
 
 The hosts are namespaces of this machine with a network of their own (`netns.py`): Ray, its actors and the trainer are
-real and started as on real hosts, and cables are pulled at the switch. Needs Linux, root, iproute2, util-linux, procps. All
-of it is gone when this ends, also by Ctrl-C. Every scenario has a cluster of its own, and its fault waits until it hits
-work that is under way.
+real and started as on real hosts, and cables are pulled at the switch. Needs Linux, root, iproute2, util-linux and
+procps. All of it is gone when this ends, also by Ctrl-C. Every scenario has a cluster of its own, and its fault waits
+until it hits work that is under way.
 """
 
 from __future__ import annotations
