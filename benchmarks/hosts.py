@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -136,8 +136,8 @@ def measure(name: str, lag: int, folder: Path, reference: dict[str, Any] | None)
     return row
 
 
-def sitting(names: Sequence[str], lag: int, folder: Path) -> dict[str, Any]:
-    """Scenarios one after the other, beside the run without faults of the same lag."""
+def sitting(names: Sequence[str], lag: int, folder: Path) -> Iterator[dict[str, Any]]:
+    """Scenarios one after the other, beside the run without faults of the same lag; what there is after each."""
     started = time.monotonic()
     rows: list[dict[str, Any]] = []
     for name in dict.fromkeys(("none", *names)):
@@ -153,8 +153,8 @@ def sitting(names: Sequence[str], lag: int, folder: Path) -> dict[str, Any]:
                 sys.exit(f"the run without faults failed: {error}")
         rows.append(row)
         print("\n".join(table([row])[2:]), flush=True)
-    about = {"ray": version("ray"), "load": " ".join(f"{load:.1f}" for load in os.getloadavg())}
-    return {"environment": environment() | about, "seconds": time.monotonic() - started, "rows": rows}
+        about = {"ray": version("ray"), "load": " ".join(f"{load:.1f}" for load in os.getloadavg())}
+        yield {"environment": environment() | about, "seconds": time.monotonic() - started, "rows": rows}
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -206,10 +206,11 @@ def main() -> None:
     with contextlib.ExitStack() as opened:
         folder = options.keep or Path(opened.enter_context(tempfile.TemporaryDirectory(prefix="hosts-")))
         for lag in options.lag:
-            report[str(lag)] = sitting(options.only, lag, folder)
-            options.output.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(report, indent=1) + "\n")
-            (options.output / "hosts.md").write_text(page(report))
+            for part in sitting(options.only, lag, folder):
+                report[str(lag)] = part
+                options.output.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps(report, indent=1) + "\n")
+                (options.output / "hosts.md").write_text(page(report))
     sys.exit(any(row["flaws"] for lag in options.lag for row in report[str(lag)]["rows"]))
 
 
