@@ -61,6 +61,8 @@ class Host:
     init: int
     """Its first process, as this machine numbers it."""
     network: Network
+    processes: str
+    """Names the namespace of its processes."""
 
     def start(
         self, command: Sequence[str], log: Path, environment: dict[str, str] | None = None
@@ -95,8 +97,12 @@ class Host:
 
     def crash(self) -> None:
         """End every process on it but the first, at once."""
+        # `kill -1` means every process that is seen from where it is said: that must be the host.
+        script = 'test "$(readlink /proc/self/ns/pid)" = "$0" && kill -9 -1'
         with contextlib.suppress(subprocess.TimeoutExpired):
-            subprocess.run([*self._enter("--pid"), "bash", "-c", "kill -9 -1"], timeout=_SECONDS, check=False)
+            subprocess.run(
+                [*self._enter("--pid", "--mount"), "bash", "-c", script, self.processes], timeout=_SECONDS, check=False
+            )
 
     def _enter(self, *kinds: str) -> list[str]:
         return ["nsenter", "--target", str(self.init), *kinds, "--"]
@@ -147,7 +153,9 @@ class Network:
         ]
         holder, init = _hold(name, prepare, self._folder)
         address = f"{SUBNET}.{number}"
-        host = Host(name, address, holder, init, self)
+        processes = os.readlink(f"/proc/{init}/ns/pid")
+        assert processes != os.readlink("/proc/self/ns/pid"), "the host's processes are apart from this machine's"
+        host = Host(name, address, holder, init, self, processes)
         self.hosts[name] = host
         if delay or loss:
             assert self._switch is not None, "the network was entered"
@@ -194,8 +202,9 @@ def _child(process: int) -> int:
 
 def _release(holder: subprocess.Popen[bytes], init: int) -> None:
     """End a host; when the process that holds it ends, everything on it has ended."""
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(init, signal.SIGKILL)
+    if holder.poll() is None:  # else the number may be another process's by now
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(init, signal.SIGKILL)
     holder.wait(timeout=_SECONDS)
 
 
