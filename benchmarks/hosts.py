@@ -52,7 +52,8 @@ faults; every step is logged once; every batch and every program counted once, o
 most once for each process. **Seconds**: from the first batch to the last step; **added**: over the run without
 faults in the same sitting. **Again**: tried again after a loss; **hedged**: given to a second worker beside the
 first; **dropped**: results that came second; **lost**: workers that were given up; **left out**: batches. These
-are sums over the metrics of all steps. **Seen**: seconds between fault and reaction.
+are sums over the metrics of all steps. **Seen**: seconds between fault and reaction. With a load far above the
+number of cores, seconds say more of the machine than of the fault.
 """
 
 # --- the oracle ---------------------------------------------------------------------------------------------------
