@@ -209,7 +209,7 @@ SCENARIOS = {
     ),
     "lost": Scenario(what="cable out for good", fault=cut_for_good, fewest={"hedged": 1, "lost_workers": 1}),
     "noticed": Scenario(
-        what="the same, with a head that gives a silent node up after 9 s",
+        what="cable out for good; the head gives a silent node up after 9 s",
         fault=cut_for_good,
         layout=Layout(silent_seconds=9),
         fewest={"lost_workers": 1},
@@ -236,7 +236,7 @@ SCENARIOS = {
         layout=Layout(cpus_per_host=2, has_trainer_host=True, silent_seconds=300),
     ),
     "takeover-late": Scenario(
-        what="the same, the cable put back when Ray has given the trainer's host up",
+        what="trainer's host cut off, run resumed on another host, cable back when Ray has given the first up",
         fault=take_over_late,
         layout=Layout(cpus_per_host=2, has_trainer_host=True),
     ),
