@@ -147,14 +147,14 @@ class Reservation:
 
 
 def scheduling_of(place: str | Bundle) -> Any:
-    """Of a reserved place: that one alone. Of a node: it is preferred, and another one taken when it is gone."""
+    """The scheduling that takes this place and no other: what Ray calls a soft affinity to a node, it often ignores."""
     from ray.util import scheduling_strategies as strategies
 
     if isinstance(place, Bundle):
         return strategies.PlacementGroupSchedulingStrategy(
             placement_group=place.group, placement_group_bundle_index=place.index
         )
-    return strategies.NodeAffinitySchedulingStrategy(node_id=place, soft=True)
+    return strategies.NodeAffinitySchedulingStrategy(node_id=place, soft=False)
 
 
 def own_gpus() -> list[str]:

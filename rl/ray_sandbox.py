@@ -20,7 +20,7 @@ from coupled.rl.cluster.pool import PoolSpec
 from coupled.rl.cluster.ray_actors import RayTransport
 from coupled.rl.cluster.runtime import Runtime
 from coupled.rl.cluster.transport import WorkerSpec
-from coupled.rl.cluster.types import GroupKey, Health, Masked, Unit
+from coupled.rl.cluster.types import ClusterError, GroupKey, Health, Masked, Unit, WorkerLost
 from coupled.rl.grading import open_local_sandbox
 from coupled.rl.ray_cluster import alive_nodes, close_ray, open_ray
 from coupled.rl.recipe import Recipe, Sandbox
@@ -29,6 +29,8 @@ from coupled.sandbox.pool import require_runnable
 
 START_SECONDS = 120.0
 """How long a supervisor may take to start and prove its tier."""
+LATE_SECONDS = 30.0
+"""A run goes on without a node that has not answered so long after the first one did."""
 IN_FLIGHT = 2
 """Batches that one supervisor has at a time: while one waits for its slowest program, the other keeps it busy."""
 HEALTH = Health(start_seconds=START_SECONDS, restarts_per_hour=100)
@@ -143,18 +145,32 @@ class RayExecutor:
         self.close()
 
     def _greet_all(self, runtime: Runtime) -> None:
-        """Wait until every node has said what it has, and hold later supervisors to what the first ones said."""
+        """Wait until every node has said what it has, and hold later supervisors to what the first ones said.
+
+        A node that is lost meanwhile, or late, has its supervisor started again as at any other time.
+        """
         workers = self._coordinator.pools["score"].workers
-        runtime.wait_for(lambda c: all(w.hello is not None or w.error is not None for w in workers))
+
+        def have_answered(coordinator: Coordinator) -> bool:
+            return all(worker.hello is not None or worker.error is not None for worker in workers)
+
+        runtime.wait_for(lambda c: have_answered(c) or any(worker.hello is not None for worker in workers))
+        runtime.wait_for(have_answered, LATE_SECONDS)
+        greeted = [worker for worker in workers if worker.hello is not None]
         for worker in workers:
-            if worker.error is not None and not isinstance(worker.error, SandboxUnavailable) and worker.hello is None:
-                raise worker.error
-            if worker.error is not None:
+            if isinstance(worker.error, SandboxUnavailable):
                 raise SandboxUnavailable(
                     f"every node must give the sandbox that the recipe asks for; one could not: {worker.error}\n"
                     "remedy: run `coupled doctor` on that node, or take it out of the cluster"
                 ) from worker.error
-        self._isolation = _common([(str(worker.place), worker.hello["isolation"]) for worker in workers])
+            if worker.error is not None and worker.hello is None and not isinstance(worker.error, WorkerLost):
+                raise worker.error
+        if not greeted:
+            raise ClusterError(
+                f"no supervisor of the sandbox could be started on any of {len(workers)} nodes: {workers[0].why}. "
+                "Look at the cluster, then continue with resume=auto"
+            )
+        self._isolation = _common([(str(worker.place), worker.hello["isolation"]) for worker in greeted])
 
     def _check(self, hello: Any) -> None:
         """A replacement is held to the tier that was found, even where `auto` would now find another one."""

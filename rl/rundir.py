@@ -101,7 +101,11 @@ class RunDir:
         """Append one row, whole, and mirror its numbers to TensorBoard.
 
         What a full disk does not take is kept, and written with the next row.
+
+        Raises:
+            FencedError: another process has the run by now, and logs this step itself.
         """
+        self._refuse_if_fenced()
         self._unwritten.setdefault(file, []).append(json.dumps(row) + "\n")
         try:
             self._write(file)

@@ -332,6 +332,7 @@ class Coordinator:
         if pool.spec.has_weights and worker.version != version:
             weights = self._weights[version]
             arguments = (weights.version, weights.handle)
+            worker.version = -1
             self._call(worker, "load", "load", arguments, attempt.patience, attempt=attempt, version=version)
         else:
             self._work(pool, worker, attempt)
@@ -356,6 +357,11 @@ class Coordinator:
             return
         assert attempt is not None
         if call.purpose == "load":
+            if not attempt.job.is_wanted:  # made elsewhere meanwhile; its weights may be forgotten
+                worker.attempts.remove(attempt)
+                self._recovered(worker)
+                self.ledger.end(attempt)
+                return
             weights = self._weights.get(call.version)
             if weights is None or value != weights.digest:
                 self._lost(pool, worker, WorkerLost(f"its weights are not those of version {call.version}: {value}"))

@@ -74,6 +74,11 @@ class Job:
     def order(self) -> tuple[bool, int, int, tuple[int, ...]]:
         return (*self.entry.unit.order, self.part)
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether a result would still count."""
+        return not (self.is_done or self.entry.is_done)
+
 
 @dataclass(slots=True, eq=False)
 class Attempt:
@@ -172,8 +177,8 @@ class Ledger:
         """An attempt came to nothing: its job waits for another worker, or has used up what it is given."""
         job = attempt.job
         entry = job.entry
-        self._end(attempt)
-        if job.is_done or entry.is_done:
+        self.end(attempt)
+        if not job.is_wanted:
             return
         reason = f"{type(error).__name__}: {error}"[:500]
         self._tell(
@@ -209,6 +214,12 @@ class Ledger:
                 job.is_hedged = False
                 self._wait(job)
 
+    def end(self, attempt: Attempt) -> None:
+        """Nothing more comes of an attempt."""
+        if not attempt.is_ended:
+            attempt.is_ended = True
+            attempt.job.num_live -= 1
+
     def hedge(self, job: Job) -> bool:
         """Let another worker try a job beside the one that takes so long; once, False after that."""
         if job.is_hedged or job.is_done:
@@ -240,8 +251,8 @@ class Ledger:
 
     def _is_first(self, attempt: Attempt) -> bool:
         job = attempt.job
-        is_late = attempt.is_ended or job.is_done or job.entry.is_done
-        self._end(attempt)
+        is_late = attempt.is_ended or not job.is_wanted
+        self.end(attempt)
         if is_late:
             self.counters.num_duplicates += 1
             self._tell("duplicate", key=job.entry.unit.key, stage=job.stage, part=job.part, worker=attempt.holder)
@@ -250,11 +261,6 @@ class Ledger:
         if job.is_hedged:
             self._unwait(job.entry, job)
         return True
-
-    def _end(self, attempt: Attempt) -> None:
-        if not attempt.is_ended:
-            attempt.is_ended = True
-            attempt.job.num_live -= 1
 
     def _to_score(self, entry: Entry, samples: Sequence[Any]) -> None:
         entry.samples = tuple(samples)

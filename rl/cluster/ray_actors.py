@@ -13,17 +13,22 @@ from typing import Any
 from coupled.rl.cluster.processes import Target
 from coupled.rl.cluster.transport import WorkerSpec
 from coupled.rl.cluster.types import WorkerLost, WorkFailed
-from coupled.rl.ray_cluster import scheduling_of
+from coupled.rl.ray_cluster import alive_nodes, scheduling_of
 
 GET_SECONDS = 60.0
 """How long the object of a finished call may take to get here."""
 
 
 class RayTransport:
-    """Actors of a Ray instance. `ray` is the module, as `open_ray` gives it; who opened it closes it."""
+    """Actors of a Ray instance. `ray` is the module, as `open_ray` gives it; who opened it closes it.
+
+    A place is the id of a node, or one that is reserved. A worker whose node is gone starts on one where none of the
+    others is, such as the one that its host joined again as, or where Ray likes.
+    """
 
     def __init__(self, ray: Any) -> None:
         self._ray = ray
+        self._nodes: dict[Any, str] = {}
 
     def spawn(self, spec: WorkerSpec, place: Any) -> Any:
         options: dict[str, Any] = {
@@ -33,9 +38,13 @@ class RayTransport:
             "max_task_retries": 0,
             "max_concurrency": spec.concurrency,
         }
+        place = self._free_node(place) if isinstance(place, str) else place
         if place is not None:
             options["scheduling_strategy"] = scheduling_of(place)
-        return self._ray.remote(**options)(Target).remote(spec.make, spec.arguments)
+        worker = self._ray.remote(**options)(Target).remote(spec.make, spec.arguments)
+        if isinstance(place, str):
+            self._nodes[worker] = place
+        return worker
 
     def call(self, worker: Any, method: str, *arguments: Any) -> Any:
         return worker.call.remote(method, *arguments)
@@ -61,6 +70,7 @@ class RayTransport:
             raise WorkerLost(f"{type(error).__name__}: {error}") from error
 
     def kill(self, worker: Any) -> None:
+        self._nodes.pop(worker, None)
         with contextlib.suppress(self._ray.exceptions.RayError, ValueError):
             self._ray.kill(worker)
 
@@ -69,3 +79,9 @@ class RayTransport:
 
     def close(self) -> None:
         """The instance is not ours."""
+
+    def _free_node(self, wanted: str) -> str | None:
+        alive = alive_nodes(self._ray)
+        if wanted in alive:
+            return wanted
+        return next((node for node in alive if node not in self._nodes.values()), None)

@@ -10,16 +10,31 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from coupled.rl import ray_sandbox
-from coupled.rl.cluster.types import INFRA_BUDGET
+from coupled.rl.cluster.coordinator import Coordinator
+from coupled.rl.cluster.pool import PoolSpec
+from coupled.rl.cluster.runtime import Runtime
+from coupled.rl.cluster.simulate import Faults, SimTransport
+from coupled.rl.cluster.transport import WorkerSpec
+from coupled.rl.cluster.types import INFRA_BUDGET, ClusterError
 from coupled.rl.ray_cluster import alive_nodes, close_ray, open_ray
 from coupled.rl.ray_sandbox import RayExecutor
 from coupled.rl.recipe import Recipe, load_recipe
 from coupled.sandbox import Call, Isolation, Job, Limits, Outcome, SandboxUnavailable
 
+ISOLATION = Isolation(
+    tier="landlock",
+    user="uid 1",
+    has_network=False,
+    filesystem="host",
+    processes="none can be started",
+    has_own_ipc=False,
+    has_filter=True,
+)
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 
 
@@ -189,19 +204,53 @@ def test_a_supervisor_that_does_not_come_back_at_once_is_waited_for(
 
 
 def test_nodes_that_give_different_tiers_are_refused() -> None:
-    one = Isolation(
-        tier="landlock",
-        user="uid 1",
-        has_network=False,
-        filesystem="host",
-        processes="none can be started",
-        has_own_ipc=False,
-        has_filter=True,
-    )
-    found = [("this", one), ("that", replace(one, tier="namespaces"))]
+    found = [("this", ISOLATION), ("that", replace(ISOLATION, tier="namespaces"))]
     with pytest.raises(SandboxUnavailable, match=r"(?s)same tier; they give .*landlock.*remedy: .*sandbox.tier=landl"):
         ray_sandbox._common(found)
-    assert ray_sandbox._common(found[:1]) is found[0][1]
+    assert ray_sandbox._common(found[:1]) is ISOLATION
+
+
+class Greeter:
+    """A supervisor that only says what it has."""
+
+    def hello(self) -> dict[str, object]:
+        return {"isolation": ISOLATION}
+
+
+def greeted(transport: SimTransport, num_nodes: int) -> RayExecutor:
+    """An executor that has waited for its nodes, in virtual time."""
+    executor = object.__new__(RayExecutor)
+    places = [f"node {n}" for n in range(num_nodes)]
+    pool = PoolSpec(stage="score", spec=WorkerSpec(make=Greeter), places=places, method="run")
+    executor._coordinator = Coordinator(transport, [pool], health=ray_sandbox.HEALTH)
+    executor._greet_all(Runtime(executor._coordinator))
+    return executor
+
+
+class PartOfNodes(SimTransport):
+    """Workers on the first node answer; those on others fall silent, or their node is lost."""
+
+    def __init__(self, *, is_told: bool, num_good: int = 1) -> None:
+        super().__init__(0, Faults())
+        self._is_told, self._num_good = is_told, num_good
+
+    def spawn(self, spec: WorkerSpec, place: object) -> Any:
+        worker = super().spawn(spec, place)
+        if int(str(place).removeprefix("node ")) >= self._num_good:
+            worker.is_hung = not self._is_told
+            worker.is_dead = self._is_told
+        return worker
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_a_node_that_is_lost_or_silent_when_supervisors_start_does_not_hold_the_run_up(is_told: bool) -> None:
+    transport = PartOfNodes(is_told=is_told)
+    executor = greeted(transport, 3)
+    assert executor.isolation() == ISOLATION
+    assert transport.now() <= ray_sandbox.LATE_SECONDS + 5
+    with pytest.raises(ClusterError, match="on any of 2 nodes") as caught:
+        greeted(PartOfNodes(is_told=is_told, num_good=0), 2)
+    assert caught.value.exit_code == 75
 
 
 @pytest.mark.ray

@@ -362,6 +362,16 @@ def test_a_process_that_was_replaced_cannot_commit(tmp_path: Path) -> None:
     assert [path.name for path in committed_checkpoints(heir.checkpoints)] == ["step_000001", "step_000002"]
 
 
+def test_a_process_that_was_replaced_cannot_log_a_step_a_second_time(tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path)
+    zombie = open_run_dir(recipe)
+    heir = open_run_dir(recipe, resume=str(zombie.path))
+    heir.log({"step": 1})
+    with pytest.raises(FencedError, match="process 2 has taken over"):
+        zombie.log({"step": 1})
+    assert heir.rows() == [{"step": 1}]
+
+
 def test_a_process_that_is_replaced_while_it_writes_cannot_commit(tmp_path: Path) -> None:
     recipe = recipe_in(tmp_path)
     zombie = open_run_dir(recipe)

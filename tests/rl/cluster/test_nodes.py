@@ -40,7 +40,9 @@ class Sleeper:
     """A stand-in for a rollout worker."""
 
     def hello(self) -> dict[str, Any]:
-        return {"pid": os.getpid()}
+        import ray
+
+        return {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
 
     def work(self, number: int) -> int:
         time.sleep(0.5)
@@ -188,6 +190,34 @@ def recipe_of_ranks(address: str, checkpoint: Path, **cluster: object) -> Recipe
     values = {"address": address, "trainer_ranks": 2, "trainer_workers": "ray"} | cluster
     model, rollout = {"path": str(checkpoint)}, {"canvas": 6, "denoising_steps": 6}
     return make_recipe(model=model, rollout=rollout, num_threads=1, cluster=values)
+
+
+def test_there_is_one_worker_on_each_node_that_is_named_and_a_node_that_joins_takes_the_place_of_a_lost_one(
+    nodes: Any, make_recipe_at: Any
+) -> None:
+    ray = open_ray(make_recipe_at(nodes.address))
+    try:
+        wanted = [node.node_id for node in nodes.list_all_nodes()]
+        spec = WorkerSpec(make=Sleeper, num_cpus=0.0)
+        pool = PoolSpec(stage="roll", spec=spec, places=wanted, method="work")
+        health = Health(start_seconds=60.0, first_seconds=60.0)
+        runtime = Runtime(Coordinator(RayTransport(ray), [pool], health=health))
+
+        def places() -> list[str]:
+            assert runtime.wait_for(lambda c: c.pools["roll"].num_ready == len(wanted), 180.0)
+            return runtime.ask(lambda c: [worker.hello["node"] for worker in c.pools["roll"].workers])
+
+        assert len(wanted) >= 2
+        assert places() == wanted
+        joined = nodes.add_node(num_cpus=1)
+        lost = next(node for node in nodes.worker_nodes if node.node_id in wanted)
+        nodes.remove_node(lost, allow_graceful=False)
+        units = [Unit(key=GroupKey(stream="now", step=1, slot=n), work=n) for n in range(2 * len(wanted))]
+        runtime.finish(units)
+        assert places() == [joined.node_id if node == lost.node_id else node for node in wanted]
+        runtime.close()
+    finally:
+        close_ray()
 
 
 @pytest.fixture

@@ -37,7 +37,7 @@ def test_types_hold_in_random_schedules() -> None:
 
 
 def always_first(self: Ledger, attempt: Attempt) -> bool:
-    self._end(attempt)
+    self.end(attempt)
     attempt.job.is_done = True
     return True
 
