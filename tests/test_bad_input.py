@@ -177,16 +177,16 @@ def test_a_missing_reward_function_is_found_before_anything_runs(tmp_path: Path)
 
 
 def test_a_full_disk_keeps_the_earlier_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from coupled.rl import learner as learner_module
+    from coupled.rl import trained
 
-    real = learner_module.write_checkpoint
+    real = trained.write_checkpoint
 
     def full_at_step_two(folder: Path, policy: object, optimizer: object, state: dict[str, int]) -> None:
         if state["step"] == 2:
             raise OSError(28, "No space left on device")
         real(folder, policy, optimizer, state)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(learner_module, "write_checkpoint", full_at_step_two)
+    monkeypatch.setattr(trained, "write_checkpoint", full_at_step_two)
     with pytest.raises(CheckpointError, match=r"No space left.*resume=auto"):
         run(tmp_path, "num_steps=2")
     (kept,) = (tmp_path / "runs").rglob("step_00*/state.json")

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from torch import Tensor
 from toys import MakePolicy, global_random_states, make_batch, make_recipe, make_requests, plain_logits, row_parts
 
-import coupled.rl.learner as learner_module
+import coupled.rl.trained as trained_module
 from coupled.reward import Status, Task, Verdict
 from coupled.rl.batch import collate, micro_batches
 from coupled.rl.cluster.rollouts import inline_engine
@@ -353,7 +353,7 @@ def test_the_gradient_of_any_micro_batch_split_is_the_joint_gradient(
 ) -> None:
     seen: list[Tensor] = []
     monkeypatch.setattr(
-        learner_module, "apply_step", lambda optimizer, policy, *rest: seen.append(flat_gradient(policy)) or 1.0
+        trained_module, "apply_step", lambda optimizer, policy, *rest: seen.append(flat_gradient(policy)) or 1.0
     )
     policy, batch, estimator = tiny_policy(), five(), VARIANTS[name]
     draw = draw_masks(batch, estimator, KEY)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from toys import MakePolicy, make_batch, make_recipe
 
-from coupled.rl import learner as learner_module
 from coupled.rl import run as run_module
+from coupled.rl import trained as trained_module
 from coupled.rl.advantage import group_advantages
 from coupled.rl.batch import micro_batches
 from coupled.rl.cluster.rollouts import inline_engine
@@ -198,7 +198,7 @@ def test_the_gradient_of_any_micro_batch_split_is_the_joint_gradient(
     seen: list[Tensor] = []
     sums: list[dict[str, float]] = []
     monkeypatch.setattr(
-        learner_module, "apply_step", lambda optimizer, policy, *rest: seen.append(gradient(policy)) or 1.0
+        trained_module, "apply_step", lambda optimizer, policy, *rest: seen.append(gradient(policy)) or 1.0
     )
     monkeypatch.setattr(run_module.StepMetrics, "of_update", lambda self, found, *rest: sums.append(found))
     policy, batch = tiny_policy(), make_batch(*SEVEN)
@@ -222,7 +222,7 @@ def test_the_first_update_takes_its_own_scores_as_the_old_ones(
 ) -> None:
     seen: list[Tensor] = []
     monkeypatch.setattr(
-        learner_module, "apply_step", lambda optimizer, policy, *rest: seen.append(gradient(policy)) or 1.0
+        trained_module, "apply_step", lambda optimizer, policy, *rest: seen.append(gradient(policy)) or 1.0
     )
     policy, batch, estimator = tiny_policy(), make_batch(*SEVEN), Estimator()
     run = open_toy_run(make_recipe(optimizer={"micro_batch_size": 3}), policy, tmp_path)
@@ -525,7 +525,7 @@ def test_with_every_norm_the_gradient_of_a_split_is_the_joint_gradient(
     seen: list[Tensor] = []
     losses: list[float] = []
     monkeypatch.setattr(
-        learner_module, "apply_step", lambda optimizer, policy, *rest: seen.append(gradient(policy)) or 1.0
+        trained_module, "apply_step", lambda optimizer, policy, *rest: seen.append(gradient(policy)) or 1.0
     )
     monkeypatch.setattr(run_module.StepMetrics, "of_update", lambda self, found, *rest: losses.append(found["loss"]))
     policy, batch = tiny_policy(), make_batch(*SEVEN)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import coupled.rl.learner
+import coupled.rl.trained
 from coupled.rl import ray_sandbox
 from coupled.rl.cluster import rollouts
 from coupled.rl.grading import Grader
@@ -173,7 +173,7 @@ def test_processes_that_are_killed_and_stopped_in_mid_step_change_no_number(
 def test_checkpoints_that_cannot_be_written_are_told_and_training_goes_on(
     inline: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write = coupled.rl.learner.write_checkpoint
+    write = coupled.rl.trained.write_checkpoint
     full = iter((True, True, False, False))
 
     def fill(folder: Path, *rest: object) -> None:
@@ -181,7 +181,7 @@ def test_checkpoints_that_cannot_be_written_are_told_and_training_goes_on(
         if next(full):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(coupled.rl.learner, "write_checkpoint", fill)
+    monkeypatch.setattr(coupled.rl.trained, "write_checkpoint", fill)
     result = train(small(tmp_path))
     assert_same_run(inline, result)
     assert [row.get("failed_saves") for row in read_rows(result.path / "metrics.jsonl")] == [None, 1.0, 2.0, None]
