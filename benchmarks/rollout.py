@@ -38,11 +38,12 @@ from coupled.rl import readout, vocabulary
 from coupled.rl.checkpoint import open_policy
 from coupled.rl.data import encode_prompts, load_tasks
 from coupled.rl.denoise import Request, keyed_draws
+from coupled.rl.distributions import draw_tokens
 from coupled.rl.engine import InlineEngine, roll_out
 from coupled.rl.evaluate import sampler_of
 from coupled.rl.families import FAMILIES
 from coupled.rl.policy import Policy
-from coupled.rl.readout import chunks, draw_tokens
+from coupled.rl.readout import chunks
 from coupled.rl.recipe import PRESETS, load_recipe
 from coupled.rl.sampler import Sampler, Step, plan_steps, unmask_counts
 from coupled.rl.types import Rollout
@@ -146,26 +147,20 @@ def sorted_nucleus(logits: Tensor, top_p: float) -> Tensor:
     return logits.masked_fill(torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before > top_p), -torch.inf)
 
 
-def read_everything(head: Any, hidden: Tensor, sampler: Sampler, tokens: Tensor, order: Tensor, **_: Tensor) -> Any:
-    """Filtered distributions of all positions: no bounds."""
-    parts = []
-    for rows in chunks(head, hidden):
-        logits = readout._tempered(head, hidden[rows], sampler, readout.FORBIDDEN)
-        parts.append(readout._statistics(readout._filtered(logits, sampler), sampler, order[rows]))
-    return readout.Reading.joined(parts)
-
-
-def read_and_draw_everything(
-    head: Any, hidden: Tensor, sampler: Sampler, tokens: Tensor, order: Tensor, **_: Tensor
-) -> Any:
-    """Also a token for every position, before any is chosen."""
-    parts = []
-    for rows in chunks(head, hidden):
-        logp = readout.distribution(head, hidden[rows], sampler)
-        entropy = readout.entropy_of(logp)
-        parts.append((entropy, logp.amax(-1).exp(), draw_tokens(logp, tokens[rows])))
-    entropy, best, drawn = (torch.cat(column) for column in zip(*parts, strict=True))
-    return readout.Reading(confidence=-entropy, entropy=entropy, best_probability=best, best_token=None, tokens=drawn)
+def read_and_draw_everything(head: Any, hidden: Tensor, sampler: Sampler, tokens: Tensor, *others: Tensor) -> Any:
+    """A token for every position, before any is chosen."""
+    which = others[-1]
+    read = hidden[which]
+    drawn = [readout.choose_tokens(head, read[part], sampler, tokens[part]) for part in readout.chunks(head, read)]
+    found = readout.Choice.joined(drawn)
+    return readout.Reading(
+        confidence=-found.entropy,
+        entropy=found.entropy,
+        best_probability=torch.zeros_like(found.logp),
+        best_token=None,
+        tokens=found.tokens,
+        which=which,
+    )
 
 
 def all_steps(sampler: Sampler) -> list[Step]:
@@ -177,19 +172,20 @@ def all_steps(sampler: Sampler) -> list[Step]:
     ]
 
 
-def every_row(policy: Policy, ids: Tensor, pad_lengths: Tensor, wanted: Tensor) -> Tensor:
+def every_row(policy: Policy, ids: Tensor, pad_lengths: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Logits of all positions are made, too; the wanted ones are what is used."""
     everywhere = torch.ones_like(wanted)
     everywhere[:, : policy.family.shift] = False
     hidden = policy.hidden_at(ids, pad_lengths, everywhere)
     for rows in chunks(policy.head, hidden):
         vocabulary.project(policy.head, hidden[rows])
-    return hidden[wanted[everywhere]]
+    return hidden, wanted[everywhere].nonzero()[:, 0]
 
 
-def each_row(policy: Policy, ids: Tensor, pad_lengths: Tensor, wanted: Tensor) -> Tensor:
+def each_row(policy: Policy, ids: Tensor, pad_lengths: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Equal inputs are computed again and again."""
-    return policy.hidden_at(ids, pad_lengths, wanted)
+    hidden = policy.hidden_read(ids, pad_lengths, wanted)
+    return hidden, torch.arange(len(hidden), device=hidden.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +203,7 @@ class Arm:
 
 NUCLEUS, WHOLE = "published loop", "published loop, top-p 1"
 REFERENCE = dict(PRESETS["reference"])
+NO_BOUNDS = ("coupled.rl.readout._has_bounds", lambda _: False)
 READ, STATES = "coupled.rl.denoise.read_out", "coupled.rl.denoise.distinct_states"
 RANDOM_ARMS = (
     Arm(name=NUCLEUS, baseline=NUCLEUS, settings=REFERENCE, is_published=True),
@@ -220,7 +217,7 @@ RANDOM_ARMS = (
         settings=REFERENCE,
         patches=((READ, read_and_draw_everything),),
     ),
-    Arm(name="reference, no bounds", baseline=NUCLEUS, settings=REFERENCE, patches=((READ, read_everything),)),
+    Arm(name="reference, no bounds", baseline=NUCLEUS, settings=REFERENCE, patches=(NO_BOUNDS,)),
     Arm(
         name="reference, sorted nucleus",
         baseline=NUCLEUS,
@@ -231,7 +228,7 @@ RANDOM_ARMS = (
         name="reference, no bounds, sorted nucleus",
         baseline=NUCLEUS,
         settings=REFERENCE,
-        patches=((READ, read_everything), ("coupled.rl.readout.nucleus", sorted_nucleus)),
+        patches=(NO_BOUNDS, ("coupled.rl.readout.nucleus", sorted_nucleus)),
     ),
     Arm(name="rl, nothing shared", baseline=WHOLE, patches=((STATES, each_row),)),
     Arm(name="rl, empty steps run", baseline=WHOLE, patches=(("coupled.rl.denoise.plan_steps", all_steps),)),

@@ -18,6 +18,7 @@ from transformers import Cache
 from coupled.rl.attention import Layout, additive, first_column_of_blocks, left_padded, may_attend, two_streams
 from coupled.rl.errors import CheckpointError
 from coupled.rl.families import Family
+from coupled.rl.last_layer import is_known, only, read_columns
 from coupled.rl.shapes import Bool, Float, Int
 from coupled.rl.vocabulary import OutputHead, forbid, project, token_logp
 
@@ -121,6 +122,20 @@ class Policy:
         hidden = self.hidden_after(ids, layout.position, may_attend(layout, layout, block_length=block_length))
         return hidden[before(rows) if self.family.shift else rows]
 
+    def hidden_read(
+        self, ids: Int[Tensor, "B S"], pad_lengths: Int[Tensor, " B"], rows: Bool[Tensor, "B S"]
+    ) -> Float[Tensor, "N D"]:
+        """As `hidden_at`, with full attention and without gradients, and not more of the last layer than is read."""
+        layout = left_padded(pad_lengths, ids.shape[1])
+        source = before(rows) if self.family.shift else rows
+        allowed = may_attend(layout, layout)
+        *_, last = self.layers
+        if not is_known(last):
+            return self.hidden_after(ids, layout.position, allowed)[source]
+        columns, is_there = read_columns(source)
+        with only(last, columns):
+            return self.hidden_after(ids, layout.position, allowed)[is_there]
+
     def logits_at(
         self,
         ids: Int[Tensor, "B S"],
@@ -175,8 +190,11 @@ class Policy:
         positions: Int[Tensor, "B Q"],
         allowed: Bool[Tensor, "B _ K"],
         cache: Cache | None = None,
-    ) -> Float[Tensor, "B Q D"]:
-        """Hidden states of `ids` at `positions`; the keys are those in the cache, then their own, which are added."""
+    ) -> Float[Tensor, "B _ D"]:
+        """Hidden states of `ids` at `positions`; the keys are those in the cache, then their own, which are added.
+
+        Of all Q columns, unless the last layer was told of which (`last_layer.only`).
+        """
         attention = additive(allowed, self._mask_dtype)
         with self._autocast():
             out = self._base.model(
