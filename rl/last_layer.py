@@ -16,25 +16,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.models.llama.modeling_llama import LlamaAttention, rotate_half
-from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeAttention
 
 from coupled.rl.shapes import Bool, Float, Int
 
-HAS_KEY_NORM: dict[type, bool] = {
-    LlamaAttention: False,
-    Qwen2Attention: False,
-    Qwen3Attention: True,
-    Qwen3MoeAttention: True,
+HAS_KEY_NORM = {
+    "transformers.models.llama.modeling_llama.LlamaAttention": False,
+    "transformers.models.qwen2.modeling_qwen2.Qwen2Attention": False,
+    "transformers.models.qwen3.modeling_qwen3.Qwen3Attention": True,
+    "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeAttention": True,
 }
-"""Attention whose keys are a projection, normed or not, and turned by position. Layers with another one run whole."""
+"""Attention whose keys are a projection, normed or not, and turned by position. Layers with another one run whole; so
+does one of these names in the code of a checkpoint."""
 
 
 def is_known(layer: nn.Module) -> bool:
     """Whether it is known how the layer makes keys and values."""
-    return type(getattr(layer, "self_attn", None)) in HAS_KEY_NORM
+    return _name(getattr(layer, "self_attn", None)) in HAS_KEY_NORM
+
+
+def _name(module: object) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def read_columns(rows: Bool[Tensor, "R S"]) -> tuple[Int[Tensor, "R M"], Bool[Tensor, "R M"]]:
@@ -89,11 +90,14 @@ def _keys_and_values(
     normed = layer.input_layernorm(hidden)
     by_head = (*hidden.shape[:2], -1, attention.head_dim)
     keys = attention.k_proj(normed).view(by_head)
-    if HAS_KEY_NORM[type(attention)]:
+    if HAS_KEY_NORM[_name(attention)]:
         keys = attention.k_norm(keys)
     keys = keys.transpose(1, 2)
     cos, sin = (turn[:, None] for turn in turns)
-    return keys * cos + rotate_half(keys) * sin, attention.v_proj(normed).view(by_head).transpose(1, 2)
+    first, second = keys.chunk(2, dim=-1)
+    return keys * cos + torch.cat((-second, first), dim=-1) * sin, attention.v_proj(normed).view(by_head).transpose(
+        1, 2
+    )
 
 
 def _take(states: Float[Tensor, "R S D"], columns: Int[Tensor, "R M"]) -> Float[Tensor, "R M D"]:

@@ -92,7 +92,7 @@ def measure_states(
     head: OutputHead, hidden: Float[Tensor, "N D"], temperature: float, *, has_margin: bool, has_token: bool
 ) -> tuple[RowStatistics, Float[Tensor, "N V"] | None]:
     """The statistics of hidden states, and the logits that `measure` leaves; none where the kernel left none."""
-    if is_fused(hidden.device):
+    if is_fused(hidden):
         from coupled.rl.row_statistics_triton import fused_statistics
 
         return fused_statistics(head, raw_logits(head, hidden), temperature), None
@@ -108,7 +108,7 @@ def draw_states(
     given: Int[Tensor, " N"] | None = None,
 ) -> Choice:
     """As `draw_logits`, from hidden states and the whole vocabulary."""
-    if is_fused(hidden.device):
+    if is_fused(hidden):
         from coupled.rl.row_statistics_triton import fused_choice
 
         return fused_choice(head, raw_logits(head, hidden), temperature, draws, given)
@@ -130,9 +130,9 @@ def draw_logits(
     return Choice(tokens=given, logp=logp.gather(-1, given[:, None])[:, 0], entropy=entropy_of(logp))
 
 
-def is_fused(device: torch.device) -> bool:
-    """Whether the kernel reads the rows: on a GPU where Triton is installed, as it is with torch there."""
-    return device.type == "cuda" and _has_triton()
+def is_fused(hidden: Tensor) -> bool:
+    """Whether the kernel reads the rows: on a GPU, in up to fp32, where Triton is installed (torch brings it there)."""
+    return hidden.device.type == "cuda" and hidden.dtype != torch.float64 and _has_triton()
 
 
 @cache

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from toys import MakePolicy, make_requests
 from torch import Tensor
+from toys import MakePolicy, make_requests
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import coupled.rl.policy
