@@ -49,8 +49,11 @@ def read_columns(rows: Bool[Tensor, "R S"]) -> tuple[Int[Tensor, "R M"], Bool[Te
 
 
 @contextmanager
-def only(layer: Any, columns: Int[Tensor, "R M"]) -> Iterator[None]:
-    """While it is open, the layer gives the states of these columns of each row, [R, M, D]."""
+def only(layer: Any, columns: Int[Tensor, "R M"], **others: Any) -> Iterator[None]:
+    """While it is open, the layer gives the states of these columns of each row, [R, M, D].
+
+    `others` take the place of what is handed to the attention function.
+    """
 
     def select(
         _: nn.Module, arguments: tuple[Tensor, ...], keywords: dict[str, Any]
@@ -58,7 +61,7 @@ def only(layer: Any, columns: Int[Tensor, "R M"]) -> Iterator[None]:
         (hidden,) = arguments
         mask = keywords["attention_mask"]
         turns = keywords["position_embeddings"]
-        return (_take(hidden, columns),), keywords | {
+        return (_take(hidden, columns),), keywords | others | {
             "past_key_values": _OfAllColumns(*_keys_and_values(layer, hidden, turns)),
             "attention_mask": mask if mask.shape[2] == 1 else _take(mask[:, 0], columns)[:, None],
             "position_embeddings": tuple(_take(turn.expand(len(hidden), -1, -1), columns) for turn in turns),

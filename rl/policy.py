@@ -19,6 +19,7 @@ from coupled.rl.attention import Layout, additive, first_column_of_blocks, left_
 from coupled.rl.errors import CheckpointError
 from coupled.rl.families import Family
 from coupled.rl.last_layer import is_known, only, read_columns
+from coupled.rl.packing import line_up, within_runs
 from coupled.rl.shapes import Bool, Float, Int
 from coupled.rl.vocabulary import OutputHead, forbid, project, token_logp
 
@@ -125,16 +126,21 @@ class Policy:
     def hidden_read(
         self, ids: Int[Tensor, "B S"], pad_lengths: Int[Tensor, " B"], rows: Bool[Tensor, "B S"]
     ) -> Float[Tensor, "N D"]:
-        """As `hidden_at`, with full attention and without gradients, and not more of the last layer than is read."""
-        layout = left_padded(pad_lengths, ids.shape[1])
+        """As `hidden_at`, with full attention and without gradients: no padding, and not more of the last layer than is
+        read. Where a layer is of an unknown class it is the same as `hidden_at`."""
+        layers = list(self.layers)
+        if not all(map(is_known, layers)):
+            return self.hidden_at(ids, pad_lengths, rows)
         source = before(rows) if self.family.shift else rows
-        allowed = may_attend(layout, layout)
-        *_, last = self.layers
-        if not is_known(last):
-            return self.hidden_after(ids, layout.position, allowed)[source]
+        if bool((pad_lengths > 0).any()):
+            line = line_up(ids, pad_lengths, source)
+            with within_runs(self._base.model.config), only(layers[-1], line.columns, runs=line.read_runs):
+                nothing = torch.ones((1, 1, 1), dtype=torch.bool, device=ids.device)
+                return self.hidden_after(line.ids, line.position, nothing, runs=line.runs)[0, line.back]
+        layout = left_padded(pad_lengths, ids.shape[1])
         columns, is_there = read_columns(source)
-        with only(last, columns):
-            return self.hidden_after(ids, layout.position, allowed)[is_there]
+        with only(layers[-1], columns):
+            return self.hidden_after(ids, layout.position, may_attend(layout, layout))[is_there]
 
     def logits_at(
         self,
@@ -188,12 +194,14 @@ class Policy:
         self,
         ids: Int[Tensor, "B Q"],
         positions: Int[Tensor, "B Q"],
-        allowed: Bool[Tensor, "B _ K"],
+        allowed: Bool[Tensor, "B _ _"],
         cache: Cache | None = None,
+        **others: Any,
     ) -> Float[Tensor, "B _ D"]:
         """Hidden states of `ids` at `positions`; the keys are those in the cache, then their own, which are added.
 
-        Of all Q columns, unless the last layer was told of which (`last_layer.only`).
+        Of all Q columns, unless the last layer was told of which (`last_layer.only`). `others` are handed to the
+        attention function.
         """
         attention = additive(allowed, self._mask_dtype)
         with self._autocast():
@@ -203,6 +211,7 @@ class Policy:
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=cache is not None,
+                **others,
             )
         return out.last_hidden_state
 

@@ -30,6 +30,7 @@ CORE = (
     "row_statistics",
     "readout",
     "last_layer",
+    "packing",
     "canvas_states",
     "denoise",
     "block_denoise",
@@ -43,8 +44,7 @@ CORE = (
     "update",
     "parity",
 )
-LIBRARIES = ("trl", "vllm", "evalplus", "jaxtyping")
-ABSENT = (*EDGES, *LIBRARIES)
+ABSENT = ("ray", "datasets", "trl", "vllm", "evalplus", "tensorboard", "pyarrow", "typer", "jaxtyping", "peft")
 
 
 def imports_of(path: Path) -> set[str]:

@@ -78,11 +78,15 @@ def test_logits_are_those_of_the_whole_layer(
     tiny_tokenizer: PreTrainedTokenizerFast, name: str, shift: int, attention: str
 ) -> None:
     policy = random_policy(name, tiny_tokenizer, shift, attention)
-    ids, pad_lengths, wanted = batch()
-    plain, found = policy.hidden_at(ids, pad_lengths, wanted), policy.hidden_read(ids, pad_lengths, wanted)
-    assert found.shape == plain.shape
+    if "moe" not in name:  # torch has no grouped product in fp64
+        policy.model.double()
     head: Any = policy.model.lm_head
-    torch.testing.assert_close(head(found), head(plain), atol=1e-6, rtol=1e-6)
+    ids, pad_lengths, wanted = batch()
+    for pads in (pad_lengths, torch.zeros_like(pad_lengths)):
+        plain, found = policy.hidden_at(ids, pads, wanted), policy.hidden_read(ids, pads, wanted)
+        assert found.shape == plain.shape
+        # Norms round to fp32 in between, whatever the weights are.
+        torch.testing.assert_close(head(found), head(plain), atol=3e-6 if "moe" not in name else 1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -90,6 +94,7 @@ def test_the_layer_runs_on_the_columns_that_are_read_and_whole_where_its_class_i
     tiny_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
     ids, pad_lengths, wanted = batch()
+    pad_lengths.zero_()
     for name, columns in (("qwen2", 7), ("glm4_moe", 11)):
         policy = random_policy(name, tiny_tokenizer, 1)
         *_, last = policy.layers
@@ -110,7 +115,7 @@ def test_adapters_of_the_last_layer_are_applied(tiny_policy: MakePolicy) -> None
         parameter.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(3))
     ids, pad_lengths, wanted = batch()
     plain = policy.hidden_at(ids, pad_lengths, wanted)
-    torch.testing.assert_close(policy.hidden_read(ids, pad_lengths, wanted), plain, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(policy.hidden_read(ids, pad_lengths, wanted), plain, atol=1e-5, rtol=1e-5)
     with policy.model.disable_adapter():  # type: ignore[operator]
         assert not torch.allclose(policy.hidden_read(ids, pad_lengths, wanted), plain, atol=1e-3)
 
@@ -126,7 +131,7 @@ def test_a_mask_that_differs_from_query_to_query_goes_with_the_queries(tiny_poli
     *_, last = policy.layers
     with only(last, columns):
         found = policy.hidden_after(ids, layout.position, allowed)[is_there]
-    torch.testing.assert_close(found, plain, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-5)
 
 
 def test_columns_are_found_in_order_and_filled_up() -> None:
