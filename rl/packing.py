@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
 
 from coupled.rl.shapes import Bool, Float, Int
 
@@ -77,6 +76,10 @@ def line_up(ids: Int[Tensor, "R S"], pad_lengths: Int[Tensor, " R"], read: Bool[
 @contextmanager
 def within_runs(config: Any) -> Iterator[None]:
     """While it is open, layers of this configuration attend within the runs that a pass is given."""
+    # With it comes all of transformers' modelling, which whoever has a model has imported.
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(WITHIN_RUNS, attend_within_runs)
     usual = config._attn_implementation
     config._attn_implementation = WITHIN_RUNS
     try:
@@ -118,6 +121,3 @@ def attend_within_runs(
 def _runs(sizes: list[tuple[int, int]]) -> tuple[Run, ...]:
     """Rows of so many queries and keys, the equal ones put together."""
     return tuple(Run(num_rows=len(list(same)), queries=size[0], keys=size[1]) for size, same in groupby(sizes))
-
-
-AttentionInterface.register(WITHIN_RUNS, attend_within_runs)
