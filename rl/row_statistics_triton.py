@@ -28,9 +28,9 @@ from coupled.rl.vocabulary import OutputHead
 BLOCK = 4096
 """Columns that a program holds at a time."""
 NUM_WARPS = 8
-LOWEST: tl.constexpr = -1e30
+LOWEST = tl.constexpr(-1e30)
 """Finite, so that a weight of zero times it is zero."""
-NOWHERE: tl.constexpr = 2**31 - 1
+NOWHERE = tl.constexpr(2**31 - 1)
 
 
 def fused_statistics(head: OutputHead, logits: Float[Tensor, "N V"], temperature: float) -> RowStatistics:
@@ -148,11 +148,11 @@ def _choice_kernel(
 ):
     n = tl.program_id(0)
     row = logits + n.to(tl.int64) * stride
-    top, _, chosen, s, t = _pass(row, mask_id, num_tokens, temperature, BLOCK)
+    top, _second, chosen, s, t = _pass(row, mask_id, num_tokens, temperature, BLOCK)
     if not IS_GREEDY:
         total = tl.full((), 0.0, tl.float64)
         for start in range(0, num_tokens, BLOCK):
-            z, _ = _columns(row, start, mask_id, num_tokens, temperature, BLOCK)
+            z, at = _columns(row, start, mask_id, num_tokens, temperature, BLOCK)
             total += tl.sum(tl.exp((z - top).to(tl.float64)), 0)
         target = tl.load(draws + n) * total
         before = tl.full((), 0.0, tl.float64)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -173,3 +175,31 @@ def test_rollouts_are_the_same_with_it(
 
 def test_torch_reads_rows_that_are_not_on_a_gpu() -> None:
     assert not is_fused(torch.zeros(2))
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from coupled.rl import row_statistics_triton as module
+
+TYPES = {"draws": "*fp64", "given": "*i64", "token": "*i64", "stride": "i32", "mask_id": "i32", "num_tokens": "i32"}
+TYPES |= {"temperature": "fp32", "BLOCK": "constexpr", "IS_GREEDY": "constexpr", "logits": "*bf16"}
+for kernel, greedy in ((module._statistics_kernel, {}), (module._choice_kernel, {"IS_GREEDY": False})):
+    types = {name: TYPES.get(name, "*fp32") for name in kernel.arg_names}
+    source = ASTSource(fn=kernel, signature=types, constexprs={"BLOCK": module.BLOCK, **greedy})
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": module.NUM_WARPS})
+    assert ".local" not in made.asm["ptx"], "registers are spilled"
+    print(len(made.asm["cubin"]) > 0)
+"""
+
+
+@pytest.mark.slow
+def test_the_kernels_compile_for_a_gpu_whether_or_not_one_is_here(tmp_path: Path) -> None:
+    """The interpreter takes more than the compiler does."""
+    pytest.importorskip("triton", reason="triton (1 GB) is not in extra `dev`: pip install triton compiles them")
+    clean = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    program = [sys.executable, "-W", "ignore", "-c", COMPILE]
+    done = subprocess.run(program, capture_output=True, text=True, env=clean, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["True", "True"]
