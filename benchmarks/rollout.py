@@ -48,6 +48,7 @@ from coupled.rl.distributions import draw_tokens
 from coupled.rl.engine import InlineEngine, roll_out
 from coupled.rl.evaluate import sampler_of
 from coupled.rl.families import FAMILIES
+from coupled.rl.graphs import Graphs
 from coupled.rl.policy import Policy
 from coupled.rl.readout import chunks
 from coupled.rl.recipe import PRESETS, load_recipe
@@ -303,6 +304,8 @@ GPU_ARMS = (
         patches=(("coupled.rl.row_statistics.is_fused", lambda _: False),),
     ),
 )
+GRAPHS = ("coupled.rl.policy.Policy.graphs", Graphs()), ("coupled.rl.graphs.MOST_COLUMNS", 10**9)
+GPU_ARMS = (*GPU_ARMS, Arm(name="rl, CUDA graphs", baseline=WHOLE, patches=GRAPHS))
 BLOCKS = "coupled.rl.block_denoise."
 ANEW = "everything anew"
 BLOCK_ARMS = (

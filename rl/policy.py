@@ -18,6 +18,7 @@ from transformers import Cache
 from coupled.rl.attention import Layout, additive, first_column_of_blocks, left_padded, may_attend, two_streams
 from coupled.rl.errors import CheckpointError
 from coupled.rl.families import Family
+from coupled.rl.graphs import Graphs, fill_up, is_small
 from coupled.rl.last_layer import is_known, only, read_columns
 from coupled.rl.packing import line_up, within_runs
 from coupled.rl.shapes import Bool, Float, Int
@@ -39,6 +40,9 @@ class Policy:
 
     is_in_lockstep = False
     """Set while other ranks, who hold parts of the weights, make as many passes as this one does."""
+
+    graphs: Graphs | None = None
+    """Where rollouts replay small passes."""
 
     def __init__(
         self, model: nn.Module, tokenizer: Any, family: Family, compute_dtype: torch.dtype = torch.float32
@@ -137,10 +141,18 @@ class Policy:
             with within_runs(self._base.model.config), only(layers[-1], line.columns, runs=line.read_runs):
                 nothing = torch.ones((1, 1, 1), dtype=torch.bool, device=ids.device)
                 return self.hidden_after(line.ids, line.position, nothing, runs=line.runs)[0, line.back]
-        layout = left_padded(pad_lengths, ids.shape[1])
         columns, is_there = read_columns(source)
-        with only(layers[-1], columns):
-            return self.hidden_after(ids, layout.position, may_attend(layout, layout))[is_there]
+        if self.graphs is None or not is_small(ids):
+            return self._whole_rows(ids, columns)[is_there]
+        found = self.graphs.run(self.model, self._whole_rows, (ids, fill_up(columns, ids.shape[1])))
+        return found[:, : columns.shape[1]][is_there]
+
+    def _whole_rows(self, ids: Int[Tensor, "B S"], columns: Int[Tensor, "B M"]) -> Float[Tensor, "B M D"]:
+        """The states of some columns of rows without padding; nothing is looked at on the host."""
+        *_, last = self.layers
+        position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        with only(last, columns):
+            return self.hidden_after(ids, position, torch.ones_like(ids, dtype=torch.bool)[:, None])
 
     def logits_at(
         self,

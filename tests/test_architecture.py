@@ -31,6 +31,7 @@ CORE = (
     "readout",
     "last_layer",
     "packing",
+    "graphs",
     "canvas_states",
     "denoise",
     "block_denoise",
