@@ -292,7 +292,7 @@ OURS = "rl"
 EMBEDDED_ARMS = (
     Arm(name="rl", baseline="rl"),
     Arm(name="rl, to the end of the canvas", baseline="rl", settings={"has_early_exit": False}, is_same=False),
-    Arm(name="rl, padded", baseline="rl", patches=(("coupled.rl.engine.FEWEST_ROWS", 10**9),)),
+    Arm(name="rl, lengths mixed in a batch", baseline="rl", patches=(("coupled.rl.engine.FEWEST_ROWS", 10**9),)),
     Arm(name="rl, nothing shared", baseline="rl", patches=((STATES, each_row),)),
     Arm(name="fast", baseline="rl", settings=dict(PRESETS["fast"]), is_same=False),
 )
