@@ -2,14 +2,20 @@
 
     python benchmarks/rollout.py         # CPU, some minutes; docs/results/rollout.json and .md
     python benchmarks/rollout.py --gpu   # 7.6 B parameters with random weights on one GPU, under eight minutes
+    python benchmarks/rollout.py --gpu --toy   # the same code at toy size on a CPU, which says nothing of speed
     python benchmarks/rollout.py --rounds 1 --arms reference "reference, sorted nucleus" --write /tmp/rollout
 
 The published loop is written below from its description: every step computes all positions and their logits, shifts
 them, sorts the nucleus of every masked position and draws a token for each. Ours is the code of a run; arms leave one
-part of it out. Arms take turns; a ratio is of two times of the same round.
+part of it out. Arms take turns; a ratio is of two times of the same round. For blocks the baseline computes everything
+before the block anew in every step.
 
 On a GPU sixteen steps stand for 256: each commits sixteen tokens a row, so that the shares of masked positions
-are those of the whole loop, and the time is multiplied by sixteen. `--gpu` has not been run: no GPU was there.
+are those of the whole loop, and the time is multiplied by sixteen. What a step of an arm does that depends on the
+earlier ones is run whole, once. At half of what an H200 can do (the floors are in the table) a step of ten rows takes
+.17 s: 12 arms in 3 rounds of 16 steps, 98 s; 4 whole arms, 100 s; 64 rows, 4 arms of 16 steps of 1.1 s, 70 s; blocks
+and profiles, 30 s; drawing the weights, 30 s: 330 s. After `GPU_SECONDS` no further arm is begun, and the page says
+which were left out. `--gpu` has not been run on a GPU: none was there.
 """
 
 from __future__ import annotations
@@ -38,11 +44,13 @@ from coupled.rl import readout, vocabulary
 from coupled.rl.checkpoint import open_policy
 from coupled.rl.data import encode_prompts, load_tasks
 from coupled.rl.denoise import Request, keyed_draws
+from coupled.rl.distributions import draw_tokens
 from coupled.rl.engine import InlineEngine, roll_out
 from coupled.rl.evaluate import sampler_of
 from coupled.rl.families import FAMILIES
+from coupled.rl.graphs import Graphs
 from coupled.rl.policy import Policy
-from coupled.rl.readout import chunks, draw_tokens
+from coupled.rl.readout import chunks
 from coupled.rl.recipe import PRESETS, load_recipe
 from coupled.rl.sampler import Sampler, Step, plan_steps, unmask_counts
 from coupled.rl.types import Rollout
@@ -55,6 +63,14 @@ SHAPES = {
         "num_hidden_layers": 6,
         "num_attention_heads": 8,
         "num_key_value_heads": 4,
+    },
+    "toy": {
+        "vocab_size": 512,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
     },
     "dream-7b": {
         "vocab_size": 152064,
@@ -70,9 +86,9 @@ TEMPERATURE, SEED = 1.0, 0
 LOGIT_SPREAD = 5.0
 """Standard deviation of the logits: with it some positions are sure and some are not, as with trained models."""
 LEAST_SPEEDUP = 2.0
-FLOORS = {"plain": 121, "masked": 128, "block 32": 1707, "block 4": 10082}
-"""Tokens a second at 100 % of one H200 (docs/method.md, section 6): everywhere, masked rows only; blocks
-(32: of ten rows as of 64, it is bound by arithmetic)."""
+PEAK_FLOPS, PEAK_BYTES = 790e12, 4.3e12
+"""Of one H200, a second (docs/method.md, section 6): floors are at 100 % of it."""
+GPU_SECONDS = 400
 GPU_STEPS = 16
 
 
@@ -146,26 +162,20 @@ def sorted_nucleus(logits: Tensor, top_p: float) -> Tensor:
     return logits.masked_fill(torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before > top_p), -torch.inf)
 
 
-def read_everything(head: Any, hidden: Tensor, sampler: Sampler, tokens: Tensor, order: Tensor, **_: Tensor) -> Any:
-    """Filtered distributions of all positions: no bounds."""
-    parts = []
-    for rows in chunks(head, hidden):
-        logits = readout._tempered(head, hidden[rows], sampler, readout.FORBIDDEN)
-        parts.append(readout._statistics(readout._filtered(logits, sampler), sampler, order[rows]))
-    return readout.Reading.joined(parts)
-
-
-def read_and_draw_everything(
-    head: Any, hidden: Tensor, sampler: Sampler, tokens: Tensor, order: Tensor, **_: Tensor
-) -> Any:
-    """Also a token for every position, before any is chosen."""
-    parts = []
-    for rows in chunks(head, hidden):
-        logp = readout.distribution(head, hidden[rows], sampler)
-        entropy = readout.entropy_of(logp)
-        parts.append((entropy, logp.amax(-1).exp(), draw_tokens(logp, tokens[rows])))
-    entropy, best, drawn = (torch.cat(column) for column in zip(*parts, strict=True))
-    return readout.Reading(confidence=-entropy, entropy=entropy, best_probability=best, best_token=None, tokens=drawn)
+def read_and_draw_everything(head: Any, hidden: Tensor, sampler: Sampler, tokens: Tensor, *others: Tensor) -> Any:
+    """A token for every position, before any is chosen."""
+    which = others[-1]
+    read = hidden[which]
+    drawn = [readout.choose_tokens(head, read[part], sampler, tokens[part]) for part in readout.chunks(head, read)]
+    found = readout.Choice.joined(drawn)
+    return readout.Reading(
+        confidence=-found.entropy,
+        entropy=found.entropy,
+        best_probability=torch.zeros_like(found.logp),
+        best_token=None,
+        tokens=found.tokens,
+        which=which,
+    )
 
 
 def all_steps(sampler: Sampler) -> list[Step]:
@@ -177,19 +187,44 @@ def all_steps(sampler: Sampler) -> list[Step]:
     ]
 
 
-def every_row(policy: Policy, ids: Tensor, pad_lengths: Tensor, wanted: Tensor) -> Tensor:
+def every_row(policy: Policy, ids: Tensor, pad_lengths: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Logits of all positions are made, too; the wanted ones are what is used."""
     everywhere = torch.ones_like(wanted)
     everywhere[:, : policy.family.shift] = False
     hidden = policy.hidden_at(ids, pad_lengths, everywhere)
     for rows in chunks(policy.head, hidden):
         vocabulary.project(policy.head, hidden[rows])
-    return hidden[wanted[everywhere]]
+    return hidden, wanted[everywhere].nonzero()[:, 0]
 
 
-def each_row(policy: Policy, ids: Tensor, pad_lengths: Tensor, wanted: Tensor) -> Tensor:
+class _Heads:
+    """In the place of a cache: the whole prompt blocks, which are of one length."""
+
+    def __init__(self, requests: list[Request], start: Tensor) -> None:
+        heads = [request.prompt_ids[:size] for request, size in zip(requests, start.tolist(), strict=True)]
+        self.ids = torch.tensor(heads, dtype=torch.int64, device=start.device)
+
+    def get_seq_length(self) -> int:
+        return 1  # as if it held something, so that no real cache is put in its place
+
+    def batch_select_indices(self, rows: Tensor) -> None:
+        self.ids = self.ids[rows]
+
+
+def states_anew(
+    policy: Policy, line: Any, heads: _Heads, rows: Tensor, columns: slice, wanted: Tensor, _: None
+) -> Tensor:
+    """The states of a block from everything before it, computed again."""
+    ids = torch.cat((heads.ids, line.ids[rows][:, : columns.stop]), dim=1)
+    places = torch.zeros_like(ids, dtype=torch.bool)
+    places[:, -wanted.shape[1] :] = wanted
+    return policy.hidden_at(ids, torch.zeros_like(rows), places)
+
+
+def each_row(policy: Policy, ids: Tensor, pad_lengths: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
     """Equal inputs are computed again and again."""
-    return policy.hidden_at(ids, pad_lengths, wanted)
+    hidden = policy.hidden_read(ids, pad_lengths, wanted)
+    return hidden, torch.arange(len(hidden), device=hidden.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,6 +242,7 @@ class Arm:
 
 NUCLEUS, WHOLE = "published loop", "published loop, top-p 1"
 REFERENCE = dict(PRESETS["reference"])
+NO_BOUNDS = ("coupled.rl.readout._has_bounds", lambda _: False)
 READ, STATES = "coupled.rl.denoise.read_out", "coupled.rl.denoise.distinct_states"
 RANDOM_ARMS = (
     Arm(name=NUCLEUS, baseline=NUCLEUS, settings=REFERENCE, is_published=True),
@@ -220,7 +256,7 @@ RANDOM_ARMS = (
         settings=REFERENCE,
         patches=((READ, read_and_draw_everything),),
     ),
-    Arm(name="reference, no bounds", baseline=NUCLEUS, settings=REFERENCE, patches=((READ, read_everything),)),
+    Arm(name="reference, no bounds", baseline=NUCLEUS, settings=REFERENCE, patches=(NO_BOUNDS,)),
     Arm(
         name="reference, sorted nucleus",
         baseline=NUCLEUS,
@@ -231,9 +267,15 @@ RANDOM_ARMS = (
         name="reference, no bounds, sorted nucleus",
         baseline=NUCLEUS,
         settings=REFERENCE,
-        patches=((READ, read_everything), ("coupled.rl.readout.nucleus", sorted_nucleus)),
+        patches=(NO_BOUNDS, ("coupled.rl.readout.nucleus", sorted_nucleus)),
     ),
     Arm(name="rl, nothing shared", baseline=WHOLE, patches=((STATES, each_row),)),
+    Arm(name="rl, the last layer whole", baseline=WHOLE, patches=(("coupled.rl.policy.is_known", lambda _: False),)),
+    Arm(
+        name="rl, logits of chosen positions again",
+        baseline=WHOLE,
+        patches=(("coupled.rl.readout.Reading.source", lambda reading, picked: (reading.which[picked], None)),),
+    ),
     Arm(name="rl, empty steps run", baseline=WHOLE, patches=(("coupled.rl.denoise.plan_steps", all_steps),)),
     Arm(
         name="rl, logits not in chunks",
@@ -250,11 +292,35 @@ OURS = "rl"
 EMBEDDED_ARMS = (
     Arm(name="rl", baseline="rl"),
     Arm(name="rl, to the end of the canvas", baseline="rl", settings={"has_early_exit": False}, is_same=False),
-    Arm(name="rl, padded", baseline="rl", patches=(("coupled.rl.engine.FEWEST_ROWS", 10**9),)),
+    Arm(name="rl, lengths mixed in a batch", baseline="rl", patches=(("coupled.rl.engine.FEWEST_ROWS", 10**9),)),
     Arm(name="rl, nothing shared", baseline="rl", patches=((STATES, each_row),)),
     Arm(name="fast", baseline="rl", settings=dict(PRESETS["fast"]), is_same=False),
 )
-GPU_ARMS = tuple(arm for arm in RANDOM_ARMS if "chunks" not in arm.name)
+GPU_ARMS = (
+    *(arm for arm in RANDOM_ARMS if "chunks" not in arm.name),
+    Arm(
+        name="rl, statistics by torch",
+        baseline=WHOLE,
+        patches=(("coupled.rl.row_statistics.is_fused", lambda _: False),),
+    ),
+)
+GRAPHS = ("coupled.rl.policy.Policy.graphs", Graphs()), ("coupled.rl.graphs.MOST_COLUMNS", 10**9)
+GPU_ARMS = (*GPU_ARMS, Arm(name="rl, CUDA graphs", baseline=WHOLE, patches=GRAPHS))
+BLOCKS = "coupled.rl.block_denoise."
+ANEW = "everything anew"
+BLOCK_ARMS = (
+    Arm(
+        name=ANEW,
+        baseline=ANEW,
+        patches=(
+            (BLOCKS + "_read_prompts", lambda _, requests, start, __: (_Heads(requests, start), None)),
+            (BLOCKS + "_states_of_block", states_anew),
+            (BLOCKS + "_commit_block", lambda *_: None),
+        ),
+    ),
+    Arm(name="rl", baseline=ANEW),
+)
+"""In blocks: the exact cache, and without any."""
 
 
 # --- the problems -----------------------------------------------------------------------------------------------------
@@ -485,51 +551,130 @@ def child(text: str) -> None:
 # --- a GPU ------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """What is measured with `--gpu`. `groups`: rows of a batch, and rounds."""
+
+    shape: str
+    device: str
+    prompt: int
+    canvas: int
+    steps: int
+    """That stand for as many as the canvas has positions."""
+    groups: tuple[tuple[int, int], ...]
+    blocks: tuple[int, ...] = (4, 32)
+    block_rows: int = 64
+    block_canvas: int = 64
+
+
+SIZES = {
+    "gpu": Size(shape="dream-7b", device="cuda", prompt=200, canvas=256, steps=GPU_STEPS, groups=((10, 3), (64, 1))),
+    "toy": Size(
+        shape="toy", device="cpu", prompt=12, canvas=64, steps=4, groups=((2, 1), (3, 1)), block_rows=2, block_canvas=32
+    ),
+}
+
+
+def floor_seconds(policy: Policy, positions: int, of_last: int, rows: int, width: int, passes: int) -> float:
+    """The least time of one H200 for columns through the body (the last layer of `of_last` of them), rows of logits and
+    passes that read all weights; attention over `width` columns."""
+    config = policy.config
+    layers: list[Any] = list(policy.layers)
+    weights = sum(p.numel() for p in layers[0].parameters())
+    head = policy.model.lm_head.weight.numel()  # type: ignore[union-attr]
+    flops = (positions * (len(layers) - 1) + of_last) * (2 * weights + 4 * width * config.hidden_size) + 2 * rows * head
+    return max(flops / PEAK_FLOPS, passes * 2 * (weights * len(layers) + head) / PEAK_BYTES)
+
+
+def floor_of(arm: Arm, problem: Problem) -> float | None:
+    """The least time of the arm's whole loop; none where it depends on what the model says, or is cached."""
+    sampler, policy = problem.sampler_of(arm), problem.policy
+    if "denoising_steps" in arm.settings or sampler.is_parallel or sampler.cache != "none":
+        return None
+    group, width = len(problem.requests), len(problem.requests[0].prompt_ids) + sampler.canvas
+    canvas = sampler.canvas
+    everywhere, masked = group * canvas * width, group * canvas * (canvas + 1) // 2
+    if arm.is_published:
+        return floor_seconds(policy, everywhere, everywhere, everywhere, width, canvas)
+    return floor_seconds(policy, everywhere, masked, masked, width, canvas)
+
+
+def floor_of_blocks(problem: Problem, length: int) -> float:
+    """The least time of blocks over a cache: a pass for each token of a block, and one to put it there."""
+    policy, canvas, rows = problem.policy, problem.sampler.canvas, len(problem.requests)
+    passes = canvas // length * (length + 1)
+    masked = rows * canvas * (length + 1) // 2
+    width = len(problem.requests[0].prompt_ids) + canvas // 2
+    return floor_seconds(policy, rows * length * passes, rows * length * passes, masked, width, passes)
+
+
 def gpu_arm(arm: Arm) -> Arm:
     """With blocks of 32, as usual."""
     return replace(arm, settings=arm.settings | {"block_length": 32}) if "block_length" in arm.settings else arm
 
 
-def measure_gpu(report: dict[str, Any]) -> None:
+def measure_arm(
+    problem: Problem, arm: Arm, row: dict[str, Any], rounds: int, scale: int, stop_at: float, tokens: int
+) -> None:
+    """Times and memory of one arm, or why there are none."""
+    if time.monotonic() > stop_at:
+        row["failed"] = "no time left"
+        return
+    before = level(problem, starts_anew=True)
+    try:
+        seconds = measure_time(problem, [arm], rounds, scale)[arm.name]
+    except torch.cuda.OutOfMemoryError:
+        row["failed"] = "out of memory"
+        torch.cuda.empty_cache()
+        return
+    row |= {"seconds": seconds, "tokens": tokens, "memory_mb": level(problem, starts_anew=False) - before}
+    print(f"{arm.name:45} {tokens / statistics.median(seconds):9.1f} tok/s", flush=True)
+
+
+def measure_gpu(report: dict[str, Any], size: Size) -> None:
     """Everything that the page wants of a GPU, the most important first."""
-    policy = random_policy("dream-7b", "cuda")
-    for group, rounds in ((10, 3), (64, 1)):
-        few = random_problem(policy, group, 200, 256, GPU_STEPS)
-        whole = random_problem(policy, group, 200, 256, 256)
-        arms = [gpu_arm(arm) for arm in GPU_ARMS if group == 10 or arm.name in (NUCLEUS, WHOLE, "reference", "rl")]
+    stop_at = time.monotonic() + GPU_SECONDS
+    policy = random_policy(size.shape, size.device)
+    what = f"{sum(p.numel() for p in policy.model.parameters()) / 1e9:.2g} B random weights, {policy.model.dtype}"
+    for group, rounds in size.groups:
+        few = random_problem(policy, group, size.prompt, size.canvas, size.steps)
+        whole = random_problem(policy, group, size.prompt, size.canvas, size.canvas)
+        is_first = group == size.groups[0][0]
+        arms = [gpu_arm(arm) for arm in GPU_ARMS if is_first or arm.name in (NUCLEUS, WHOLE, "reference", "rl")]
+        arms.sort(key=lambda arm: arm.name not in (NUCLEUS, WHOLE, "reference", "rl"))
         rows: dict[str, Any] = {arm.name: {"base": arm.baseline} for arm in arms}
         part = report["parts"][f"G = {group}"] = {
             "rows": rows,
-            "about": "7.6 B random weights, prompt 200, canvas 256, bfloat16. The floors of docs/method.md at 100 % of "
-            f"an H200, tokens/s: {FLOORS['plain']} with all logits, {FLOORS['masked']} with masked rows only.",
+            "about": f"{what}, prompt {size.prompt}, canvas {size.canvas}. Floors: 100 % of an H200.",
         }
         measure_time(few, [arm for arm in arms if arm.name == OURS], 1)  # libraries and kernels
         for arm in arms:
+            if (floor := floor_of(arm, whole)) is not None:
+                rows[arm.name]["floor"] = floor
             # What a step does there depends on the steps before, so that all of them are done, once.
             is_whole = "cache" in arm.settings or few.sampler_of(arm).is_parallel
-            problem, repeats, scale = (whole, 1, 1) if is_whole else (few, rounds, 256 // GPU_STEPS)
-            before = level(problem, starts_anew=True)
-            try:
-                seconds = measure_time(problem, [arm], repeats, scale)[arm.name]
-            except torch.cuda.OutOfMemoryError:
-                rows[arm.name]["failed"] = "out of memory"
-                torch.cuda.empty_cache()
-                continue
-            extra = level(problem, starts_anew=False) - before
-            rows[arm.name] |= {"seconds": seconds, "tokens": group * 256, "memory_mb": extra}
-            print(f"G={group} {arm.name:45} {group * 256 / statistics.median(seconds):9.1f} tok/s", flush=True)
+            problem, repeats, scale = (whole, 1, 1) if is_whole else (few, rounds, size.canvas // size.steps)
+            measure_arm(problem, arm, rows[arm.name], repeats, scale, stop_at, group * size.canvas)
         part["profile"] = profile(few, next(arm for arm in arms if arm.name == OURS))
-    for length in (4, 32):
+    measure_blocks(report, policy, what, size, stop_at)
+
+
+def measure_blocks(report: dict[str, Any], policy: Policy, what: str, size: Size, stop_at: float) -> None:
+    """The engine of block attention, over its cache and without."""
+    rows, canvas = size.block_rows, size.block_canvas
+    for length in size.blocks:
         policy.family = replace(policy.family, block_length=length, shift=0)
-        problem = random_problem(policy, 64, 200, 64, 64)
-        roll_out(policy, problem.requests[:2], problem.sampler, seed=SEED)
-        seconds = measure_time(problem, [Arm(name=f"block {length}", baseline="")], 2)[f"block {length}"]
-        rows = {f"block {length}": {"base": None, "seconds": seconds, "tokens": 64 * 64}}
-        report["parts"][f"block {length}, 64 rows"] = {
-            "rows": rows,
-            "about": f"random weights, prompt 200, canvas 64; floor {FLOORS[f'block {length}']} tokens/s at 64 rows",
+        problem = random_problem(policy, rows, size.prompt, canvas, canvas)
+        name = f"blocks of {length}, {rows} rows"
+        part = report["parts"][name] = {
+            "rows": {arm.name: {"base": arm.baseline} for arm in BLOCK_ARMS},
+            "about": f"{what}, prompt {size.prompt}, canvas {canvas}. Floor: 100 % of an H200.",
         }
-        print(f"block {length}: {64 * 64 / statistics.median(seconds):.0f} tok/s, floor {FLOORS[f'block {length}']}")
+        part["rows"][OURS]["floor"] = floor_of_blocks(problem, length)
+        roll_out(policy, problem.requests[:2], replace(problem.sampler, denoising_steps=4), seed=SEED)
+        for arm in reversed(BLOCK_ARMS):
+            measure_arm(problem, arm, part["rows"][arm.name], 1 + (arm.name == OURS), 1, stop_at, rows * canvas)
+        part["profile"] = profile(problem, next(arm for arm in BLOCK_ARMS if arm.name == OURS))
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
@@ -562,6 +707,8 @@ def table(part: dict[str, Any]) -> list[str]:
         "added memory, MB",
         "tokens as the baseline's",
     )
+    has_floor = any("floor" in row for row in part["rows"].values())
+    columns = (*columns, "floor, tokens/s") if has_floor else columns
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for name, row in part["rows"].items():
         rates = [row["tokens"] / s for s in row.get("seconds", []) if "tokens" in row]
@@ -576,6 +723,7 @@ def table(part: dict[str, Any]) -> list[str]:
             )
             + (f"{row['memory_mb']:.0f} | " if "memory_mb" in row else "– | ")
             + (f"{100 * row['same']:.1f} % |" if "same" in row else "– |")
+            + ((f" {row['tokens'] / row['floor']:.0f} |" if {"tokens", "floor"} <= row.keys() else " – |") * has_floor)
         )
     return lines
 
@@ -649,6 +797,11 @@ def measure_cpu(report: dict[str, Any], given: argparse.Namespace) -> None:
             "is not here; the baseline is the default."
         )
         parts.append(("the embedded model", about, embedded_problem(16), list(EMBEDDED_ARMS)))
+    if given.arms is None:
+        for length in (4, 32):
+            policy = random_policy("small", "cpu", block_length=length)
+            about = f"The random weights in blocks of {length}, one group of 4, prompt 64, canvas 64, a token a step."
+            parts.append((f"blocks of {length}", about, random_problem(policy, 4, 64, 64, 64), list(BLOCK_ARMS)))
     for name, about, problem, chosen in parts:
         part = report["parts"].setdefault(name, {"about": about, "rows": {arm.name: {} for arm in chosen}})
         rows = part["rows"]
@@ -683,6 +836,7 @@ def main() -> None:
     """Measure, print the tables, write the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", action="store_true", help="7.6 B random weights on one GPU")
+    parser.add_argument("--toy", action="store_true", help="with --gpu: the same code at toy size on a CPU")
     parser.add_argument("--group", type=int, default=4)
     parser.add_argument("--prompt", type=int, default=12, help="with the canvas in the proportion of 200 to 256")
     parser.add_argument("--canvas", type=int, default=16)
@@ -702,16 +856,16 @@ def main() -> None:
         return
     torch.set_num_threads(given.threads)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    if given.gpu and gpu is None:
+    if given.gpu and gpu is None and not given.toy:
         raise SystemExit("--gpu needs a GPU that torch can use; `coupled doctor` says what it sees")
     run = environment() | {"gpu": gpu, "load": f"{os.getloadavg()[1]:.1f}", "threads": given.threads}
-    report: dict[str, Any] = {"parts": {}, "runs": [], "floors": FLOORS}
+    report: dict[str, Any] = {"parts": {}, "runs": []}
     if given.only and given.write.with_suffix(".json").is_file():
         report = json.loads(given.write.with_suffix(".json").read_text())
     report["runs"].append(run)
     if given.gpu:
         given.write = given.write.with_name(given.write.name + "-gpu") if given.write.name == "rollout" else given.write
-        measure_gpu(report)
+        measure_gpu(report, SIZES["toy" if given.toy else "gpu"])
     else:
         measure_cpu(report, given)
     write(report, given.write)

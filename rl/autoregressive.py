@@ -18,13 +18,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from coupled.rl.denoise import Request, Sampler, completion_length, make_rollout
+from coupled.rl.distributions import draw_tokens, nucleus
 from coupled.rl.engine import request_chunks
 from coupled.rl.errors import CheckpointError
 from coupled.rl.families import family_of
 from coupled.rl.keys import uniform
 from coupled.rl.loading import ADAPTER_CONFIG, load_tokenizer
 from coupled.rl.policy import Policy
-from coupled.rl.readout import draw_tokens, nucleus
 from coupled.rl.shapes import Float
 from coupled.rl.types import Rollout
 

@@ -122,7 +122,8 @@ def denoise_blocks(
             chosen = choose_positions(scores, entropy, best, count, sampler)
             picked = chosen[row_of, column_of]
             tokens = None if reading.tokens is None else reading.tokens[picked]
-            choice = choose_tokens(policy.head, hidden[picked], sampler, token_draws[picked], tokens)
+            states, logits = reading.source(picked)
+            choice = choose_tokens(policy.head, hidden[states], sampler, token_draws[picked], tokens, logits)
             rows.commit(
                 rows=live[row_of[picked]], places=place[picked], choice=choice, step=block * block_length + step
             )

@@ -9,7 +9,7 @@ With a cache (approximate), the keys and values of some columns are those of the
     prefix   of everything before the block that is denoised
     dual     of everything outside of it; what is behind it is MASK, or what it was at the last refresh
 
-Shapes: R rows, S prompt + canvas, N wanted positions, D hidden size.
+Shapes: R rows, S prompt + canvas, N wanted positions, U distinct states, D hidden size.
 """
 
 from __future__ import annotations
@@ -26,17 +26,22 @@ from coupled.rl.shapes import Bool, Float, Int
 
 def distinct_states(
     policy: Policy, ids: Int[Tensor, "R S"], pad_lengths: Int[Tensor, " R"], wanted: Bool[Tensor, "R S"]
-) -> Float[Tensor, "N D"]:
-    """The states that predict the wanted positions; rows that are equal are computed once."""
+) -> tuple[Float[Tensor, "U D"], Int[Tensor, " N"]]:
+    """The states that predict the wanted positions, and which of them each position has; rows that are equal are
+    computed once."""
     first, which = distinct_rows(torch.cat((pad_lengths[:, None], ids), dim=1))
     if len(first) == len(ids):
-        return policy.hidden_at(ids, pad_lengths, wanted)
+        return _each(policy.hidden_read(ids, pad_lengths, wanted))
     # Equal rows may want different positions: where the order is drawn, each has its own.
     union = torch.zeros((len(first), ids.shape[1]), dtype=torch.int64, device=ids.device)
     union = union.index_add(0, which, wanted.long()) > 0
-    hidden = policy.hidden_at(ids[first], pad_lengths[first], union)
+    hidden = policy.hidden_read(ids[first], pad_lengths[first], union)
     number = (union.flatten().cumsum(0) - 1).reshape(union.shape)
-    return hidden[number[which][wanted]]
+    return hidden, number[which][wanted]
+
+
+def _each(hidden: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N D"], Int[Tensor, " N"]]:
+    return hidden, torch.arange(len(hidden), device=hidden.device)
 
 
 def distinct_rows(ids: Int[Tensor, "R S"]) -> tuple[Int[Tensor, " U"], Int[Tensor, " R"]]:
@@ -67,8 +72,8 @@ class CachedStates:
         pad_lengths: Int[Tensor, " R"],
         wanted: Bool[Tensor, "R S"],
         step: Step,
-    ) -> Float[Tensor, "N D"]:
-        """The states that predict the wanted positions, which are in the block of the step.
+    ) -> tuple[Float[Tensor, "N D"], Int[Tensor, " N"]]:
+        """The states that predict the wanted positions, which are in the block of the step, each its own.
 
         Args:
             rows: which rows of the batch these are, ascending; between refreshes they may only become fewer.
@@ -86,7 +91,7 @@ class CachedStates:
             cache = DynamicCache()
             hidden = self._policy.hidden_after(ids, layout.position, may_attend(layout, layout), cache)
             self._cache, self._rows = _columns_of(cache, ~is_computed), rows
-            return hidden[source]
+            return _each(hidden[source])
         if len(rows) < len(self._rows):
             self._cache.batch_select_indices(torch.isin(self._rows, rows).nonzero()[:, 0])
             self._rows = rows
@@ -97,7 +102,7 @@ class CachedStates:
             ids[:, is_computed], layout.position[:, is_computed], allowed[:, None, :], self._cache
         )
         self._cache.crop(start - stop)
-        return hidden[source[:, is_computed]]
+        return _each(hidden[source[:, is_computed]])
 
 
 def _columns_of(cache: DynamicCache, kept: Bool[Tensor, " S"]) -> DynamicCache:

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coupled.rl.errors import CheckpointError
+from coupled.rl.graphs import Graphs
 from coupled.rl.loading import add_adapter, load_policy
 from coupled.rl.policy import Policy, is_split, shard_like, whole_tensor
 from coupled.rl.recipe import Model, Recipe
@@ -189,6 +190,7 @@ def open_policy(model: Model, seed: int) -> Policy:
     if model.adapter is not None and not policy.has_adapter:
         adapter = model.adapter
         add_adapter(policy, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets, seed=seed)
+    policy.graphs = Graphs() if model.has_cuda_graphs else None
     return policy
 
 

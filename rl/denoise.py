@@ -101,13 +101,13 @@ def _take_step(
         # Nothing that the model says matters to where: only the chosen positions are read.
         scores = order_draws.masked_fill(~is_masked, float("-inf")).float()
         is_chosen = choose_positions(scores, scores, scores, count, sampler)
-        hidden = _states(policy, rows, here, is_chosen, step, cached)
-        choice = choose_tokens(policy.head, hidden, sampler, token_draws[is_chosen])
+        hidden, which = _states(policy, rows, here, is_chosen, step, cached)
+        choice = choose_tokens(policy.head, hidden[which], sampler, token_draws[is_chosen])
         return Commit(is_chosen=is_chosen, is_filled=nothing, choice=choice)
-    hidden = _states(policy, rows, here, is_masked, step, cached)
+    hidden, which = _states(policy, rows, here, is_masked, step, cached)
     row_of = is_masked.nonzero()[:, 0]
     reading = read_out(
-        policy.head, hidden, sampler, token_draws[is_masked], order_draws[is_masked], row_of=row_of, count=count
+        policy.head, hidden, sampler, token_draws[is_masked], order_draws[is_masked], row_of, count, which
     )
     scores, entropy, best = (
         torch.full(is_masked.shape, absent, device=hidden.device, dtype=values.dtype).masked_scatter(is_masked, values)
@@ -129,7 +129,8 @@ def _take_step(
         is_chosen = is_chosen | is_filled
     picked = is_chosen[is_masked]
     tokens = None if tokens is None else tokens[picked]
-    choice = choose_tokens(policy.head, hidden[picked], sampler, token_draws[is_chosen], tokens)
+    states, logits = reading.source(picked)
+    choice = choose_tokens(policy.head, hidden[states], sampler, token_draws[is_chosen], tokens, logits)
     return Commit(is_chosen=is_chosen, is_filled=is_filled, choice=choice)
 
 
@@ -140,8 +141,8 @@ def _states(
     places: Bool[Tensor, "R C"],
     step: Step,
     cached: CachedStates | None,
-) -> Float[Tensor, "N D"]:
-    """The hidden states that predict the tokens at these places of the canvases."""
+) -> tuple[Float[Tensor, "U D"], Int[Tensor, " N"]]:
+    """The hidden states that predict the tokens at these places of the canvases, and which of them each place has."""
     ids, pad_lengths = rows.ids[here], rows.pad_lengths[here]
     wanted = torch.zeros_like(ids, dtype=torch.bool)
     wanted[:, rows.prompt_width :] = places

@@ -18,6 +18,9 @@ from transformers import Cache
 from coupled.rl.attention import Layout, additive, first_column_of_blocks, left_padded, may_attend, two_streams
 from coupled.rl.errors import CheckpointError
 from coupled.rl.families import Family
+from coupled.rl.graphs import Graphs, fill_up, is_small
+from coupled.rl.last_layer import is_known, only, read_columns
+from coupled.rl.packing import line_up, within_runs
 from coupled.rl.shapes import Bool, Float, Int
 from coupled.rl.vocabulary import OutputHead, forbid, project, token_logp
 
@@ -37,6 +40,9 @@ class Policy:
 
     is_in_lockstep = False
     """Set while other ranks, who hold parts of the weights, make as many passes as this one does."""
+
+    graphs: Graphs | None = None
+    """Where rollouts replay small passes."""
 
     def __init__(
         self, model: nn.Module, tokenizer: Any, family: Family, compute_dtype: torch.dtype = torch.float32
@@ -121,6 +127,33 @@ class Policy:
         hidden = self.hidden_after(ids, layout.position, may_attend(layout, layout, block_length=block_length))
         return hidden[before(rows) if self.family.shift else rows]
 
+    def hidden_read(
+        self, ids: Int[Tensor, "B S"], pad_lengths: Int[Tensor, " B"], rows: Bool[Tensor, "B S"]
+    ) -> Float[Tensor, "N D"]:
+        """As `hidden_at`, with full attention and without gradients: no padding, and not more of the last layer than is
+        read. Where a layer is of an unknown class it is the same as `hidden_at`."""
+        layers = list(self.layers)
+        if not all(map(is_known, layers)):
+            return self.hidden_at(ids, pad_lengths, rows)
+        source = before(rows) if self.family.shift else rows
+        if bool((pad_lengths > 0).any()):
+            line = line_up(ids, pad_lengths, source)
+            with within_runs(self._base.model.config), only(layers[-1], line.columns, runs=line.read_runs):
+                nothing = torch.ones((1, 1, 1), dtype=torch.bool, device=ids.device)
+                return self.hidden_after(line.ids, line.position, nothing, runs=line.runs)[0, line.back]
+        columns, is_there = read_columns(source)
+        if self.graphs is None or not is_small(ids):
+            return self._whole_rows(ids, columns)[is_there]
+        found = self.graphs.run(self.model, self._whole_rows, (ids, fill_up(columns, ids.shape[1])))
+        return found[:, : columns.shape[1]][is_there]
+
+    def _whole_rows(self, ids: Int[Tensor, "B S"], columns: Int[Tensor, "B M"]) -> Float[Tensor, "B M D"]:
+        """The states of some columns of rows without padding; nothing is looked at on the host."""
+        *_, last = self.layers
+        position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        with only(last, columns):
+            return self.hidden_after(ids, position, torch.ones_like(ids, dtype=torch.bool)[:, None])
+
     def logits_at(
         self,
         ids: Int[Tensor, "B S"],
@@ -173,10 +206,15 @@ class Policy:
         self,
         ids: Int[Tensor, "B Q"],
         positions: Int[Tensor, "B Q"],
-        allowed: Bool[Tensor, "B _ K"],
+        allowed: Bool[Tensor, "B _ _"],
         cache: Cache | None = None,
-    ) -> Float[Tensor, "B Q D"]:
-        """Hidden states of `ids` at `positions`; the keys are those in the cache, then their own, which are added."""
+        **others: Any,
+    ) -> Float[Tensor, "B _ D"]:
+        """Hidden states of `ids` at `positions`; the keys are those in the cache, then their own, which are added.
+
+        Of all Q columns, unless the last layer was told of which (`last_layer.only`). `others` are handed to the
+        attention function.
+        """
         attention = additive(allowed, self._mask_dtype)
         with self._autocast():
             out = self._base.model(
@@ -185,6 +223,7 @@ class Policy:
                 position_ids=positions,
                 past_key_values=cache,
                 use_cache=cache is not None,
+                **others,
             )
         return out.last_hidden_state
 

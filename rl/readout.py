@@ -11,121 +11,27 @@ computed only where the bounds leave it open whether a position is among the sur
     ⇒ H(p) - h(top_p) - (1-top_p)·ln V  ≤  H(q)  ≤  H(p) / top_p          h: entropy of a coin
       p₁ - p₂  ≤  q₁ - q₂  ≤  (p₁ - p₂) / top_p,  and q₁ = 1 where p₁ > top_p
 
-Shapes: N masked positions, M chosen ones, R rows of the batch, D hidden size, V vocabulary.
+Shapes: N masked positions, U distinct hidden states that they are read from, M chosen positions, R rows of the batch,
+D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from coupled.rl.distributions import FORBIDDEN, likeliest, nucleus
+from coupled.rl.row_statistics import Choice, RowStatistics, draw_logits, draw_states, measure, measure_states, tempered
 from coupled.rl.sampler import Sampler
 from coupled.rl.shapes import Bool, Float, Int
-from coupled.rl.vocabulary import CHUNK_LOGITS, OutputHead, fill_forbidden, project
+from coupled.rl.vocabulary import CHUNK_LOGITS, OutputHead
 
-FEW = 128
-"""A nucleus is first looked for among so many of the likeliest tokens."""
-FORBIDDEN = -1e30
-"""Finite, so that a probability of zero times it is zero."""
 ROUNDING = 1e-3
 """What sums over a vocabulary may be off by, in nats."""
-
-
-# --- distributions ----------------------------------------------------------------------------------------------------
-
-
-def likeliest(logits: Float[Tensor, "N V"], top_k: int) -> Float[Tensor, "N V"]:
-    """Keep the `top_k` likeliest tokens (more where the last ones are equal); the others get -inf. 0 keeps all."""
-    if top_k == 0 or top_k >= logits.shape[-1]:
-        return logits
-    return logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[:, -1:], float("-inf"))
-
-
-def nucleus(logits: Float[Tensor, "N V"], top_p: float) -> Float[Tensor, "N V"]:
-    """Keep the likeliest tokens whose mass reaches `top_p` (at least one); the others get -inf.
-
-    A token stays if the mass of all likelier ones is at most `top_p`; equally likely tokens stay or go together.
-    Nothing is sorted: see `least_kept`.
-    """
-    if top_p >= 1:
-        return logits
-    probability = logits.softmax(-1)
-    return logits.masked_fill(probability < least_kept(probability, top_p)[:, None], float("-inf"))
-
-
-def least_kept(probability: Float[Tensor, "N V"], top_p: float) -> Float[Tensor, " N"]:
-    """The smallest probability in the nucleus: the least p with mass{p' > p} ≤ top_p.
-
-    Mostly it is among the few likeliest tokens. Where it is not, it is enclosed by bisection and then stepped to.
-    """
-    few = min(FEW, probability.shape[-1])
-    best = probability.topk(few, dim=-1).values
-    is_kept = best.cumsum(-1) - best <= top_p
-    number = is_kept.sum(-1).clamp(min=1)
-    least = best.gather(-1, number[:, None] - 1)[:, 0]
-    is_open = number == few
-    if few < probability.shape[-1] and bool(is_open.any()):
-        least[is_open] = _enclose(probability[is_open], least[is_open], top_p)
-    return least
-
-
-def _enclose(probability: Float[Tensor, "N V"], kept: Float[Tensor, " N"], top_p: float) -> Float[Tensor, " N"]:
-    """`least_kept`, from a probability that is known to be kept."""
-    low, high = torch.zeros_like(kept), kept
-    for _ in range(24):
-        middle = (low + high) / 2
-        is_kept = _mass_above(probability, middle) <= top_p
-        low, high = torch.where(is_kept, low, middle), torch.where(is_kept, middle, high)
-    # From here on through the probabilities that there are, of which few or none lie between.
-    high = _next_below(probability, torch.nextafter(high, torch.full_like(high, 2.0)))
-    while True:
-        lower = _next_below(probability, high)
-        is_kept = (lower >= 0) & (_mass_above(probability, lower) <= top_p)
-        if not bool(is_kept.any()):
-            return high
-        high = torch.where(is_kept, lower, high)
-
-
-def _mass_above(probability: Float[Tensor, "N V"], least: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    return (probability * (probability > least[:, None])).sum(-1)
-
-
-def _next_below(probability: Float[Tensor, "N V"], limit: Float[Tensor, " N"]) -> Float[Tensor, " N"]:
-    """The greatest probability below the limit; -1 where there is none."""
-    return probability.masked_fill(probability >= limit[:, None], -1.0).amax(-1)
-
-
-def draw_tokens(logp: Float[Tensor, "N V"], draws: Float[Tensor, " N"]) -> Int[Tensor, " N"]:
-    """Inverse-CDF sampling: the first token whose cumulative probability exceeds the uniform draw. fp64 sums."""
-    cumulative = logp.double().exp().cumsum(-1)
-    # Scaled by the total, so that rounding can never select a token beyond the last possible one.
-    target = draws.double()[:, None] * cumulative[:, -1:]
-    return torch.searchsorted(cumulative, target, right=True)[:, 0].clamp(max=logp.shape[-1] - 1)
-
-
-def distribution(head: OutputHead, hidden: Float[Tensor, "N D"], sampler: Sampler) -> Float[Tensor, "N V"]:
-    """Log-probabilities that tokens are drawn with: tempered, filtered, without MASK and unnamed tokens."""
-    logits = _tempered(head, hidden, sampler, float("-inf"))
-    return torch.log_softmax(nucleus(likeliest(logits, sampler.top_k), sampler.top_p), dim=-1)
-
-
-def entropy_of(logp: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
-    """-Σ p log p, in nats; 0 log 0 = 0."""
-    return -(logp.exp() * logp.clamp(min=FORBIDDEN)).sum(-1)
-
-
-def _tempered(head: OutputHead, hidden: Float[Tensor, "N D"], sampler: Sampler, forbidden: float) -> Tensor:
-    # The logits are nobody else's, so that they may be changed in place.
-    logits = project(head, hidden)
-    if sampler.temperature not in (0, 1):
-        logits.div_(sampler.temperature)
-    fill_forbidden(head, logits, forbidden)
-    return logits
 
 
 # --- how sure each position is ----------------------------------------------------------------------------------------
@@ -142,34 +48,28 @@ class Reading:
     """Of the likeliest token."""
     best_token: Int[Tensor, " N"] | None
     """The likeliest token, where the sampler fills with it."""
+    which: Int[Tensor, " N"]
+    """The hidden state that each position is read from."""
     tokens: Int[Tensor, " N"] | None = None
     """What each position would get, where the order depends on it; else tokens are drawn for the chosen ones alone."""
+    logits: Float[Tensor, "U V"] | None = None
+    """Of the hidden states, tempered and unfiltered, less the greatest of each, if they are still there."""
 
-    @staticmethod
-    def joined(parts: list[Reading]) -> Reading:
-        """Consecutive positions as one record."""
-
-        def column(name: str) -> Any:
-            values = [getattr(part, name) for part in parts]
-            return None if values[0] is None else torch.cat(values)
-
-        return Reading(
-            confidence=column("confidence"),
-            entropy=column("entropy"),
-            best_probability=column("best_probability"),
-            best_token=column("best_token"),
-            tokens=column("tokens"),
-        )
+    def source(self, picked: Bool[Tensor, " N"]) -> tuple[Int[Tensor, " M"], Float[Tensor, "M V"] | None]:
+        """The hidden states that some positions are read from, and their logits if they are still there."""
+        states = self.which[picked]
+        return states, None if self.logits is None else self.logits[states]
 
 
 def read_out(
     head: OutputHead,
-    hidden: Float[Tensor, "N D"],
+    hidden: Float[Tensor, "U D"],
     sampler: Sampler,
     token_draws: Float[Tensor, " N"],
     order_draws: Float[Tensor, " N"],
     row_of: Int[Tensor, " N"],
     count: Int[Tensor, " R"],
+    which: Int[Tensor, " N"] | None = None,
 ) -> Reading:
     """How sure each masked position is.
 
@@ -177,38 +77,46 @@ def read_out(
         row_of: the row that each position belongs to, ascending.
         count: how many positions of each row will be chosen. With a nucleus, a position that is certainly not among
             them gets a bound on its confidence instead of the confidence.
+        which: the hidden state that each position is read from; none: each has its own. What does not depend on the
+            random numbers is computed once for each state.
     """
+    which = torch.arange(len(hidden), device=hidden.device) if which is None else which
     if sampler.order == "maskgit" and sampler.temperature > 0:
-        return _with_tokens(head, hidden, sampler, token_draws)
-    is_filtered = sampler.top_p < 1 or sampler.top_k > 0
-    can_bound = sampler.order in ("entropy", "margin") and sampler.top_k == 0 and not _reads_all(sampler)
-    parts, logits = [], hidden.new_empty(0)
+        return _with_tokens(head, hidden, sampler, token_draws, which)
+    can_bound = _is_filtered(sampler) and _has_bounds(sampler)
+    parts, logits = [], None
     for rows in chunks(head, hidden):
-        logits = _tempered(head, hidden[rows], sampler, FORBIDDEN)
-        if is_filtered and not can_bound:
-            logits = _filtered(logits, sampler)
-        parts.append(_statistics(logits, sampler, order_draws[rows]))
-    found = Reading.joined(parts)
-    if not (is_filtered and can_bound):
-        return found
-    low, high = _bounds(found, sampler, head.num_tokens)
-    is_rival = low <= _nth_smallest(high, row_of, count)[row_of] + ROUNDING
-    rivals: Iterable[Tensor]
-    if len(parts) == 1:
-        rivals = [logits[is_rival]]
-    else:
-        chosen = hidden[is_rival]
-        rivals = (_tempered(head, chosen[rows], sampler, FORBIDDEN) for rows in chunks(head, chosen))
-    confidence = -low
-    # The order draws are of no account where there are bounds.
-    nothing = order_draws[:0]
-    confidence[is_rival] = torch.cat([_statistics(_filtered(z, sampler), sampler, nothing).confidence for z in rivals])
-    return replace(found, confidence=confidence)
+        part, logits = _statistics(head, hidden[rows], sampler, is_filtered=not can_bound)
+        parts.append(part)
+    if len(parts) > 1:
+        logits = None
+    found = RowStatistics.joined(parts)
+    confidence = _confidence(found, sampler)
+    if can_bound:
+        low, high = _bounds(found, sampler, head.num_tokens)
+        is_near = low[which] <= _nth_smallest(high[which], row_of, count)[row_of] + ROUNDING
+        rivals = torch.zeros_like(low, dtype=torch.bool).index_fill_(0, which[is_near], True)
+        confidence = -low
+        confidence[rivals] = _filtered_confidence(head, hidden, logits, rivals, sampler)
+    return Reading(
+        confidence=order_draws.to(found.entropy.dtype) if sampler.order == "origin" else confidence[which],
+        entropy=found.entropy[which],
+        best_probability=found.best_probability[which],
+        best_token=None if found.best_token is None else found.best_token[which],
+        which=which,
+        logits=logits,
+    )
 
 
-def _reads_all(sampler: Sampler) -> bool:
-    """Whether entropies or probabilities of all positions decide what a step commits."""
-    return sampler.is_parallel or sampler.end_fill is not None
+def _is_filtered(sampler: Sampler) -> bool:
+    """Whether some tokens are left out."""
+    return sampler.top_p < 1 or sampler.top_k > 0
+
+
+def _has_bounds(sampler: Sampler) -> bool:
+    """Whether the filtered confidence is bounded by the unfiltered one, and nothing else is asked of all positions."""
+    reads_all = sampler.is_parallel or sampler.end_fill is not None
+    return sampler.order in ("entropy", "margin") and sampler.top_k == 0 and not reads_all
 
 
 def _filtered(logits: Float[Tensor, "N V"], sampler: Sampler) -> Float[Tensor, "N V"]:
@@ -216,51 +124,68 @@ def _filtered(logits: Float[Tensor, "N V"], sampler: Sampler) -> Float[Tensor, "
     return nucleus(likeliest(logits, sampler.top_k), sampler.top_p).clamp_(min=FORBIDDEN)
 
 
-def _statistics(logits: Float[Tensor, "N V"], sampler: Sampler, order_draws: Float[Tensor, " K"]) -> Reading:
-    """A reading, without writing log-probabilities down. Leaves the logits less the greatest of their row."""
-    top = logits.amax(-1)
-    second = logits.topk(2, dim=-1).values[:, 1] if sampler.order == "margin" else top
-    token = logits.argmax(-1) if sampler.end_fill is not None else None
-    probability = logits.softmax(-1)
-    best_probability = probability.amax(-1)
-    # H = -log p₁ - Σ p (z - z₁): the normaliser is never needed.
-    entropy = -best_probability.log() - probability.mul_(logits.sub_(top[:, None])).sum(-1)
-    confidence = -entropy
+def _statistics(
+    head: OutputHead, hidden: Float[Tensor, "N D"], sampler: Sampler, *, is_filtered: bool
+) -> tuple[RowStatistics, Float[Tensor, "N V"] | None]:
+    """What the sampler asks of hidden states; and their logits, if they are there and nothing was left out."""
+    wanted = {"has_margin": sampler.order == "margin", "has_token": sampler.end_fill is not None}
+    if is_filtered and _is_filtered(sampler):
+        return measure(_filtered(tempered(head, hidden, sampler.temperature), sampler), **wanted), None
+    return measure_states(head, hidden, sampler.temperature, **wanted)
+
+
+def _confidence(found: RowStatistics, sampler: Sampler) -> Float[Tensor, " N"]:
     if sampler.order == "margin":
-        confidence = best_probability * (1 - (second - top).exp())
-    elif sampler.order == "maskgit":
-        confidence = best_probability
-    elif sampler.order == "origin":
-        confidence = order_draws.to(entropy.dtype)
-    return Reading(confidence=confidence, entropy=entropy, best_probability=best_probability, best_token=token)
+        assert found.margin is not None
+        return found.margin
+    return found.best_probability if sampler.order == "maskgit" else -found.entropy
+
+
+def _filtered_confidence(
+    head: OutputHead,
+    hidden: Float[Tensor, "U D"],
+    logits: Float[Tensor, "U V"] | None,
+    rivals: Bool[Tensor, " U"],
+    sampler: Sampler,
+) -> Float[Tensor, " K"]:
+    """Of the rivals among hidden states."""
+    if logits is not None:
+        found = measure(_filtered(logits[rivals], sampler), has_margin=sampler.order == "margin", has_token=False)
+        return _confidence(found, sampler)
+    chosen = hidden[rivals]
+    parts = [_statistics(head, chosen[rows], sampler, is_filtered=True)[0] for rows in chunks(head, chosen)]
+    return _confidence(RowStatistics.joined(parts), sampler)
 
 
 def _with_tokens(
-    head: OutputHead, hidden: Float[Tensor, "N D"], sampler: Sampler, token_draws: Float[Tensor, " N"]
+    head: OutputHead,
+    hidden: Float[Tensor, "U D"],
+    sampler: Sampler,
+    token_draws: Float[Tensor, " N"],
+    which: Int[Tensor, " N"],
 ) -> Reading:
     """A reading where confidence is that of the token that is drawn, so that each position draws one."""
-    parts = []
-    for rows in chunks(head, hidden):
-        logp = distribution(head, hidden[rows], sampler)
-        tokens = draw_tokens(logp, token_draws[rows])
-        best = logp.max(-1)
-        parts.append(
-            Reading(
-                confidence=logp.gather(-1, tokens[:, None])[:, 0],
-                entropy=entropy_of(logp),
-                best_probability=best.values.exp(),
-                best_token=best.indices,
-                tokens=tokens,
-            )
-        )
-    return Reading.joined(parts)
+    parts, best = [], []
+    for rows in chunks(head, hidden[which]):
+        logits = _filtered(tempered(head, hidden[which[rows]], sampler.temperature), sampler)
+        parts.append(draw_logits(logits, sampler.temperature, token_draws[rows]))
+        best.append(logits.log_softmax(-1).max(-1))
+    drawn = Choice.joined(parts)
+    return Reading(
+        confidence=drawn.logp,
+        entropy=drawn.entropy,
+        best_probability=torch.cat([part.values for part in best]).exp(),
+        best_token=torch.cat([part.indices for part in best]),
+        tokens=drawn.tokens,
+        which=which,
+    )
 
 
-def _bounds(found: Reading, sampler: Sampler, num_tokens: int) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+def _bounds(found: RowStatistics, sampler: Sampler, num_tokens: int) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
     """The least and the greatest that -confidence can be under the nucleus, from the unfiltered distribution."""
     top_p, is_alone = sampler.top_p, found.best_probability > sampler.top_p
     if sampler.order == "margin":
-        margin = found.confidence
+        margin = _confidence(found, sampler)
         low = -(margin / top_p).clamp(max=1.0)
         return torch.where(is_alone, -1.0, low), torch.where(is_alone, -1.0, -margin)
     coin = -top_p * math.log(top_p) - (1 - top_p) * math.log1p(-top_p)
@@ -281,37 +206,29 @@ def _nth_smallest(values: Float[Tensor, " N"], row_of: Int[Tensor, " N"], count:
 # --- what the chosen ones get -----------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Choice:
-    """The tokens of M positions, with their log-probabilities and the entropies they were drawn at, in nats."""
-
-    tokens: Int[Tensor, " M"]
-    logp: Float[Tensor, " M"]
-    entropy: Float[Tensor, " M"]
-
-
 def choose_tokens(
     head: OutputHead,
     hidden: Float[Tensor, "M D"],
     sampler: Sampler,
     draws: Float[Tensor, " M"],
     tokens: Int[Tensor, " M"] | None = None,
+    logits: Float[Tensor, "M V"] | None = None,
 ) -> Choice:
-    """Draw a token for each chosen position, or take the given ones where they are not -1."""
+    """Draw a token for each chosen position, or take the given ones where they are not -1.
+
+    `logits`: those of a reading; none makes them from the hidden states.
+    """
     parts = []
     for rows in chunks(head, hidden):
-        logp = distribution(head, hidden[rows], sampler)
-        drawn = _choose(logp, draws[rows], sampler) if tokens is None or bool((tokens[rows] < 0).any()) else None
-        if tokens is not None:
-            drawn = tokens[rows] if drawn is None else torch.where(tokens[rows] < 0, drawn, tokens[rows])
-        assert drawn is not None
-        parts.append((drawn, logp.gather(-1, drawn[:, None])[:, 0], entropy_of(logp)))
-    chosen, logp, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
-    return Choice(tokens=chosen, logp=logp, entropy=entropy)
-
-
-def _choose(logp: Float[Tensor, "N V"], draws: Float[Tensor, " N"], sampler: Sampler) -> Int[Tensor, " N"]:
-    return logp.argmax(-1) if sampler.temperature == 0 else draw_tokens(logp, draws)
+        given = None if tokens is None else tokens[rows]
+        if logits is not None:
+            parts.append(draw_logits(_filtered(logits[rows], sampler), sampler.temperature, draws[rows], given))
+        elif _is_filtered(sampler):
+            filtered = _filtered(tempered(head, hidden[rows], sampler.temperature), sampler)
+            parts.append(draw_logits(filtered, sampler.temperature, draws[rows], given))
+        else:
+            parts.append(draw_states(head, hidden[rows], sampler.temperature, draws[rows], given))
+    return Choice.joined(parts)
 
 
 def choose_positions(

@@ -78,6 +78,9 @@ class Model(Section):
         description="of the weights under an adapter; bfloat16 halves the memory they take",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes a GPU when there is one")
+    has_cuda_graphs: bool = Field(
+        default=False, description="rollouts of full attention replay small passes on a GPU; not measured yet"
+    )
 
     @model_validator(mode="after")
     def _adapter_has_a_base(self) -> Model:

@@ -57,11 +57,17 @@ class OutputHead:
         return None if has_hook else module.weight
 
 
-def project(head: OutputHead, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
-    """Raw logits; the product in `compute_dtype`, the result at least fp32."""
+def raw_logits(head: OutputHead, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
+    """Logits of all rows of the head, as the product in `compute_dtype` leaves them."""
     is_fp32 = head.compute_dtype == torch.float32
     with nullcontext() if is_fp32 else torch.autocast(hidden.device.type, dtype=head.compute_dtype):
         logits: Tensor = head.module(hidden)
+    return logits
+
+
+def project(head: OutputHead, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
+    """Raw logits; the product in `compute_dtype`, the result at least fp32."""
+    logits = raw_logits(head, hidden)
     return logits.to(_statistics_dtype(logits.dtype))
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
 import sys
 from collections.abc import Callable
@@ -24,6 +25,11 @@ install_import_hook("coupled.rl", "beartype.beartype")
 
 import pytest
 import torch
+
+# Triton asks when it is first imported, which transformers does: without a GPU, kernels are interpreted.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 

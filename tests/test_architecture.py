@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("rl", "reward", "sandbox")
 FILES = {str(p.relative_to(ROOT)): p for package in PACKAGES for p in sorted((ROOT / package).rglob("*.py"))}
-EDGES = ("ray", "datasets", "peft", "pyarrow", "typer", "tensorboard")
+EDGES = ("ray", "datasets", "peft", "pyarrow", "typer", "tensorboard", "triton")
 """Each of these is known to one file, so that it can be replaced, or be absent."""
 CORE = (
     "types",
@@ -26,7 +26,12 @@ CORE = (
     "batch",
     "noise",
     "sampler",
+    "distributions",
+    "row_statistics",
     "readout",
+    "last_layer",
+    "packing",
+    "graphs",
     "canvas_states",
     "denoise",
     "block_denoise",

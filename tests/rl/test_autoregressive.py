@@ -14,9 +14,9 @@ import torch
 from coupled.rl.autoregressive import CausalEngine, CausalModel, is_causal_checkpoint
 from coupled.rl.benchmarks.command import open_arm
 from coupled.rl.denoise import Request, Sampler, completion_length
+from coupled.rl.distributions import draw_tokens, nucleus
 from coupled.rl.errors import CheckpointError
 from coupled.rl.keys import uniform
-from coupled.rl.readout import draw_tokens, nucleus
 from coupled.rl.types import Rollout
 from tests.rl.toys import global_random_states, make_recipe, make_requests
 

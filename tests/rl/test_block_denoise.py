@@ -16,13 +16,14 @@ from toys import FIRST_LETTER, NUM_TOKENS, MakePolicy, global_random_states, mak
 from coupled.reward import Task
 from coupled.rl.block_denoise import counts_of_block, denoise_blocks
 from coupled.rl.denoise import Request, Sampler, completion_length, denoise
+from coupled.rl.distributions import likeliest, nucleus
 from coupled.rl.engine import InlineEngine, roll_out
 from coupled.rl.errors import RolloutError
 from coupled.rl.keys import uniform
 from coupled.rl.loading import load_policy
 from coupled.rl.parity import check_parity, sampler_for_parity
 from coupled.rl.policy import Policy
-from coupled.rl.readout import choose_positions, likeliest, nucleus
+from coupled.rl.readout import choose_positions
 from coupled.rl.sampler import steps_per_block
 from coupled.rl.types import Prompt, Rollout
 

@@ -16,10 +16,10 @@ from coupled.rl.denoise import (
     denoise,
     is_settled,
 )
+from coupled.rl.distributions import draw_tokens, nucleus
 from coupled.rl.engine import InlineEngine, request_chunks
 from coupled.rl.keys import uniform
 from coupled.rl.policy import Policy
-from coupled.rl.readout import draw_tokens, nucleus
 from coupled.rl.sampler import unmask_counts
 from coupled.rl.types import Rollout
 

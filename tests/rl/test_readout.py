@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import coupled.rl.readout
+from coupled.rl.distributions import FEW, least_kept, nucleus
 from coupled.rl.keys import generator, uniform
-from coupled.rl.readout import _bounds, choose_tokens, least_kept, nucleus, read_out
+from coupled.rl.readout import _bounds, choose_tokens, read_out
+from coupled.rl.row_statistics import measure_states
 from coupled.rl.sampler import Sampler
 from coupled.rl.vocabulary import CHUNK_LOGITS, OutputHead
 
@@ -82,7 +84,7 @@ def test_the_nucleus_without_sorting_is_the_sorted_one(top_p: float, scale: floa
     assert torch.equal(found, expected)
     kept = found.isfinite().sum(-1)
     if scale == 0.01:
-        assert kept.min() > coupled.rl.readout.FEW or top_p < 0.05, "the nucleus is larger than what is looked at first"
+        assert kept.min() > FEW or top_p < 0.05, "the nucleus is larger than what is looked at first"
     if scale == 3.0:
         assert kept.max() < 3000 / 2
 
@@ -183,10 +185,7 @@ def test_the_bounds_hold(order: str, scale: float) -> None:
     for top_p in (0.2, 0.5, 0.8, 0.95, 0.99):
         sampler = replace(SAMPLER, order=order, top_p=top_p)
         with torch.no_grad():
-            one = torch.zeros(400, dtype=torch.int64), torch.full((1,), 400)
-            unfiltered = read_out(
-                head, hidden, replace(sampler, top_p=1.0), nowhere, nowhere, row_of=one[0], count=one[1]
-            )
+            unfiltered, _ = measure_states(head, hidden, sampler.temperature, has_margin=True, has_token=False)
             low, high = _bounds(unfiltered, sampler, NUM_TOKENS)
         exact = -plain_confidence(plain_distribution(head, hidden, sampler), sampler, nowhere)
         assert (low <= exact + 1e-4).all()

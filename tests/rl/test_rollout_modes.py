@@ -42,9 +42,9 @@ def counting(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int,
     seen: list[tuple[int, int]] = []
     plain = policy.hidden_after
 
-    def hidden_after(ids: torch.Tensor, *rest: object) -> torch.Tensor:
+    def hidden_after(ids: torch.Tensor, *rest: object, **others: object) -> torch.Tensor:
         seen.append(tuple(ids.shape))
-        return plain(ids, *rest)
+        return plain(ids, *rest, **others)
 
     monkeypatch.setattr(policy, "hidden_after", hidden_after)
     return seen
@@ -67,8 +67,8 @@ def test_a_group_starts_from_one_forward_pass_and_ends_as_if_each_were_alone(
     alone = [denoise(policy, [request], sampler, seed=1)[0] for request in requests]
     seen = counting(policy, monkeypatch)
     together = denoise(policy, requests, sampler, seed=1)
-    assert seen[0] == (2, 14), "two prompts, all canvases empty"
-    assert max(rows for rows, _ in seen) > 6, "later they differ"
+    assert seen[0] == (1, 14 + 12), "two prompts, all canvases empty, one after the other"
+    assert max(columns for _, columns in seen) > 6 * 14, "later they differ"
     assert_same(together, alone)
 
 
