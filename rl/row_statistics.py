@@ -12,6 +12,7 @@ Shapes: N rows, V vocabulary, D hidden size.
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import cache
@@ -23,6 +24,9 @@ from torch import Tensor
 from coupled.rl.distributions import FORBIDDEN, draw_tokens, entropy_of
 from coupled.rl.shapes import Float, Int
 from coupled.rl.vocabulary import OutputHead, fill_forbidden, project, raw_logits
+
+AGREES = 1e-4
+"""What sums in another order may come to, in nats."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -132,9 +136,21 @@ def draw_logits(
 
 def is_fused(hidden: Tensor) -> bool:
     """Whether the kernel reads the rows: on a GPU, in up to fp32, where Triton is installed (torch brings it there)."""
-    return hidden.device.type == "cuda" and hidden.dtype != torch.float64 and _has_triton()
+    return hidden.device.type == "cuda" and hidden.dtype != torch.float64 and _has_kernel(hidden.device)
 
 
 @cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
+def _has_kernel(device: torch.device) -> bool:
+    """Whether there is a kernel, and it says of a few rows what torch says. Warns, once, when it does not."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        from coupled.rl.row_statistics_triton import largest_difference
+
+        difference = largest_difference(device)
+        why = f"it differs from torch by {difference:.2g}" if difference > AGREES else ""
+    except Exception as error:  # whatever a compiler or a driver makes of it
+        why = f"{type(error).__name__}: {error}"
+    if why:
+        warnings.warn(f"the Triton kernel for row statistics is not used on {device}: {why}", stacklevel=2)
+    return not why

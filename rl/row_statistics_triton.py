@@ -14,6 +14,7 @@ Shapes: N rows, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from coupled.rl.row_statistics import Choice, RowStatistics
+from coupled.rl.distributions import FORBIDDEN
+from coupled.rl.row_statistics import Choice, RowStatistics, draw_logits, measure
 from coupled.rl.shapes import Float, Int
 from coupled.rl.vocabulary import OutputHead
 
@@ -71,6 +73,33 @@ def fused_choice(
             num_warps=NUM_WARPS,
         )
     return Choice(tokens=token, logp=logp, entropy=entropy)
+
+
+def largest_difference(device: torch.device) -> float:
+    """How far the kernels are from torch on a few random rows of three blocks and a bit; infinite for other tokens."""
+    num_tokens, num_rows = 3 * BLOCK + 5, 6
+    stream = torch.Generator().manual_seed(0)
+    logits = (torch.randn((num_rows, num_tokens), generator=stream) * torch.arange(1, num_rows + 1)[:, None]).to(device)
+    draws = torch.rand(num_rows, generator=stream, dtype=torch.float64).to(device)
+    head = OutputHead(module=torch.nn.Identity(), mask_id=1, num_tokens=num_tokens)
+    plain = logits.clone()
+    plain[:, head.mask_id] = FORBIDDEN
+    choice, its_choice = fused_choice(head, logits, 1.0, draws), draw_logits(plain, 1.0, draws)
+    mine, its = fused_statistics(head, logits, 1.0), measure(plain, has_margin=True, has_token=True)
+    assert mine.margin is not None
+    assert its.margin is not None
+    assert mine.best_token is not None
+    assert its.best_token is not None
+    if not (torch.equal(choice.tokens, its_choice.tokens) and torch.equal(mine.best_token, its.best_token)):
+        return math.inf
+    pairs = [
+        (mine.entropy, its.entropy),
+        (mine.best_probability, its.best_probability),
+        (mine.margin, its.margin),
+        (choice.logp, its_choice.logp),
+        (choice.entropy, its_choice.entropy),
+    ]
+    return max(float((one - other).abs().max()) for one, other in pairs)
 
 
 def _settings(head: OutputHead, logits: Tensor, temperature: float) -> tuple[Any, ...]:

@@ -18,7 +18,7 @@ from toys import MakePolicy, make_requests
 import coupled.rl.row_statistics
 from coupled.rl.denoise import denoise
 from coupled.rl.distributions import FORBIDDEN
-from coupled.rl.row_statistics import draw_logits, is_fused, measure
+from coupled.rl.row_statistics import AGREES, Choice, _has_kernel, draw_logits, is_fused, measure
 from coupled.rl.sampler import Sampler
 from coupled.rl.vocabulary import OutputHead
 
@@ -153,6 +153,52 @@ def test_tokens_that_are_given_are_taken(kernel: ModuleType) -> None:
     expected = draw_logits(plain(logits, 150, 0.8), 0.8, draws, given)
     assert torch.equal(found.tokens, expected.tokens)
     torch.testing.assert_close(found.logp, expected.logp, atol=2e-6, rtol=2e-6)
+
+
+def test_the_kernel_is_used_where_it_is_seen_to_agree_with_torch(
+    kernel: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert kernel.largest_difference(torch.device(DEVICE)) < AGREES / 10
+    choose = kernel.fused_choice
+
+    def choose_another(*arguments: object) -> Choice:
+        found = choose(*arguments)
+        return replace(found, tokens=found.tokens + 1)
+
+    monkeypatch.setattr(kernel, "fused_choice", choose_another)
+    assert kernel.largest_difference(torch.device(DEVICE)) == float("inf")
+
+
+class Broken(ModuleType):
+    """Stands for the kernels where they do not compile, or are wrong."""
+
+    def __init__(self, found: float | Exception) -> None:
+        super().__init__("coupled.rl.row_statistics_triton")
+        self.found = found
+
+    def largest_difference(self, device: torch.device) -> float:
+        if isinstance(self.found, Exception):
+            raise self.found
+        return self.found
+
+
+@pytest.mark.parametrize(
+    ("found", "told"),
+    [(RuntimeError("PassManager::run failed"), "PassManager::run failed"), (0.1, "differs from torch by 0.1")],
+    ids=["it does not compile", "it is wrong"],
+)
+def test_a_kernel_that_fails_or_differs_is_left_aside_and_said_once(
+    monkeypatch: pytest.MonkeyPatch, found: float | Exception, told: str
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setitem(sys.modules, "coupled.rl.row_statistics_triton", Broken(found))
+    monkeypatch.setattr(coupled.rl, "row_statistics_triton", Broken(found), raising=False)
+    device = torch.device("cuda", 99)
+    _has_kernel.cache_clear()
+    with pytest.warns(UserWarning, match=told):
+        assert not _has_kernel(device)
+    assert not _has_kernel(device)
+    _has_kernel.cache_clear()
 
 
 @pytest.mark.parametrize(
