@@ -51,6 +51,7 @@ class FunctionProcess:
         for each. After the second and the third the next call starts it anew.
         """
         if self._is_over():
+            self._end()
             self._start()
         offered = columns_of(tasks, completions)
         return self._answer(
@@ -96,8 +97,8 @@ class FunctionProcess:
             self._end()
             raise
         except (EOFError, ConnectionError):
-            status = self._process.wait()
             self._end()
+            status = self._process.returncode
             how = f"signal {-status}" if status < 0 else f"status {status}"
             raise RewardError(
                 f"the reward function {self.label} ended its process with {how}; what it printed is above"
@@ -111,12 +112,11 @@ def _end(process: subprocess.Popen[bytes], connection: Connection) -> None:
     connection.close()
     assert process.stdin is not None
     process.stdin.close()
-    try:
+    with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(LEAVE_SECONDS)
-    except subprocess.TimeoutExpired:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+    with contextlib.suppress(ProcessLookupError):  # its own processes, too
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def serve(descriptor: int) -> None:
@@ -141,6 +141,8 @@ def serve(descriptor: int) -> None:
                 scores = call_function(function, offered)
             except RewardError as error:
                 problem = str(error)
+            except Exception as error:  # such as a signature that cannot be read
+                problem = f"the reward function {path} cannot be called: {type(error).__name__}: {error}"
             connection.send((scores, problem))
 
 

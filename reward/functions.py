@@ -163,9 +163,16 @@ def _checked(label: str, result: Any, num_completions: int) -> list[float | None
             raise RewardError(
                 f"{rule} returned {score!r} (a {type(score).__name__}) at {index}: return a float or None"
             )
-        if not math.isfinite(score):
-            raise RewardError(f"{rule} returned {score!r} at {index}: return None for what cannot be scored")
+        if not _is_finite(score):
+            raise RewardError(f"{rule} returned {score!r:.40} at {index}: return None for what cannot be scored")
     return [None if score is None else float(score) for score in result]
+
+
+def _is_finite(number: Any) -> bool:
+    try:
+        return math.isfinite(number)
+    except OverflowError:  # an int beyond all floats
+        return False
 
 
 def _nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:

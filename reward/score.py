@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from coupled.reward.extract import Extraction, extract
-from coupled.reward.function_process import FunctionProcess
+from coupled.reward.function_process import LOAD_SECONDS, FunctionProcess
 from coupled.reward.functions import RewardSpec
 from coupled.reward.judge import Judge
 from coupled.reward.types import Judgement, RewardError, Status, Task, Verdict
@@ -74,10 +74,10 @@ class Scorer:
         """Whether programs are run at all."""
         return self._judge is not None
 
-    @property
-    def patience(self) -> float:
-        """Seconds that the user's functions may take for one batch, when all of them fail time after time."""
-        return len(self._users) * (1 + MAX_FAILURES) * self._timeout_seconds
+    def patience(self, tasks: Sequence[Task]) -> float:
+        """Seconds that the user's functions may take for these, when all fail and are asked prompt by prompt."""
+        num_calls = 1 + len({task.uid for task in tasks})
+        return len(self._users) * (num_calls * self._timeout_seconds + MAX_FAILURES * LOAD_SECONDS)
 
     def judge(self, tasks: Sequence[Task], completions: Sequence[str]) -> list[Judgement]:
         """Run the programs alone, for `score`: this can begin before all completions are there.

@@ -63,7 +63,15 @@ def train(
 
         command = [sys.executable, "-m", "coupled.rl.cli", "train", recipe]
         again = [*command, *settings, "resume=auto" if resume == "never" else f"resume={resume}"]
-        raise typer.Exit(supervise([*command, *(overrides or [])], again, lambda text: print(text, file=sys.stderr)))
+
+        def committed() -> frozenset[str]:
+            runs = Path(loaded.output_dir).glob(f"{loaded.name}-*") if resume in ("never", "auto") else [Path(resume)]
+            return frozenset(str(step) for run in runs for step in run.glob("checkpoints/step_*"))
+
+        def say(text: str) -> None:
+            print(text, file=sys.stderr)
+
+        raise typer.Exit(supervise([*command, *(overrides or [])], again, say, committed=committed))
     try:
         _train(loaded, resume)
     except KeyboardInterrupt:

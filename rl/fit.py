@@ -21,7 +21,7 @@ from coupled.rl.gang import open_fit_learner
 from coupled.rl.progress import Progress
 from coupled.rl.recipe import Recipe
 from coupled.rl.rundir import open_run_dir
-from coupled.rl.watchdog import Watchdog, stall_seconds
+from coupled.rl.watchdog import PATIENCE_WITH_FILES, Watchdog, stall_seconds
 
 
 def fit(recipe: Recipe, resume: str = "never") -> Path:
@@ -40,18 +40,19 @@ def fit(recipe: Recipe, resume: str = "never") -> Path:
         watchdog = Watchdog(stall_seconds(recipe), run.path)
         learner.on_progress = watchdog.moved
         opened.callback(watchdog.close)
-        watchdog.start()
         done, cursor = 0, Cursor()
         if (latest := run.latest()) is not None:
             state = learner.read(latest)
             done, cursor = int(state["step"]), Cursor(**state["cursor"])
         run.forget_after(done)
+        watchdog.start()
         rows = RowMaker(source, recipe, policy.tokenizer.eos_token_id, cursor)
         progress = opened.enter_context(Progress(recipe.num_steps, done, title=f"{recipe.stage} {run.path}"))
 
         for step in range(done, recipe.num_steps):
             started = time.perf_counter()
-            batch = collate(rows.rows_of_step(step), policy, recipe.fit)
+            with watchdog.phase("data", PATIENCE_WITH_FILES):
+                batch = collate(rows.rows_of_step(step), policy, recipe.fit)
             noise = draw_noise(batch, recipe.fit, recipe.seed, step)
             update = learner.fit(step, batch, noise)
             seconds = time.perf_counter() - started
@@ -67,7 +68,8 @@ def fit(recipe: Recipe, resume: str = "never") -> Path:
             progress.update(step + 1, {"loss": update.loss, "grad norm": update.grad_norm})
             if (step + 1) % recipe.checkpoint.every == 0 or step + 1 == recipe.num_steps:
                 state = {"step": step + 1, "cursor": asdict(rows.cursor)}
-                latest = run.commit(step + 1, partial(learner.write, state=state))
+                with watchdog.phase("checkpoint", PATIENCE_WITH_FILES):
+                    latest = run.commit(step + 1, partial(learner.write, state=state))
     run.close()
     if rows.cursor.skipped:
         Console(soft_wrap=True).print(f"rows left out: {told(rows.cursor.skipped)}", highlight=False, markup=False)

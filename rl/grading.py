@@ -47,8 +47,18 @@ class Grader:
         begun = [self._ahead.pop(uid, None) for uid in uids]
         if not begun or None in begun:
             return self._scorer.score(tasks, completions)
-        judgements = [batch.result()[place] for batch, place in filter(None, begun)]
+        # Equal completions have equal verdicts, also where a program ran in two batches and was slow in one of them.
+        first: dict[tuple[str, str], Judgement] = {}
+        judgements = [
+            first.setdefault((task.uid, text), batch.result()[place])
+            for task, text, (batch, place) in zip(tasks, completions, filter(None, begun), strict=True)
+        ]
         return self._scorer.score(tasks, completions, judgements)
+
+    def forget(self, uids: Sequence[str]) -> None:
+        """Nobody asks for the scores of these any more."""
+        for uid in uids:
+            self._ahead.pop(uid, None)
 
     def judge(self, tasks: Sequence[Task], completions: Sequence[str]) -> list[Judgement]:
         """Hidden tests only, whatever the recipe rewards."""
@@ -57,7 +67,7 @@ class Grader:
     def patience(self, tasks: Sequence[Task]) -> float:
         """Seconds that scoring one completion of each may take when every program uses up its time, twice over."""
         runs = sum(len(task.hidden_tests) if task.style == "stdio" else 1 for task in tasks)
-        return 2 * runs * self._judge.limits.wall_seconds + self._scorer.patience
+        return 2 * runs * self._judge.limits.wall_seconds + self._scorer.patience(tasks)
 
     def cache_statistics(self) -> CacheStatistics:
         """How many programs had been run before, since this was opened."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -63,6 +63,9 @@ class Policy:
                 f"the tokenizer has {len(tokenizer)} tokens but the model embeds only {config.vocab_size}; "
                 "they are not of the same checkpoint: point model.path at a folder that holds both"
             )
+
+        self.on_pass: Callable[[], None] = lambda: None
+        """Called before each pass through the layers."""
 
     @property
     def _base(self) -> Any:
@@ -215,6 +218,7 @@ class Policy:
         Of all Q columns, unless the last layer was told of which (`last_layer.only`). `others` are handed to the
         attention function.
         """
+        self.on_pass()
         attention = additive(allowed, self._mask_dtype)
         with self._autocast():
             out = self._base.model(

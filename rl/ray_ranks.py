@@ -190,6 +190,7 @@ def use_reserved_gpu(policy: Policy, transport: Transport, place: Bundle) -> Non
     index = index_of_gpu(gpu, torch.cuda.device_count())
     torch.cuda.set_device(index)
     policy.model.to(torch.device("cuda", index))
+    torch.cuda.empty_cache()  # of the GPU that it was on, which Ray may give to another rank
 
 
 def write_token(folder: Path) -> str:

@@ -101,7 +101,8 @@ class RayExecutor:
 
         RuntimeError when closed. SandboxUnavailable, before anything runs, for a job that the tier cannot run.
         """
-        if self._runtime is None:
+        runtime = self._runtime
+        if runtime is None:
             raise RuntimeError("an executor runs nothing after close(): open another")
         tier = self.isolation().tier
         for job in jobs:
@@ -116,7 +117,7 @@ class RayExecutor:
             )
             for slot, batch in enumerate(_batches(jobs, self._num_workers))
         ]
-        found = [score for entry in self._runtime.finish(units) for score in entry.scores]
+        found = [score for entry in runtime.finish(units) for score in entry.scores]
         return [
             Execution(uid=job.uid, outcome=Outcome.SANDBOX_ERROR, tier=tier, detail=score.reason[:500])
             if isinstance(score, Masked)

@@ -692,6 +692,12 @@ class Recipe(Section):
                 "group_filter=accuracy needs hidden tests, and reward.functions has no 'code'; add it (its weight may "
                 "be 0), or use group_filter=zero_std"
             )
+        if self.model.has_cuda_graphs and self.cluster.trainer_ranks > 1 and self.model.adapter is None:
+            raise ValueError(
+                f"model.has_cuda_graphs=true goes with weights that stay where they are, and "
+                f"cluster.trainer_ranks={self.cluster.trainer_ranks} shards all of them; leave it out, or train "
+                "adapters (model.adapter)"
+            )
         if self.optimizer.warmup_steps > self.num_steps:
             raise ValueError(
                 f"optimizer.warmup_steps ({self.optimizer.warmup_steps}) must not exceed num_steps ({self.num_steps})"

@@ -39,7 +39,7 @@ from coupled.rl.recipe import Recipe
 from coupled.rl.rollout_log import write_rollouts
 from coupled.rl.rundir import RunDir, open_run_dir
 from coupled.rl.types import Anchor, Group, MaskDraw, Prompt, Rollout, TrainBatch
-from coupled.rl.watchdog import Watchdog, stall_seconds
+from coupled.rl.watchdog import PATIENCE_WITH_FILES, Watchdog, stall_seconds
 from coupled.sandbox import CacheStatistics
 
 MAX_BLIND_STEPS = 3
@@ -73,7 +73,7 @@ class Run:
         self.learner = Learner(recipe, policy) if learner is None else learner
         self._events = events or EventLog()
         self._watchdog = Watchdog(stall_seconds(recipe), folder.path, state=engine.oldest)
-        self._events.on_result = self.learner.on_progress = self._watchdog.moved
+        self._events.on_result = self.learner.on_progress = self.policy.on_pass = self._watchdog.moved
         self._version = 0
         """Of the weights that rolled out the step under way."""
         self._staleness = 0
@@ -175,7 +175,9 @@ class Run:
         self._staleness = step - 1 - self._version
         with self._clock("sandbox"):
             groups = self._judge(step, prompts, made, has_begun=True)
-        for uid in (uid for of_group in uids for uid in of_group):
+        asked = [uid for of_group in uids for uid in of_group]
+        self._grader.forget(asked)
+        for uid in asked:
             del self._tasks[uid]
         before, self._cache = self._cache, self._grader.cache_statistics()
         self._metrics.of_cache(before, self._cache)
@@ -356,8 +358,10 @@ class Run:
             self.learner.write(to, state)
             write_carried(to, carried)
 
+        about = {"exactness": _exactness(self.policy), "lag": coordinator["lag"]}
         try:
-            self.folder.commit(step, write, {"exactness": _exactness(self.policy), "lag": coordinator["lag"]})
+            with self._watchdog.phase("checkpoint", PATIENCE_WITH_FILES):
+                self.folder.commit(step, write, about)
         except SaveError as error:
             self._num_failed_saves += 1
             self._events.tell("save_failed", step=step, why=str(error))

@@ -9,8 +9,6 @@ from collections.abc import Callable, Sequence
 RETRYABLE = 75
 """EX_TEMPFAIL: too few workers, nothing moved, or a checkpoint could not be written."""
 MAX_RESTARTS = 5
-LONG_SECONDS = 3600.0
-"""A run that went on for so long has got over what ended it before: counting begins again."""
 BACKOFF_SECONDS = 5.0
 
 
@@ -19,22 +17,27 @@ def supervise(
     again: Sequence[str],
     say: Callable[[str], None],
     *,
+    committed: Callable[[], frozenset[str]] = frozenset,
     backoff_seconds: float = BACKOFF_SECONDS,
 ) -> int:
     """Run a command; while it ends with a status that resuming may mend, run `again`. Returns the last exit status.
 
     That is 75, and an end by a signal: out of memory, a crash of a library. Not an error that the user must mend, a
     mistake of ours (it would come back), Ctrl-C, or SIGTERM, which is somebody's wish.
+
+    Args:
+        committed: names the checkpoints that there are. A process that left a new one has got over what ended the one
+            before it, and counting begins again.
     """
     command, restarts = first, 0
     while True:
-        started = time.monotonic()
+        before = committed()
         process = subprocess.Popen(command)
         try:
             status = process.wait()
         except KeyboardInterrupt:
             return process.wait()  # it got the signal, too, and says so
-        if time.monotonic() - started > LONG_SECONDS:
+        if not committed() <= before:
             restarts = 0
         is_retryable = status == RETRYABLE or (status < 0 and -status not in (2, 15))
         if not is_retryable or restarts == MAX_RESTARTS:

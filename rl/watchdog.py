@@ -6,6 +6,7 @@ library) cannot be interrupted from inside; what was committed is kept, and the 
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
 import sys
@@ -21,7 +22,9 @@ FILE = "stalled.txt"
 TICKS = 20
 """Looks in the time that is allowed. Silence is counted in looks: a process that was stopped itself has not hung."""
 STATE_SECONDS = 5.0
-"""How long the question may take what the workers do: who answers it may be what hangs."""
+"""How long it may take to ask what the workers do, and to write it down: who answers may be what hangs."""
+PATIENCE_WITH_FILES = 4 * 3600.0
+"""More seconds for what reads or writes many gigabytes, or a stream from far away."""
 
 
 def stall_seconds(recipe: Recipe) -> float:
@@ -91,22 +94,25 @@ class Watchdog:
                 return
 
     def _give_up(self, name: str) -> None:
+        found: list[str] = []
+        _try(lambda: found.append(self._state()))
+        state = f"{found[0]}. " if found and found[0] else ""
         said = (
-            f"error: nothing has moved in {name!r} for {self._silence:.0f} s. {self._asked()}The stacks of all threads "
-            f"are in {self._folder / FILE}. What was committed is kept: continue with resume=auto"
+            f"error: nothing has moved in {name!r} for {self._silence:.0f} s. {state}The stacks of all threads are in "
+            f"{self._folder / FILE}. What was committed is kept: continue with resume=auto"
         )
-        print(said, file=sys.stderr, flush=True)
-        try:
-            with (self._folder / FILE).open("w") as file:
-                print(said, file=file, flush=True)
-                faulthandler.dump_traceback(file, all_threads=True)
-        except OSError:  # a file system that is gone may be what hangs; the status says enough
-            pass
+        _try(lambda: print(said, file=sys.stderr, flush=True))
+        _try(lambda: self._write(said))
         self._end(ClusterError.exit_code)
 
-    def _asked(self) -> str:
-        found: list[str] = []
-        asks = threading.Thread(target=lambda: found.append(self._state()), daemon=True)
-        asks.start()
-        asks.join(STATE_SECONDS)
-        return f"{found[0]}. " if found and found[0] else ""
+    def _write(self, said: str) -> None:
+        with contextlib.suppress(OSError), (self._folder / FILE).open("w") as file:
+            print(said, file=file, flush=True)
+            faulthandler.dump_traceback(file, all_threads=True)
+
+
+def _try(do: Callable[[], None]) -> None:
+    """Give something a few seconds: it may never return, where a lock or a file system is what hangs."""
+    tries = threading.Thread(target=do, daemon=True)
+    tries.start()
+    tries.join(STATE_SECONDS)

@@ -120,15 +120,15 @@ class CachedExecutor:
     def _run_new(self, missing: Mapping[bytes, Job]) -> dict[bytes, Execution]:
         try:
             found = dict(zip(missing, self._executor.run(list(missing.values())), strict=True))
+            with self._lock:
+                for key, execution in found.items():
+                    self._keep(key, execution)
+                    self._running.pop(key).set_result(execution)
         except BaseException as error:
             with self._lock:
-                for key in missing:
-                    self._running.pop(key).set_exception(error)
+                for future in filter(None, (self._running.pop(key, None) for key in missing)):
+                    future.set_exception(error)
             raise
-        with self._lock:
-            for key, execution in found.items():
-                self._keep(key, execution)
-                self._running.pop(key).set_result(execution)
         return found
 
     def _keep(self, key: bytes, execution: Execution) -> None:

@@ -101,12 +101,14 @@ class Pool(Generic[W]):
         for todo in list(self._under_way):
             todo.clear()
         deadline = time.monotonic() + GRACE_SECONDS
-        with contextlib.suppress(queue.Empty):
-            for _ in self._workers:
-                self._idle.get(timeout=max(0.0, deadline - time.monotonic()))
-        for worker in self._workers:
-            worker.close()
-            self._idle.put(worker)  # whoever waits for one finds out
+        try:
+            with contextlib.suppress(queue.Empty):
+                for _ in self._workers:
+                    self._idle.get(timeout=max(0.0, deadline - time.monotonic()))
+        finally:
+            for worker in self._workers:
+                worker.close()
+                self._idle.put(worker)  # whoever waits for one finds out
 
     def __enter__(self) -> Self:
         return self

@@ -107,6 +107,7 @@ class Worker:
         self._serial = 0
         self._is_running = False
         self._process: subprocess.Popen[bytes] | None = None
+        self._is_closed = False
         self._control: socket.socket | None = None
         self._base = ""
         self._companion: Worker | None = None
@@ -309,7 +310,8 @@ class Worker:
         self.isolation = self._start()
 
     def close(self) -> None:
-        """End the zygote and whatever it runs; harmless when repeated."""
+        """End the zygote and whatever it runs, for good; harmless when repeated."""
+        self._is_closed = True
         self._stop()
         if self._claim is not None:
             self._claim.close()
@@ -329,6 +331,8 @@ class Worker:
         self._base = ""
 
     def _start(self) -> Isolation:
+        if self._is_closed:
+            raise RuntimeError("a worker that was closed starts no more: make another")
         self.incarnation += 1
         self._base = tempfile.mkdtemp(prefix="coupled-sandbox-")
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

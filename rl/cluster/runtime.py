@@ -84,7 +84,8 @@ class Runtime:
             self._changed.notify_all()
         if self._thread is not None:
             self._thread.join(timeout=10 * BEAT_SECONDS)
-        self._coordinator.close()
+        with self._changed:
+            self._coordinator.close()
 
     def _pump(self) -> None:
         coordinator = self._coordinator

@@ -78,6 +78,7 @@ def test_a_class_in_the_user_s_file_can_be_a_dataclass(tmp_path: Path) -> None:
         ("def score(completions): return None", "returned a NoneType: convert it"),
         ("def score(completions): return [1.0, float('nan'), 1.0]", "returned nan at 1: return None for what"),
         ("def score(completions): return [1.0, 1.0, float('inf')]", "returned inf at 2"),
+        ("def score(completions): return [1.0, 10**400, 1.0]", "at 1: return None for what"),
         ("def score(completions): return ['1', 1, 1]", "returned '1' (a str) at 0: return a float or None"),
         ("def score(completions): return [1j, 1, 1]", "(a complex) at 0"),
         ("def score(levl): return levl", "requires 'levl': did you mean 'level'?"),
@@ -117,8 +118,9 @@ def test_a_function_that_hangs_is_reported_with_its_name_and_the_time_it_had(tmp
         ("import os; os._exit(7)", "ended its process with status 7"),
         ("import time; time.sleep(600)", "still running after 0.5 s on 3 completions"),
         ("import os, time; os.fork() or time.sleep(600)", "still running after 0.5 s"),
+        ("import os, time; os.fork() and os._exit(7); time.sleep(600)", "still running after 0.5 s"),
     ],
-    ids=["segmentation fault", "exit", "hang", "hang of a child that keeps the pipe"],
+    ids=["segmentation fault", "exit", "hang", "hang of a child that keeps the pipe", "a child outlives it"],
 )
 def test_a_function_that_ends_or_hangs_is_named_and_is_started_anew_for_the_next_call(
     tmp_path: Path, body: str, message: str
@@ -141,6 +143,18 @@ def test_a_function_that_ends_or_hangs_is_named_and_is_started_anew_for_the_next
 def test_a_function_may_import_the_modules_beside_its_file(tmp_path: Path) -> None:
     (tmp_path / "helpers.py").write_text("TWO = 2.0\n")
     assert scores(tmp_path, "from helpers import TWO\ndef score(completions): return [TWO] * 3") == [2.0] * 3
+
+
+def test_a_process_that_is_killed_between_calls_is_replaced_and_leaves_no_descriptor(tmp_path: Path) -> None:
+    (tmp_path / "my_reward.py").write_text("def score(completions): return [1.0] * len(completions)")
+    with Scorer([RewardSpec(path="my_reward.py:score")], root=tmp_path) as scorer:
+        counts = []
+        for _ in range(3):
+            scorer.score(TASKS, COMPLETIONS)
+            counts.append(len(list(Path("/proc/self/fd").iterdir())))
+            scorer._users["score"]._process.kill()
+            scorer._users["score"]._process.wait()
+    assert len(set(counts)) == 1
 
 
 def test_a_function_keeps_its_state_and_what_it_prints_is_seen(

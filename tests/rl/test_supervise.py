@@ -40,6 +40,14 @@ def test_what_resuming_cannot_mend_is_not_resumed(tmp_path: Path, end: str, stat
     assert run(tmp_path, end) == (status, ["first"], [])
 
 
+def test_counting_begins_again_after_a_new_checkpoint_and_not_with_time(tmp_path: Path) -> None:
+    ends = ["75"] * (MAX_RESTARTS + 2) + ["0"]
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path / "log"), ",".join(ends), "again"]
+    left = iter([*[[]] * 5, *[["step_000001"]] * 100])
+    status = supervise(command, command, lambda _: None, committed=lambda: frozenset(next(left)), backoff_seconds=0.0)
+    assert status == 0, "the third process left a checkpoint"
+
+
 def test_it_gives_up_in_the_end(tmp_path: Path) -> None:
     status, started, said = run(tmp_path, ",".join(["75"] * 10))
     assert status == 75

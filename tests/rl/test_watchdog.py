@@ -106,6 +106,13 @@ def test_a_question_or_a_folder_that_hangs_or_fails_does_not_keep_it_alive(
     assert "nothing has moved in 'the run'" in capsys.readouterr().err
 
 
+def test_a_file_system_that_hangs_does_not_keep_it_alive(watchdog: Make, ended: list[int], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / FILE)  # opening it waits for a reader
+    watchdog()
+    wait_until(lambda: bool(ended), 30 + STATE_SECONDS)
+    assert ended == [75]
+
+
 def test_a_process_that_was_stopped_has_not_hung(tmp_path: Path) -> None:
     program = (
         "import sys, time\nfrom pathlib import Path\nfrom coupled.rl.watchdog import Watchdog\n"
