@@ -192,8 +192,9 @@ def with_shift(policy: Policy) -> Policy:
 
 
 def attending_to_padding(policy: Policy) -> Policy:
-    hidden_at = policy.hidden_at
-    policy.hidden_at = lambda ids, pads, *rest: hidden_at(ids, torch.zeros_like(pads), *rest)  # type: ignore[method-assign]
+    for name in ("hidden_at", "hidden_read"):
+        plain = getattr(policy, name)
+        setattr(policy, name, lambda ids, pads, *rest, plain=plain: plain(ids, torch.zeros_like(pads), *rest))
     return policy
 
 
