@@ -11,8 +11,8 @@ from test_estimators import KEY, VARIANTS, every_estimator, five, flat_gradient,
 from torch import Tensor
 from toys import MakePolicy
 
-import coupled.rl.learner as learner_module
 import coupled.rl.run as run_module
+import coupled.rl.trained as trained_module
 from coupled.rl.logprob import estimate_logp
 from coupled.rl.masking import draw_masks
 from coupled.rl.policy import Policy
@@ -42,7 +42,7 @@ class Updates:
         self.gradients: list[Tensor] = []
         self.sums: list[dict[str, float]] = []
         monkeypatch.setattr(
-            learner_module,
+            trained_module,
             "apply_step",
             lambda optimizer, policy, *rest: self.gradients.append(flat_gradient(policy)) or 1.0,
         )

@@ -145,7 +145,7 @@ ATTACKS: dict[str, tuple[str, set[Outcome]]] = {
     ),
     "recursion in C": (
         "import sys\nsys.setrecursionlimit(10**9)\na = []\nfor _ in range(10**6): a = [a]\ndef f(x): return repr(a)",
-        {O.CRASH},
+        {O.CRASH, O.TIMEOUT},
     ),
     "a list that contains itself": ("def f(x):\n    a = []\n    a.append(a)\n    return a", {O.OK}),
     "a small value with a huge shape": (

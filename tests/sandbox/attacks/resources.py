@@ -80,6 +80,7 @@ PROGRAMS = (
         "a = []\nimport sys\nsys.setrecursionlimit(10 ** 9)\nfor _ in range(10 ** 6): a = [a]\n"
         "def f(x): return repr(a)",
         *ENDED,
+        "timeout",  # a slow processor reaches its limit before the end of the stack
     ),
     _calls(
         "fill the disk",
