@@ -67,7 +67,7 @@ class Run:
             has_ended = self.process.poll() is not None  # asked first: what it did last is seen, too
             yield
             if has_ended:
-                raise NotShown(f"the run ended ({self.process.returncode}) before: {self.tail()}")
+                raise NotShown(f"the run ended ({self.process.returncode}) before it was seen\n{self.tail()}")
             time.sleep(0.02)
         raise NotShown(f"nothing of it within {SECONDS:.0f} s")
 

@@ -350,7 +350,7 @@ def scaling(sizes: Sequence[int] = (8, 64, 256, 1024)) -> list[dict[str, Any]]:
                     train_seconds=num_completions * TRAIN_SECONDS / num_train,
                     judge_seconds=SANDBOX_SECONDS,
                     lag=lag,
-                    num_steps=3 if is_large else 5,
+                    num_steps=4 if is_large else 5,
                     slow_share=0.03,
                 )
                 result = simulate(plan)
@@ -560,7 +560,7 @@ def write_scaling(rows: list[dict[str, Any]]) -> list[str]:
         f"batches of four. Assumed: an H100 at 45 % of 989 TFLOP/s in rollouts ({slow} s a completion, or a",
         f"tenth) and at 40 % in training ({TRAIN_SECONDS:.2f} s a completion), perfectly parallel training, CV 0.03,",
         f"3 % of the workers 1.4 times slower, {SANDBOX_SECONDS:.0f} s of sandbox after each batch,",
-        f"{LOAD_SECONDS:.0f} s to load an adapter. One seed, five steps, beyond 64 GPUs three, with lag 1 only.",
+        f"{LOAD_SECONDS:.0f} s to load an adapter. One seed, five steps, beyond 64 GPUs four, with lag 1 only.",
         "None of this has been run on GPUs. Beside each step time stands the share of the GPUs' time that is useful.",
         "Programs of a batch are run while others are rolled out or trained on. The last columns: for the busiest of",
         "the lags, the processor time that the coordinator really took per batch here, the whole of ledger, pools and",

@@ -165,7 +165,10 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
         "|" + "---|" * 10,
     ]
     for row in rows:
-        cells = [row["what"], "no: " + "; ".join(row["flaws"]) if row["flaws"] else "yes"]
+        cells = [
+            row["what"],
+            "no: " + "; ".join(flaw.partition("\n")[0] for flaw in row["flaws"]) if row["flaws"] else "yes",
+        ]
         if "counted" in row:
             cells += [f"{row['seconds']:.0f}", f"{row['added_seconds']:+.0f}" if "added_seconds" in row else ""]
             cells += [f"{row['counted'][name]:.0f}" for name in COUNTED]
