@@ -79,20 +79,12 @@ class Scorer:
         num_calls = 1 + len({task.uid for task in tasks})
         return len(self._users) * (num_calls * self._timeout_seconds + MAX_FAILURES * LOAD_SECONDS)
 
-    def judge(self, tasks: Sequence[Task], completions: Sequence[str]) -> list[Judgement]:
-        """Run the programs alone, for `score`: this can begin before all completions are there.
-
-        Raises UnsupportedTest and ValueError as `score` does.
-        """
-        assert self._judge is not None, "has_judge says whether there is anything to run"
-        return self._judge.judge(tasks, completions)
-
     def score(
         self, tasks: Sequence[Task], completions: Sequence[str], judgements: Sequence[Judgement] | None = None
     ) -> list[Verdict]:
         """Return one verdict per completion; each program runs once, whatever the number of functions.
 
-        `judgements` are those of `judge`, where the programs have been run already.
+        `judgements` are those of a `Judge` of the same executor, where the programs have been run already.
 
         A sample without a verdict on its program, or of a function that failed on it, has no score at all (INFRA): a
         sum without that part would be a reward for something else. Raises RewardError for a user's function that

@@ -59,14 +59,15 @@ def train(
         print(estimate_run(loaded), file=sys.stderr)
         return
     if supervised:
+        from coupled.rl.rundir import committed_checkpoints, run_folders
         from coupled.rl.supervise import supervise
 
         command = [sys.executable, "-m", "coupled.rl.cli", "train", recipe]
         again = [*command, *settings, "resume=auto" if resume == "never" else f"resume={resume}"]
 
         def committed() -> frozenset[str]:
-            runs = Path(loaded.output_dir).glob(f"{loaded.name}-*") if resume in ("never", "auto") else [Path(resume)]
-            return frozenset(str(step) for run in runs for step in run.glob("checkpoints/step_*"))
+            runs = run_folders(loaded) if resume in ("never", "auto") else [Path(resume)]
+            return frozenset(str(step) for run in runs for step in committed_checkpoints(run / "checkpoints"))
 
         def say(text: str) -> None:
             print(text, file=sys.stderr)

@@ -38,7 +38,7 @@ def fit(recipe: Recipe, resume: str = "never") -> Path:
     with ExitStack() as opened:
         learner = opened.enter_context(closing(open_fit_learner(recipe, policy, run.path)))
         watchdog = Watchdog(stall_seconds(recipe), run.path)
-        learner.on_progress = watchdog.moved
+        policy.on_pass = watchdog.moved
         opened.callback(watchdog.close)
         done, cursor = 0, Cursor()
         if (latest := run.latest()) is not None:

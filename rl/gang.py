@@ -175,15 +175,6 @@ class Gang:
     def policy(self) -> Policy:
         return self._learner.policy
 
-    @property
-    def on_progress(self) -> Callable[[], None]:
-        """See `Learner.on_progress`; of the first rank, for which the others wait as it does for them."""
-        return self._learner.on_progress
-
-    @on_progress.setter
-    def on_progress(self, called: Callable[[], None]) -> None:
-        self._learner.on_progress = called
-
     def anchor(
         self, batch: TrainBatch, masks: MaskDraw, *, is_first: bool, earlier: dict[str, Tensor] | None = None
     ) -> Anchor:

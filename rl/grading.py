@@ -35,7 +35,7 @@ class Grader:
     def begin(self, uids: Sequence[str], tasks: Sequence[Task], completions: Sequence[str]) -> None:
         """Run the programs of completions that will be scored under these uids; returns at once."""
         if self._scorer.has_judge:
-            batch = self._threads.submit(self._scorer.judge, tasks, completions)
+            batch = self._threads.submit(self._judge.judge, tasks, completions)
             self._ahead.update((uid, (batch, place)) for place, uid in enumerate(uids))
 
     def score(self, tasks: Sequence[Task], completions: Sequence[str], uids: Sequence[str] = ()) -> list[Verdict]:

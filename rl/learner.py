@@ -84,10 +84,10 @@ class Learner(Trained):
         """s of every row [B, C], each rank scoring some of the micro-batches."""
         estimator, size = self.recipe.estimator, self.recipe.optimizer.micro_batch_size
         all_rows = list(micro_batches(len(batch), size))
-        mine = []
-        for rows in self._ranks.share(all_rows):
-            self.on_progress()
-            mine.append(estimate_logp(policy, batch.rows(rows), masks.rows(rows), estimator, self.temperature))
+        mine = [
+            estimate_logp(policy, batch.rows(rows), masks.rows(rows), estimator, self.temperature)
+            for rows in self._ranks.share(all_rows)
+        ]
         if self._ranks.size == 1:
             return torch.cat(mine)
         found = torch.zeros(batch.valid.shape, device=batch.ids.device)
@@ -137,7 +137,6 @@ class Learner(Trained):
         made: dict[str, Rollout] = {}
         with self._whole():
             for chunk in self._ranks.share(request_chunks(requests, self.recipe.rollout.batch_size)):
-                self.on_progress()
                 rollouts = roll_out(self.policy, chunk, sampler, seed=seed, weight_version=weight_version)
                 made.update((r.uid, r) for r in rollouts)
         for part in self._ranks.gather(made):

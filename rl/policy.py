@@ -147,6 +147,7 @@ class Policy:
         columns, is_there = read_columns(source)
         if self.graphs is None or not is_small(ids):
             return self._whole_rows(ids, columns)[is_there]
+        self.on_pass()
         found = self.graphs.run(self.model, self._whole_rows, (ids, fill_up(columns, ids.shape[1])))
         return found[:, : columns.shape[1]][is_there]
 

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from coupled.rl.distributions import FORBIDDEN
+from coupled.rl.keys import uniform
 from coupled.rl.row_statistics import Choice, RowStatistics, draw_logits, measure
 from coupled.rl.shapes import Float, Int
 from coupled.rl.vocabulary import OutputHead
@@ -78,9 +79,9 @@ def fused_choice(
 def largest_difference(device: torch.device) -> float:
     """How far the kernels are from torch on a few random rows of three blocks and a bit; infinite for other tokens."""
     num_tokens, num_rows = 3 * BLOCK + 5, 6
-    stream = torch.Generator().manual_seed(0)
-    logits = (torch.randn((num_rows, num_tokens), generator=stream) * torch.arange(1, num_rows + 1)[:, None]).to(device)
-    draws = torch.rand(num_rows, generator=stream, dtype=torch.float64).to(device)
+    spread = 10 * torch.arange(1, num_rows + 1)[:, None]
+    logits = (torch.from_numpy(uniform((num_rows, num_tokens), 0, "row statistics")).float() * spread).to(device)
+    draws = torch.from_numpy(uniform((num_rows,), 0, "row draws")).double().to(device)
     head = OutputHead(module=torch.nn.Identity(), mask_id=1, num_tokens=num_tokens)
     plain = logits.clone()
     plain[:, head.mask_id] = FORBIDDEN

@@ -73,7 +73,7 @@ class Run:
         self.learner = Learner(recipe, policy) if learner is None else learner
         self._events = events or EventLog()
         self._watchdog = Watchdog(stall_seconds(recipe), folder.path, state=engine.oldest)
-        self._events.on_result = self.learner.on_progress = self.policy.on_pass = self._watchdog.moved
+        self._events.on_result = self.policy.on_pass = self._watchdog.moved
         self._version = 0
         """Of the weights that rolled out the step under way."""
         self._staleness = 0

@@ -161,6 +161,13 @@ class RunDir:
             )
 
 
+def run_folders(recipe: Recipe) -> list[Path]:
+    """The numbered folders of a recipe's name, `output_dir/name-001` first. Not those of `name-other`."""
+    start = len(recipe.name) + 1
+    found = Path(recipe.output_dir).glob(f"{recipe.name}-*")
+    return sorted((p for p in found if re.fullmatch(r"\d+", p.name[start:])), key=lambda p: int(p.name[start:]))
+
+
 def open_run_dir(recipe: Recipe, resume: str = "never") -> RunDir:
     """A new numbered folder `output_dir/name-001`, or with `resume` an existing one.
 
@@ -171,11 +178,7 @@ def open_run_dir(recipe: Recipe, resume: str = "never") -> RunDir:
     Raises:
         CheckpointError: the folder is not a run, or was made by another recipe.
     """
-    parent = Path(recipe.output_dir)
-    earlier = sorted(
-        (p for p in parent.glob(f"{recipe.name}-*") if re.fullmatch(r"\d+", p.name[len(recipe.name) + 1 :])),
-        key=lambda p: int(p.name[len(recipe.name) + 1 :]),
-    )
+    parent, earlier = Path(recipe.output_dir), run_folders(recipe)
     if resume == "auto":
         # A folder without its recipe was made in the moment of a crash and holds nothing.
         whole = [p for p in earlier if (p / "recipe.yaml").is_file()]

@@ -3,7 +3,7 @@ ranks and all weights are split."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,6 @@ class Trained:
         self.recipe = recipe
         self.policy = policy
         self._ranks = ranks
-        self.on_progress: Callable[[], None] = lambda: None
-        """Called for each part of a long call, by whoever does the work."""
         self._shards: Any = None
         self._reference_shards: Any = None
         if ranks.size > 1 and not policy.has_adapter:
@@ -74,12 +72,10 @@ class Trained:
     def _passes(self, parts: Sequence[slice]) -> Iterator[tuple[slice, bool]]:
         """This rank's micro-batches, and whether they are silent. Where weights are split every rank makes as many
         passes as the others, if need be over rows that another one counts."""
-        passes = [(rows, False) for rows in self._ranks.share(parts)]
-        if self.is_sharded and len(passes) < -(-len(parts) // self._ranks.size):
-            passes.append((parts[0], True))
-        for each in passes:
-            self.on_progress()
-            yield each
+        mine = self._ranks.share(parts)
+        yield from ((rows, False) for rows in mine)
+        if self.is_sharded and len(mine) < -(-len(parts) // self._ranks.size):
+            yield parts[0], True
 
     def _add_gradients(self) -> None:
         """Replace the gradient of this rank's rows by the batch's, which `_training` has done for weights that are

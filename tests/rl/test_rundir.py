@@ -27,6 +27,7 @@ from coupled.rl.rundir import (
     open_run_dir,
     read_rows,
     read_run_recipe,
+    run_folders,
 )
 
 
@@ -400,3 +401,10 @@ def test_rows_that_a_full_disk_does_not_take_are_written_when_it_does(
     assert "alarm:" in capsys.readouterr().out
     folder.log({"step": 4})
     assert [row["step"] for row in folder.rows()] == [1, 2, 3, 4]
+
+
+def test_the_folders_of_a_recipe_are_not_those_of_one_whose_name_begins_like_it(tmp_path: Path) -> None:
+    for name in ("run-010", "run-002", "run-ray-001", "run-1b", "other-001"):
+        (tmp_path / name).mkdir()
+    found = run_folders(make_recipe(name="run", output_dir=str(tmp_path)))
+    assert [path.name for path in found] == ["run-002", "run-010"]
