@@ -92,6 +92,27 @@ def test_programs_that_were_begun_are_scored_as_if_they_had_not_been_and_run_onc
     assert sorted(opened[1].ran) == sorted(opened[0].ran), "nothing is run twice"
 
 
+class SlowAtFirst(Adds):
+    """The first program that it runs takes too long."""
+
+    def run(self, jobs: Sequence[Job]) -> list[Execution]:
+        is_first = not self.ran
+        done = super().run(jobs)
+        return [replace(run, outcome=Outcome.TIMEOUT, results=()) for run in done] if is_first else done
+
+
+def test_equal_completions_have_equal_verdicts_also_in_batches_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grading, "RemoteExecutor", SlowAtFirst)
+    text = "```python\ndef f(x): return x + 1\n```"
+    with contextlib.closing(open_grader(load_recipe(QUICKSTART, REMOTE), [CALLS])) as grader:
+        for uid in ("a", "b"):
+            grader.begin([uid], [CALLS], [text])
+            grader._ahead[uid][0].result()
+        assert [batch.result()[0].outcome for batch, _ in grader._ahead.values()] == ["timeout", "ok"]
+        one, other = grader.score([CALLS] * 2, [text] * 2, ["a", "b"])
+        assert one == other
+
+
 def test_what_went_wrong_ahead_is_raised_when_the_scores_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(grading, "RemoteExecutor", Elsewhere)
     with contextlib.closing(open_grader(load_recipe(QUICKSTART, REMOTE), [CALLS])) as grader:

@@ -12,7 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from toys import MakePolicy, make_batch, make_requests
 
+from coupled.rl.denoise import Sampler, denoise
 from coupled.rl.events import EventLog
 from coupled.rl.watchdog import FILE, STATE_SECONDS, Watchdog
 
@@ -81,6 +84,23 @@ def test_nothing_ends_while_something_moves(watchdog: Make, ended: list[int]) ->
     dog.close()
     time.sleep(2 * SECONDS)
     assert ended == []
+
+
+def test_each_pass_through_the_layers_is_told_in_rollouts_and_scoring_also_under_the_reference(
+    tiny_policy: MakePolicy,
+) -> None:
+    policy, passes = tiny_policy(), []
+    policy.on_pass = lambda: passes.append(1)
+    (made,) = denoise(policy, make_requests(1), Sampler(canvas=6, denoising_steps=6, temperature=1.0), seed=0)
+    assert len(passes) == made.num_forwards > 1
+    passes.clear()
+    batch = make_batch()
+    everywhere = torch.ones_like(batch.ids, dtype=torch.bool)
+    policy.freeze_reference()
+    policy.logits_at(batch.ids, batch.pad_lengths, everywhere)
+    with policy.reference() as frozen:
+        frozen.logits_at(batch.ids, batch.pad_lengths, everywhere)
+    assert len(passes) == 2
 
 
 def test_events_that_are_no_results_do_not_count(watchdog: Make, ended: list[int]) -> None:
