@@ -27,8 +27,8 @@ from typing import Any
 
 from common import ROOT, environment
 
-from coupled.rl.evaluate import Evaluation
-from coupled.rl.rundir import read_rows
+from coupled.rl.evaluation.held_out import Evaluation
+from coupled.rl.run_folder.folder import read_rows
 
 COMMON = (
     "num_steps=20",

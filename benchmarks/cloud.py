@@ -17,7 +17,7 @@ from typing import Any
 from common import ROOT
 from netns import TEMPORARY, Host, Network
 
-from coupled.rl.rundir import committed_checkpoints, read_rows
+from coupled.rl.run_folder.folder import committed_checkpoints, read_rows
 
 PORT = 6379
 SECONDS = 600.0

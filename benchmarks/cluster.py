@@ -429,9 +429,9 @@ def ray_calls() -> list[dict[str, Any]]:
     """Through Ray actors of this machine."""
     import cluster
 
-    from coupled.rl.cluster.ray_actors import RayTransport
-    from coupled.rl.ray_cluster import close_ray, open_ray
-    from coupled.rl.recipe import load_recipe
+    from coupled.rl.cluster.ray import close_ray, open_ray
+    from coupled.rl.cluster.ray_transport import RayTransport
+    from coupled.rl.recipe.schema import load_recipe
 
     ray = open_ray(load_recipe(str(ROOT / "recipes" / "quickstart-ray.yaml")))
     try:

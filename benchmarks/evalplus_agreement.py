@@ -26,11 +26,11 @@ import numpy as np
 from common import ROOT, environment
 from verdicts import mutants
 
-from coupled.rl.benchmarks import BENCHMARKS, Benchmark, Problem, data_file, load_problems
-from coupled.rl.benchmarks.run import Arm, Plan, evaluate_benchmark, read_evaluation
-from coupled.rl.denoise import Request, Sampler
-from coupled.rl.loading import load_tokenizer
-from coupled.rl.policy import Policy
+from coupled.rl.evaluation.benchmarks import BENCHMARKS, Benchmark, Problem, data_file, load_problems
+from coupled.rl.evaluation.benchmarks.run import Arm, Plan, evaluate_benchmark, read_evaluation
+from coupled.rl.model.loading import load_tokenizer
+from coupled.rl.model.policy import Policy
+from coupled.rl.rollout.denoise import Request, Sampler
 from coupled.rl.types import Rollout
 from coupled.sandbox import open_executor
 

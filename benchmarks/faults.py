@@ -10,7 +10,7 @@ from typing import Any
 from cloud import SECONDS, Cloud, Event, Layout, NotShown, Run
 from netns import Host
 
-from coupled.rl.rundir import read_run_recipe
+from coupled.rl.run_folder.folder import read_run_recipe
 
 NAME = "quickstart"
 NUM_STEPS = 20

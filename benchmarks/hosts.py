@@ -34,8 +34,8 @@ from common import ROOT, environment
 from faults import FAULT_STEP, NAME, NUM_STEPS, RECIPE, SCENARIOS, Scenario
 from netns import Network, why_not
 
-from coupled.rl.metrics import DETERMINISTIC_EXCEPT
-from coupled.rl.rundir import committed_checkpoints, read_rows
+from coupled.rl.monitoring.metrics import DETERMINISTIC_EXCEPT
+from coupled.rl.run_folder.folder import committed_checkpoints, read_rows
 
 COUNTED = ("redispatched", "hedged", "duplicates", "lost_workers", "quarantined")
 INTRODUCTION = f"""# Faults of hosts and networks

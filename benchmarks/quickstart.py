@@ -20,8 +20,8 @@ from typing import Any
 
 from common import ROOT, environment
 
-from coupled.rl.evaluate import Evaluation, paired_gain
-from coupled.rl.rundir import read_rows
+from coupled.rl.evaluation.held_out import Evaluation, paired_gain
+from coupled.rl.run_folder.folder import read_rows
 
 PARTS = ("rollout", "sandbox", "scoring", "update", "sync")
 

@@ -40,19 +40,20 @@ from common import ROOT, environment
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from coupled.rl import readout, vocabulary
-from coupled.rl.checkpoint import open_policy
-from coupled.rl.data import encode_prompts, load_tasks
-from coupled.rl.denoise import Request, keyed_draws
-from coupled.rl.distributions import draw_tokens
-from coupled.rl.engine import InlineEngine, roll_out
-from coupled.rl.evaluate import sampler_of
-from coupled.rl.families import FAMILIES
-from coupled.rl.graphs import Graphs
-from coupled.rl.policy import Policy
-from coupled.rl.readout import chunks
-from coupled.rl.recipe import PRESETS, load_recipe
-from coupled.rl.sampler import Sampler, Step, plan_steps, unmask_counts
+from coupled.rl.data.tasks import encode_prompts, load_tasks
+from coupled.rl.evaluation.held_out import sampler_of
+from coupled.rl.model import vocabulary
+from coupled.rl.model.cuda_graphs import Graphs
+from coupled.rl.model.families import FAMILIES
+from coupled.rl.model.policy import Policy
+from coupled.rl.recipe.schema import PRESETS, load_recipe
+from coupled.rl.rollout import readout
+from coupled.rl.rollout.denoise import Request, keyed_draws
+from coupled.rl.rollout.distributions import draw_tokens
+from coupled.rl.rollout.engine import InlineEngine, roll_out
+from coupled.rl.rollout.readout import chunks
+from coupled.rl.rollout.sampler import Sampler, Step, plan_steps, unmask_counts
+from coupled.rl.trainer.checkpoint import open_policy
 from coupled.rl.types import Rollout
 
 SHAPES = {
@@ -242,8 +243,9 @@ class Arm:
 
 NUCLEUS, WHOLE = "published loop", "published loop, top-p 1"
 REFERENCE = dict(PRESETS["reference"])
-NO_BOUNDS = ("coupled.rl.readout._has_bounds", lambda _: False)
-READ, STATES = "coupled.rl.denoise.read_out", "coupled.rl.denoise.distinct_states"
+NO_BOUNDS = ("coupled.rl.rollout.readout._has_bounds", lambda _: False)
+LAST_LAYER, FEWEST_ROWS = "coupled.rl.model.policy.is_known", "coupled.rl.rollout.engine.FEWEST_ROWS"
+READ, STATES = "coupled.rl.rollout.denoise.read_out", "coupled.rl.rollout.denoise.distinct_states"
 RANDOM_ARMS = (
     Arm(name=NUCLEUS, baseline=NUCLEUS, settings=REFERENCE, is_published=True),
     Arm(name=WHOLE, baseline=WHOLE, is_published=True),
@@ -261,26 +263,30 @@ RANDOM_ARMS = (
         name="reference, sorted nucleus",
         baseline=NUCLEUS,
         settings=REFERENCE,
-        patches=(("coupled.rl.readout.nucleus", sorted_nucleus),),
+        patches=(("coupled.rl.rollout.readout.nucleus", sorted_nucleus),),
     ),
     Arm(
         name="reference, no bounds, sorted nucleus",
         baseline=NUCLEUS,
         settings=REFERENCE,
-        patches=(NO_BOUNDS, ("coupled.rl.readout.nucleus", sorted_nucleus)),
+        patches=(NO_BOUNDS, ("coupled.rl.rollout.readout.nucleus", sorted_nucleus)),
     ),
     Arm(name="rl, nothing shared", baseline=WHOLE, patches=((STATES, each_row),)),
-    Arm(name="rl, the last layer whole", baseline=WHOLE, patches=(("coupled.rl.policy.is_known", lambda _: False),)),
+    Arm(
+        name="rl, the last layer whole",
+        baseline=WHOLE,
+        patches=((LAST_LAYER, lambda _: False),),
+    ),
     Arm(
         name="rl, logits of chosen positions again",
         baseline=WHOLE,
-        patches=(("coupled.rl.readout.Reading.source", lambda reading, picked: (reading.which[picked], None)),),
+        patches=(("coupled.rl.rollout.readout.Reading.source", lambda reading, picked: (reading.which[picked], None)),),
     ),
-    Arm(name="rl, empty steps run", baseline=WHOLE, patches=(("coupled.rl.denoise.plan_steps", all_steps),)),
+    Arm(name="rl, empty steps run", baseline=WHOLE, patches=(("coupled.rl.rollout.denoise.plan_steps", all_steps),)),
     Arm(
         name="rl, logits not in chunks",
         baseline=WHOLE,
-        patches=(("coupled.rl.readout.CHUNK_LOGITS", {"cpu": 2**60, "cuda": 2**60}),),
+        patches=(("coupled.rl.rollout.readout.CHUNK_LOGITS", {"cpu": 2**60, "cuda": 2**60}),),
     ),
     Arm(name="fast", baseline=WHOLE, settings=dict(PRESETS["fast"]), is_same=False),
     Arm(name="approximate: two tokens a step", baseline=WHOLE, settings={"denoising_steps": 2}, is_same=False),
@@ -292,7 +298,7 @@ OURS = "rl"
 EMBEDDED_ARMS = (
     Arm(name="rl", baseline="rl"),
     Arm(name="rl, to the end of the canvas", baseline="rl", settings={"has_early_exit": False}, is_same=False),
-    Arm(name="rl, lengths mixed in a batch", baseline="rl", patches=(("coupled.rl.engine.FEWEST_ROWS", 10**9),)),
+    Arm(name="rl, lengths mixed in a batch", baseline="rl", patches=((FEWEST_ROWS, 10**9),)),
     Arm(name="rl, nothing shared", baseline="rl", patches=((STATES, each_row),)),
     Arm(name="fast", baseline="rl", settings=dict(PRESETS["fast"]), is_same=False),
 )
@@ -301,12 +307,12 @@ GPU_ARMS = (
     Arm(
         name="rl, statistics by torch",
         baseline=WHOLE,
-        patches=(("coupled.rl.row_statistics.is_fused", lambda _: False),),
+        patches=(("coupled.rl.rollout.row_statistics.is_fused", lambda _: False),),
     ),
 )
-GRAPHS = ("coupled.rl.policy.Policy.graphs", Graphs()), ("coupled.rl.graphs.MOST_COLUMNS", 10**9)
+GRAPHS = ("coupled.rl.model.policy.Policy.graphs", Graphs()), ("coupled.rl.model.cuda_graphs.MOST_COLUMNS", 10**9)
 GPU_ARMS = (*GPU_ARMS, Arm(name="rl, CUDA graphs", baseline=WHOLE, patches=GRAPHS))
-BLOCKS = "coupled.rl.block_denoise."
+BLOCKS = "coupled.rl.rollout.denoise_blocks."
 ANEW = "everything anew"
 BLOCK_ARMS = (
     Arm(

@@ -35,23 +35,23 @@ from common import ROOT, environment
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from coupled.rl import vocabulary
-from coupled.rl.attention import Layout
-from coupled.rl.checkpoint import open_policy
-from coupled.rl.data import encode_prompts, load_tasks
-from coupled.rl.denoise import Request
-from coupled.rl.engine import InlineEngine
+from coupled.rl.data.tasks import encode_prompts, load_tasks
 from coupled.rl.estimators.coupled import draw_pairs, of_pairs
-from coupled.rl.evaluate import sampler_of
-from coupled.rl.families import FAMILIES
-from coupled.rl.gradient_checkpointing import checkpoint_gradients
-from coupled.rl.loading import add_adapter
-from coupled.rl.logprob import estimate_logp
-from coupled.rl.loss import loss_denominator
-from coupled.rl.policy import Policy
-from coupled.rl.recipe import Recipe, load_recipe
+from coupled.rl.estimators.score import estimate_logp
+from coupled.rl.evaluation.held_out import sampler_of
+from coupled.rl.model import vocabulary
+from coupled.rl.model.attention import Layout
+from coupled.rl.model.families import FAMILIES
+from coupled.rl.model.gradient_checkpointing import checkpoint_gradients
+from coupled.rl.model.loading import add_adapter
+from coupled.rl.model.policy import Policy
+from coupled.rl.objective.gradient import add_gradient
+from coupled.rl.objective.loss import loss_denominator
+from coupled.rl.recipe.schema import Recipe, load_recipe
+from coupled.rl.rollout.denoise import Request
+from coupled.rl.rollout.engine import InlineEngine
+from coupled.rl.trainer.checkpoint import open_policy
 from coupled.rl.types import Anchor, MaskDraw, MaskPair, TrainBatch
-from coupled.rl.update import add_gradient
 
 SHAPES = {
     "small": {

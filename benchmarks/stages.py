@@ -27,18 +27,18 @@ from typing import Any
 
 import torch
 
-from coupled.rl.checkpoint import open_policy
-from coupled.rl.data import encode_prompts, load_tasks
-from coupled.rl.denoise import completion_length
-from coupled.rl.evaluate import bootstrap, is_pass
-from coupled.rl.fit_batch import collate
-from coupled.rl.fit_data import Encoder, Example
-from coupled.rl.fit_objective import draw_noise, fit_loss
-from coupled.rl.fit_rows import read_rows as dataset_rows
-from coupled.rl.grading import open_grader
-from coupled.rl.policy import Policy
-from coupled.rl.recipe import Recipe, load_recipe
-from coupled.rl.rundir import committed_checkpoints, read_rows
+from coupled.rl.data.rows import read_rows as dataset_rows
+from coupled.rl.data.tasks import encode_prompts, load_tasks
+from coupled.rl.evaluation.held_out import bootstrap, is_pass
+from coupled.rl.judging.grader import open_grader
+from coupled.rl.likelihood.batch import collate
+from coupled.rl.likelihood.objective import draw_noise, fit_loss
+from coupled.rl.likelihood.samples import Encoder, Example
+from coupled.rl.model.policy import Policy
+from coupled.rl.recipe.schema import Recipe, load_recipe
+from coupled.rl.rollout.denoise import completion_length
+from coupled.rl.run_folder.folder import committed_checkpoints, read_rows
+from coupled.rl.trainer.checkpoint import open_policy
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "recipes" / "tiny"

@@ -1,7 +1,7 @@
 """Coupled-GRPO post-training of masked-diffusion language models.
 
 The Python door is two names: `from coupled.rl import Recipe, train`. They are loaded on first use, so that
-`import coupled.rl.loss` on a machine that has torch alone does not ask for ray or datasets.
+`import coupled.rl.objective.loss` on a machine that has torch alone does not ask for ray or datasets.
 """
 
 if __name__ != "coupled.rl":
@@ -10,7 +10,7 @@ if __name__ != "coupled.rl":
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from coupled.rl.recipe import Recipe, load_recipe
+    from coupled.rl.recipe.schema import Recipe, load_recipe
     from coupled.rl.train import train
 
 __all__ = ["Recipe", "load_recipe", "train"]

@@ -18,8 +18,8 @@ from coupled.rl.errors import CoupledError
 from coupled.sandbox import SandboxUnavailable
 
 if TYPE_CHECKING:
-    from coupled.rl.benchmarks.command import Wish
-    from coupled.rl.recipe import Recipe
+    from coupled.rl.evaluation.benchmarks.command import Wish
+    from coupled.rl.recipe.schema import Recipe
 
 app = typer.Typer(
     add_completion=False,
@@ -48,19 +48,19 @@ def train(
 
     Exit status 0: done; 2: something must be mended first; 75: resuming may succeed; 70: a mistake of ours.
     """
-    from coupled.rl.recipe import dump_recipe, load_recipe
+    from coupled.rl.recipe.schema import dump_recipe, load_recipe
 
     resume, settings = _split_resume(overrides or [])
     loaded = load_recipe(recipe, tuple(settings))
     if dry_run:
         print(dump_recipe(loaded), end="")
-        from coupled.rl.estimate import estimate_run
+        from coupled.rl.commands.dry_run import estimate_run
 
         print(estimate_run(loaded), file=sys.stderr)
         return
     if supervised:
-        from coupled.rl.rundir import committed_checkpoints, run_folders
-        from coupled.rl.supervise import supervise
+        from coupled.rl.commands.supervise import supervise
+        from coupled.rl.run_folder.folder import committed_checkpoints, run_folders
 
         command = [sys.executable, "-m", "coupled.rl.cli", "train", recipe]
         again = [*command, *settings, "resume=auto" if resume == "never" else f"resume={resume}"]
@@ -112,7 +112,7 @@ def evaluate(
     Without --benchmark: pass@1 on the held-out problems of the run's recipe.
     """
     if benchmark or compare:
-        from coupled.rl.benchmarks.command import Wish
+        from coupled.rl.evaluation.benchmarks.command import Wish
 
         wish = Wish(
             benchmarks=benchmark,
@@ -132,7 +132,7 @@ def evaluate(
         return
     if checkpoint is None:
         raise CoupledError("eval needs a checkpoint or run folder, or --compare A B; got neither")
-    from coupled.rl.standalone import evaluate_checkpoint
+    from coupled.rl.commands.sample import evaluate_checkpoint
 
     found = evaluate_checkpoint(checkpoint, recipe, tuple(overrides or ()))
     for name, rates in (("sampled", found.sampled), ("greedy", found.greedy)):
@@ -160,9 +160,9 @@ def sample(
 
     With --tests its program is run against them. Exit status 0: all passed; 1: not all; 2: nothing was judged.
     """
-    from coupled.rl.sandbox_command import read_task, try_program
-    from coupled.rl.standalone import sample_checkpoint
-    from coupled.rl.watching import CanvasView
+    from coupled.rl.commands.canvas_view import CanvasView
+    from coupled.rl.commands.sample import sample_checkpoint
+    from coupled.rl.commands.sandbox import read_task, try_program
 
     task = None if tests is None else read_task(tests)
     with CanvasView(console, is_shown=watch) as view:
@@ -202,7 +202,7 @@ def analyze(
     ] = None,
 ) -> None:
     """AR-ness, confidence and order of commit; scores against temperature and denoising steps; before and after."""
-    from coupled.rl.analyze import Sweep, analyze, claim_table, default_out, point_table, write_analysis
+    from coupled.rl.evaluation.analyze import Sweep, analyze, claim_table, default_out, point_table, write_analysis
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False)
@@ -241,8 +241,8 @@ def export(
     """Write a checkpoint as a model folder of its own, with its tokenizer."""
     import torch
 
+    from coupled.rl.commands.export import export_checkpoint
     from coupled.rl.errors import CheckpointError
-    from coupled.rl.export import export_checkpoint
 
     if dtype not in ("float32", "bfloat16"):
         raise CheckpointError(f"--dtype must be float32 or bfloat16; got {dtype!r}")
@@ -262,7 +262,7 @@ def sandbox_run(
     as_json: Annotated[bool, typer.Option("--json", help="print one line of JSON instead of a table")] = False,
 ) -> None:
     """Run a file against tests. Exit status 0: all passed; 1: not all; 2: nothing was judged."""
-    from coupled.rl.sandbox_command import try_file
+    from coupled.rl.commands.sandbox import try_file
 
     trial = try_file(program, tests, tier=tier, url=url, allow_weak=allow_weak)
     if as_json:
@@ -278,8 +278,8 @@ def top(
     once: Annotated[bool, typer.Option("--once", help="print it once; default on a terminal: every second")] = False,
 ) -> None:
     """Show a run's workers: who has what, what waits, which side waits for the other, and what has gone wrong."""
-    from coupled.rl.cluster.top import has_events
-    from coupled.rl.cluster.top import top as show_run
+    from coupled.rl.commands.top import has_events
+    from coupled.rl.commands.top import top as show_run
 
     if not has_events(run):
         raise CoupledError(f"{run} holds no events.jsonl: give the folder of an RL run that trains or has trained")
@@ -296,7 +296,7 @@ def doctor(
     ] = None,
 ) -> None:
     """Say what this machine can and cannot do, and the remedy."""
-    from coupled.rl.doctor import examine
+    from coupled.rl.commands.doctor import examine
 
     findings = examine(address)
     for finding in findings:
@@ -311,7 +311,7 @@ def doctor(
 @app.command()
 def schema() -> None:
     """Print the JSON schema of recipe files, for editors (kept at recipes/schema.json)."""
-    from coupled.rl.recipe import json_schema
+    from coupled.rl.recipe.schema import json_schema
 
     print(json_schema(), end="")
 
@@ -337,7 +337,7 @@ def _train(recipe: Recipe, resume: str) -> None:
 
         console.print(f"checkpoint: {fit(recipe, resume)}  ({_minutes(started)})")
         return
-    from coupled.rl.evaluate import comparison_table
+    from coupled.rl.evaluation.held_out import comparison_table
     from coupled.rl.train import train as run_training
 
     result = run_training(recipe, resume)
@@ -348,7 +348,7 @@ def _train(recipe: Recipe, resume: str) -> None:
 
 
 def _evaluate_on_benchmarks(checkpoint: Path | None, wish: Wish, pair: tuple[Path, Path] | None) -> None:
-    from coupled.rl.benchmarks.command import compare, comparison_table, evaluate_on, score_table
+    from coupled.rl.evaluation.benchmarks.command import compare, comparison_table, evaluate_on, score_table
 
     def say(text: str) -> None:
         console.print(text, markup=False, highlight=False)

@@ -17,29 +17,29 @@ import torch
 from rich.console import Console
 
 from coupled.reward import RewardError, Status, Task
-from coupled.rl.advantage import filter_groups, group_advantages
-from coupled.rl.batch import collate, passes_of, refuse_identical_groups, rewards_of
-from coupled.rl.checkpoint import open_policy, read_carried, use_threads, write_carried
-from coupled.rl.cluster.open import open_engine
-from coupled.rl.cluster.rollouts import ClusterEngine
-from coupled.rl.data import encode_prompts, load_tasks, rows_of_step
-from coupled.rl.denoise import Request
+from coupled.rl.data.tasks import encode_prompts, load_tasks, rows_of_step
 from coupled.rl.errors import DataError, RecipeError, RolloutError, SaveError
-from coupled.rl.evaluate import Evaluation, evaluate, sampler_of
-from coupled.rl.events import EventLog
-from coupled.rl.gang import Gang, open_learner
-from coupled.rl.grading import Grader, open_grader
-from coupled.rl.learner import Learner
-from coupled.rl.metrics import StepMetrics
-from coupled.rl.mismatch import compare, exact_counterpart
-from coupled.rl.parity import prompts_to_check, sampler_for_parity
-from coupled.rl.policy import Policy
-from coupled.rl.progress import Progress
-from coupled.rl.recipe import Recipe
-from coupled.rl.rollout_log import write_rollouts
-from coupled.rl.rundir import RunDir, open_run_dir
+from coupled.rl.evaluation.held_out import Evaluation, evaluate, sampler_of
+from coupled.rl.judging.grader import Grader, open_grader
+from coupled.rl.model.policy import Policy
+from coupled.rl.monitoring.events import EventLog
+from coupled.rl.monitoring.metrics import StepMetrics
+from coupled.rl.monitoring.progress import Progress
+from coupled.rl.monitoring.watchdog import PATIENCE_WITH_FILES, Watchdog, stall_seconds
+from coupled.rl.objective.advantage import filter_groups, group_advantages
+from coupled.rl.objective.batch import collate, passes_of, refuse_identical_groups, rewards_of
+from coupled.rl.recipe.schema import Recipe
+from coupled.rl.rollout.denoise import Request
+from coupled.rl.rollout.exactness import compare, exact_counterpart
+from coupled.rl.rollout.open import open_engine
+from coupled.rl.rollout.parity import prompts_to_check, sampler_for_parity
+from coupled.rl.rollout.workers import ClusterEngine
+from coupled.rl.run_folder.folder import RunDir, open_run_dir
+from coupled.rl.run_folder.rollout_log import write_rollouts
+from coupled.rl.trainer.checkpoint import open_policy, read_carried, use_threads, write_carried
+from coupled.rl.trainer.rank_group import Gang, open_learner
+from coupled.rl.trainer.rl_learner import Learner
 from coupled.rl.types import Anchor, Group, MaskDraw, Prompt, Rollout, TrainBatch
-from coupled.rl.watchdog import PATIENCE_WITH_FILES, Watchdog, stall_seconds
 from coupled.sandbox import CacheStatistics
 
 MAX_BLIND_STEPS = 3

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from coupled.rl.evaluate import Evaluation
-from coupled.rl.masking import draw_masks
-from coupled.rl.recipe import Recipe
+from coupled.rl.estimators.draw import draw_masks
+from coupled.rl.evaluation.held_out import Evaluation
+from coupled.rl.recipe.schema import Recipe
 from coupled.rl.run import open_run
 
 

@@ -34,14 +34,14 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import coupled.rl.cluster.transport
-import coupled.rl.engine
-from coupled.rl.families import Family
-from coupled.rl.policy import Policy
+import coupled.rl.rollout.engine
+from coupled.rl.model.families import Family
+from coupled.rl.model.policy import Policy
 from coupled.sandbox import Executor
 
 # beartype checks a protocol by its method names, which Python allows only for protocols that are marked so.
 runtime_checkable(Executor)
-runtime_checkable(coupled.rl.engine.RolloutEngine)
+runtime_checkable(coupled.rl.rollout.engine.RolloutEngine)
 runtime_checkable(coupled.rl.cluster.transport.Transport)
 runtime_checkable(coupled.rl.cluster.transport.Carrier)
 

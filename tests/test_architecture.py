@@ -19,31 +19,31 @@ CORE = (
     "keys",
     "shapes",
     "estimators/__init__",
-    "masking",
-    "logprob",
-    "advantage",
-    "loss",
-    "batch",
-    "noise",
-    "sampler",
-    "distributions",
-    "row_statistics",
-    "readout",
-    "last_layer",
-    "packing",
-    "graphs",
-    "canvas_states",
-    "denoise",
-    "block_denoise",
-    "attention",
-    "vocabulary",
-    "policy",
-    "loading",
-    "families",
-    "optimizer",
-    "gradient_checkpointing",
-    "update",
-    "parity",
+    "estimators/draw",
+    "estimators/score",
+    "objective/advantage",
+    "objective/loss",
+    "objective/batch",
+    "likelihood/noise",
+    "rollout/sampler",
+    "rollout/distributions",
+    "rollout/row_statistics",
+    "rollout/readout",
+    "model/last_layer",
+    "model/packing",
+    "model/cuda_graphs",
+    "rollout/canvas_states",
+    "rollout/denoise",
+    "rollout/denoise_blocks",
+    "model/attention",
+    "model/vocabulary",
+    "model/policy",
+    "model/loading",
+    "model/families",
+    "trainer/optimizer",
+    "model/gradient_checkpointing",
+    "objective/gradient",
+    "rollout/parity",
 )
 ABSENT = ("ray", "datasets", "trl", "vllm", "evalplus", "tensorboard", "pyarrow", "typer", "jaxtyping", "peft")
 
@@ -134,9 +134,9 @@ else:
     raise SystemExit("the blocker does not block")
 import importlib
 for name in {core!r}:
-    importlib.import_module("coupled.rl." + name.removesuffix("/__init__"))
+    importlib.import_module("coupled.rl." + name.removesuffix("/__init__").replace("/", "."))
 import torch
-from coupled.rl.advantage import group_advantages
+from coupled.rl.objective.advantage import group_advantages
 print(group_advantages(torch.tensor([[0.0, 1.0]]), "mean").tolist())
 """
 
@@ -190,11 +190,11 @@ def test_no_file_sets_a_global_generator_outside_a_fork(name: str) -> None:
     calls = SeedCalls()
     calls.visit(ast.parse(FILES[name].read_text()))
     assert calls.lines == []
-    assert calls.forked == 0 or name == "rl/loading.py", "weights are initialised in loading.py and nowhere else"
+    assert calls.forked == 0 or name == "rl/model/loading.py", "weights are initialised in loading.py and nowhere else"
 
 
 # doctor reports the environment, ray_cluster hands one to its actors; the sandbox is about processes.
-MAY_READ_ENVIRONMENT = {"rl/cli.py", "rl/doctor.py", "rl/ray_cluster.py", *of_package("sandbox")}
+MAY_READ_ENVIRONMENT = {"rl/cli.py", "rl/commands/doctor.py", "rl/cluster/ray.py", *of_package("sandbox")}
 
 
 @pytest.mark.parametrize("name", sorted(FILES.keys() - MAY_READ_ENVIRONMENT))

@@ -10,7 +10,7 @@ import pytest
 from coupled.reward import RewardError
 from coupled.rl.cli import main
 from coupled.rl.errors import CheckpointError, CoupledError, DataError, RolloutError
-from coupled.rl.recipe import load_recipe
+from coupled.rl.recipe.schema import load_recipe
 from coupled.rl.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -177,7 +177,7 @@ def test_a_missing_reward_function_is_found_before_anything_runs(tmp_path: Path)
 
 
 def test_a_full_disk_keeps_the_earlier_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from coupled.rl import trained
+    from coupled.rl.trainer import learner as trained
 
     real = trained.write_checkpoint
 

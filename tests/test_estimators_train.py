@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from coupled.rl.metrics import DETERMINISTIC_EXCEPT
-from coupled.rl.recipe import load_recipe
-from coupled.rl.rundir import read_rows
+from coupled.rl.monitoring.metrics import DETERMINISTIC_EXCEPT
+from coupled.rl.recipe.schema import load_recipe
+from coupled.rl.run_folder.folder import read_rows
 from coupled.rl.train import train
 
 ROOT = Path(__file__).parents[1]

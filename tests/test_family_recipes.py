@@ -12,11 +12,19 @@ import torch
 from safetensors.torch import load_file
 
 from coupled.rl.cli import main
-from coupled.rl.estimate import HUB_NAMES, PUBLISHED, estimate_run, fit_step_flops, memory_gib, rl_step_flops, shape_of
-from coupled.rl.families import family_of
-from coupled.rl.loading import load_policy
-from coupled.rl.recipe import Cluster, load_recipe
-from coupled.rl.rundir import read_rows
+from coupled.rl.commands.dry_run import (
+    HUB_NAMES,
+    PUBLISHED,
+    estimate_run,
+    fit_step_flops,
+    memory_gib,
+    rl_step_flops,
+    shape_of,
+)
+from coupled.rl.model.families import family_of
+from coupled.rl.model.loading import load_policy
+from coupled.rl.recipe.schema import Cluster, load_recipe
+from coupled.rl.run_folder.folder import read_rows
 from coupled.rl.train import train
 
 ROOT = Path(__file__).parents[1]

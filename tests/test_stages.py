@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from coupled.rl.fit import fit
-from coupled.rl.recipe import load_recipe
-from coupled.rl.rundir import read_rows
+from coupled.rl.recipe.schema import load_recipe
+from coupled.rl.run_folder.folder import read_rows
 from coupled.rl.train import train
 
 TINY = Path(__file__).parents[1] / "recipes" / "tiny"

@@ -16,7 +16,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config
 
-from coupled.rl.fit_data import RESPONSE
+from coupled.rl.likelihood.samples import RESPONSE
 
 HERE = Path(__file__).parent
 VOCABULARY = 896

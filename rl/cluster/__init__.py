@@ -7,7 +7,7 @@ pool         workers, their incarnations and their states
 coordinator  one single-threaded state machine over all of these; never blocks
 transport    what the coordinator needs of processes: the protocol, and workers inside this process
 processes    workers in processes of this machine
-ray_actors   workers in Ray actors (imports nothing of Ray itself: `rl/ray_cluster.py` does)
+ray_actors   workers in Ray actors (imports nothing of Ray itself: `rl/cluster/ray.py` does)
 simulate     workers in a virtual clock with scripted faults, for tests and models
 runtime      pumps a coordinator in real time
 rollouts     the rollout engine of a run, on all of these; `open` makes the one that a recipe asks for

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from coupled.rl.keys import Key
-from coupled.rl.recipe import Estimator
+from coupled.rl.recipe.schema import Estimator
 from coupled.rl.types import MaskDraw, TrainBatch, View
 
 

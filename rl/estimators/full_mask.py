@@ -6,7 +6,7 @@ One forward pass, and no randomness; a mean-field approximation, which no comple
 from __future__ import annotations
 
 from coupled.rl.keys import Key
-from coupled.rl.recipe import Estimator
+from coupled.rl.recipe.schema import Estimator
 from coupled.rl.types import MaskDraw, TrainBatch, View
 
 

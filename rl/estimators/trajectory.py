@@ -18,7 +18,7 @@ import torch
 
 from coupled.rl.estimators.subsets import column, stack
 from coupled.rl.keys import Key, generator
-from coupled.rl.recipe import Estimator
+from coupled.rl.recipe.schema import Estimator
 from coupled.rl.types import MaskDraw, TrainBatch, View
 
 
@@ -31,7 +31,7 @@ def draw(batch: TrainBatch, config: Estimator, key: tuple[Key, ...]) -> MaskDraw
     if batch.commit_step is None:
         raise ValueError(
             "the trajectory estimator replays the steps of the rollout, but the batch has commit_step=None; make it "
-            "with coupled.rl.batch.collate, or choose another estimator.name"
+            "with coupled.rl.objective.batch.collate, or choose another estimator.name"
         )
     steps, valid = batch.commit_step.cpu().numpy(), batch.valid.cpu().numpy()
     # A position that was never committed has a step of -1, which hides it nowhere: the canvas still holds MASK there.

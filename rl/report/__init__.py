@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from coupled.rl.environment import installed_version
 from coupled.rl.errors import DataError
 from coupled.rl.report.curves import curve_groups, smoothing
 from coupled.rl.report.data import RunRecord, read_run
@@ -22,7 +21,8 @@ from coupled.rl.report.measured import analyses, benchmark_results
 from coupled.rl.report.plots import require_matplotlib
 from coupled.rl.report.sample import sample_rollouts
 from coupled.rl.report.words import differences, lead, rollout_words, run_words, tiles
-from coupled.rl.rundir import atomic_write
+from coupled.rl.run_folder.folder import atomic_write
+from coupled.rl.run_folder.provenance import installed_version
 
 PAGE = Path(__file__).with_name("page")
 

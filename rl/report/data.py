@@ -12,8 +12,8 @@ from typing import Any
 import yaml
 
 from coupled.rl.errors import DataError, nearest
-from coupled.rl.evaluate import Evaluation
-from coupled.rl.rundir import ENVIRONMENT
+from coupled.rl.evaluation.held_out import Evaluation
+from coupled.rl.run_folder.folder import ENVIRONMENT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

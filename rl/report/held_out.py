@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from coupled.rl.evaluate import Evaluation, Interval, PassRates, paired_gain
+from coupled.rl.evaluation.held_out import Evaluation, Interval, PassRates, paired_gain
 from coupled.rl.report.curves import make_panel
 from coupled.rl.report.data import RunRecord, spread
 from coupled.rl.report.plots import Series

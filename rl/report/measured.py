@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from coupled.rl.evaluation.statistics import Interval
 from coupled.rl.report.data import RunRecord
-from coupled.rl.statistics import Interval
 
 ANALYSIS = Path("analysis") / "analysis.json"
 
@@ -93,7 +93,7 @@ def _interval(row: Mapping[str, float]) -> str:
 
 
 def _pictures(result: dict[str, Any]) -> list[dict[str, str]]:
-    from coupled.rl.plots import draw_curves, draw_maps
+    from coupled.rl.evaluation.plots import draw_curves, draw_maps
 
     pictures = []
     for draw, words in (

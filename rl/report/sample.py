@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from coupled.reward import extract
+from coupled.rl.data.parquet import count_rows, read_chosen
 from coupled.rl.keys import generator
-from coupled.rl.loading import load_tokenizer
-from coupled.rl.parquet import count_rows, read_chosen
+from coupled.rl.model.loading import load_tokenizer
 from coupled.rl.report.data import RunRecord, spread
-from coupled.rl.rollout_log import rollout_files
-from coupled.rl.rundir import committed_checkpoints
+from coupled.rl.run_folder.folder import committed_checkpoints
+from coupled.rl.run_folder.rollout_log import rollout_files
 
 NUM_SAMPLED_STEPS = 20
 """Rollouts are shown of so many steps at most, evenly spaced, the first and the last among them."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden import GOLDEN, golden_folder
+from helpers.golden import GOLDEN, golden_folder
 from safetensors.torch import load_file
 
-from coupled.rl.loading import load_policy
-from coupled.rl.policy import Policy
+from coupled.rl.model.loading import load_policy
+from coupled.rl.model.policy import Policy
 
 
 @pytest.fixture(scope="module")

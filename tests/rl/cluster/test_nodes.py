@@ -12,25 +12,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.toys import make_recipe
 from pydantic import ValidationError
-from toys import make_recipe
 
-from coupled.rl import doctor, ray_cluster, ray_ranks
-from coupled.rl.checkpoint import open_policy
+from coupled.rl.cluster import ray as ray_cluster
 from coupled.rl.cluster.coordinator import Coordinator
-from coupled.rl.cluster.open import open_engine
 from coupled.rl.cluster.pool import PoolSpec
-from coupled.rl.cluster.ray_actors import RayTransport
+from coupled.rl.cluster.ray import alive_nodes, close_ray, open_ray
+from coupled.rl.cluster.ray_transport import RayTransport
 from coupled.rl.cluster.runtime import Runtime
 from coupled.rl.cluster.transport import WorkerSpec
 from coupled.rl.cluster.types import HEALTH, ClusterError, GroupKey, Health, Unit
+from coupled.rl.commands import doctor
 from coupled.rl.errors import RankLostError, RecipeError
-from coupled.rl.gang import Gang, open_learner
-from coupled.rl.learner import Learner
-from coupled.rl.policy import digest_of
-from coupled.rl.ray_cluster import alive_nodes, close_ray, open_ray
-from coupled.rl.ray_ranks import RayFollower
-from coupled.rl.recipe import Cluster, Recipe
+from coupled.rl.model.policy import digest_of
+from coupled.rl.recipe.schema import Cluster, Recipe
+from coupled.rl.rollout.open import open_engine
+from coupled.rl.trainer import ray_ranks
+from coupled.rl.trainer.checkpoint import open_policy
+from coupled.rl.trainer.rank_group import Gang, open_learner
+from coupled.rl.trainer.ray_ranks import RayFollower
+from coupled.rl.trainer.rl_learner import Learner
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 NUM_UNITS = 24
@@ -94,9 +96,9 @@ def test_a_lost_node_costs_time_and_one_that_comes_back_is_used(nodes: Any, make
 DRIVER = """
 import sys
 from pathlib import Path
-from coupled.rl.checkpoint import open_policy
-from coupled.rl.gang import open_learner
-from coupled.rl.recipe import Recipe
+from coupled.rl.trainer.checkpoint import open_policy
+from coupled.rl.trainer.rank_group import open_learner
+from coupled.rl.recipe.schema import Recipe
 recipe = Recipe.model_validate_json(sys.argv[1])
 gang = open_learner(recipe, open_policy(recipe.model, 0), Path(sys.argv[2]))
 gang._announce("trainable_state")

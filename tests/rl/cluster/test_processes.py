@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from stand_ins import StandIn
+from helpers.stand_ins import StandIn
 
 from coupled.rl.cluster.coordinator import Coordinator
 from coupled.rl.cluster.ledger import Entry

@@ -18,13 +18,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import coupled.rl.trained
-from coupled.rl import ray_sandbox
-from coupled.rl.cluster import rollouts
-from coupled.rl.grading import Grader
-from coupled.rl.metrics import DETERMINISTIC_EXCEPT
-from coupled.rl.recipe import Recipe, load_recipe
-from coupled.rl.rundir import committed_checkpoints, read_rows
+import coupled.rl.trainer.learner
+from coupled.rl.judging import ray_sandbox
+from coupled.rl.judging.grader import Grader
+from coupled.rl.monitoring.metrics import DETERMINISTIC_EXCEPT
+from coupled.rl.recipe.schema import Recipe, load_recipe
+from coupled.rl.rollout import workers as rollouts
+from coupled.rl.run_folder.folder import committed_checkpoints, read_rows
 from coupled.rl.train import TrainResult, train
 
 QUICKSTART = Path(__file__).parents[3] / "recipes" / "quickstart.yaml"
@@ -173,7 +173,7 @@ def test_processes_that_are_killed_and_stopped_in_mid_step_change_no_number(
 def test_checkpoints_that_cannot_be_written_are_told_and_training_goes_on(
     inline: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write = coupled.rl.trained.write_checkpoint
+    write = coupled.rl.trainer.learner.write_checkpoint
     full = iter((True, True, False, False))
 
     def fill(folder: Path, *rest: object) -> None:
@@ -181,7 +181,7 @@ def test_checkpoints_that_cannot_be_written_are_told_and_training_goes_on(
         if next(full):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(coupled.rl.trained, "write_checkpoint", fill)
+    monkeypatch.setattr(coupled.rl.trainer.learner, "write_checkpoint", fill)
     result = train(small(tmp_path))
     assert_same_run(inline, result)
     assert [row.get("failed_saves") for row in read_rows(result.path / "metrics.jsonl")] == [None, 1.0, 2.0, None]

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import schedules
-from schedules import check_all
+from helpers import schedules
+from helpers.schedules import check_all
 
 from coupled.rl.cluster import coordinator, ledger, pool, simulate
 from coupled.rl.cluster.admission import InOrder
@@ -19,6 +19,7 @@ from coupled.rl.cluster.simulate import SimTransport
 from coupled.rl.cluster.types import Health
 
 NUM_SCHEDULES = 10_000
+TESTS = Path(__file__).parents[2]
 
 
 def test_random_schedules_lose_nothing_repeat_nothing_and_end() -> None:
@@ -26,8 +27,8 @@ def test_random_schedules_lose_nothing_repeat_nothing_and_end() -> None:
 
     In a process of its own, because checking every type of every call would take ten times as long.
     """
-    program = [sys.executable, str(Path(schedules.__file__)), str(NUM_SCHEDULES)]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=600)
+    program = [sys.executable, "-m", "helpers.schedules", str(NUM_SCHEDULES)]
+    done = subprocess.run(program, cwd=TESTS, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.startswith(f"{NUM_SCHEDULES} schedules")
 

@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from helpers.schedules import Faults, Run, check, random_run, units_of
 from rich.console import Console
-from schedules import Faults, Run, check, random_run, units_of
 from typer.testing import CliRunner
 
 from coupled.rl.cli import app
-from coupled.rl.cluster.top import show
 from coupled.rl.cluster.types import GroupKey, Unit
-from coupled.rl.cluster.view import Balance, EventReader, balance_of, view_of
-from coupled.rl.events import EventLog
-from coupled.rl.recipe import dump_recipe, load_recipe
+from coupled.rl.commands.run_view import Balance, EventReader, balance_of, view_of
+from coupled.rl.commands.top import show
+from coupled.rl.monitoring.events import EventLog
+from coupled.rl.recipe.schema import dump_recipe, load_recipe
 
 
 @dataclass

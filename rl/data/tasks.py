@@ -1,0 +1,237 @@
+"""Datasets: rows of a JSONL file, a Parquet file or a hub dataset → tasks, prompts and token batches.
+
+The columns that are understood: prompt, hidden_tests, visible_tests, entry_point, setup, solution, uid, style.
+Rows of HumanEval+, MBPP+, HumanEval and BigCodeBench are recognised by theirs when hidden_tests is not mapped.
+`data.columns` maps them to what the file calls them. Every other column is handed to user reward functions.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from coupled.reward import PROGRAM_STYLES, Style, Task, UnsupportedTest, known_task, plan, style_of
+from coupled.rl.errors import DataError, nearest
+from coupled.rl.keys import generator
+from coupled.rl.recipe.schema import COLUMNS, Data
+from coupled.rl.types import Prompt
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".gz")
+"""Of files; any other path is a dataset of the hub."""
+
+
+def load_rows(path: str, *, split: str = "train") -> list[dict[str, Any]]:
+    """All rows of a dataset, through the `datasets` library.
+
+    Raises:
+        DataError: no such file, not a dataset, or not a single row.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    file = Path(path)
+    suffix = file.suffix.lower()
+    if suffix in SUFFIXES:
+        refuse_missing(file)
+        kind = "parquet" if suffix == ".parquet" else "json"
+        arguments: dict[str, Any] = {"path": kind, "data_files": str(file), "split": "train"}
+    else:
+        arguments = {"path": path, "split": split}
+    try:
+        rows = datasets.load_dataset(**arguments).to_list()
+    except Exception as error:  # the library raises a dozen types for unreadable input; all mean the same to a user
+        raise DataError(f"cannot read the dataset {path} ({type(error).__name__}: {error})") from error
+    if not rows:
+        raise DataError(f"the dataset {path} has no rows")
+    return list(rows)
+
+
+def stream_hub(path: str, *, split: str, first: int) -> Iterator[dict[str, Any]]:
+    """Rows of a hub dataset from number `first` on, downloaded as they are asked for.
+
+    Raises:
+        DataError: not a dataset, or no network.
+    """
+    import datasets
+
+    try:
+        yield from datasets.load_dataset(path, split=split, streaming=True).skip(first)
+    except Exception as error:  # as in load_rows
+        raise DataError(f"cannot stream the dataset {path} ({type(error).__name__}: {error})") from error
+
+
+def refuse_missing(file: Path) -> None:
+    """Raises a DataError that names the nearest file when there is none."""
+    if not file.is_file():
+        folder = file.parent if file.parent.is_dir() else Path()
+        raise DataError(f"no dataset at {file}; {nearest(file.name, [p.name for p in folder.iterdir()])}")
+
+
+def to_task(
+    row: dict[str, Any],
+    columns: dict[str, str],
+    index: int,
+    *,
+    num_visible: int = 0,
+    needs_tests: bool = True,
+) -> Task:
+    """One dataset row as a Task. The first `num_visible` tests are shown in the prompt and not scored.
+
+    Raises:
+        DataError: a column that is needed is absent or of the wrong type.
+    """
+    known = known_task(row) if "hidden_tests" not in columns and "hidden_tests" not in row else None
+    if known is not None:
+        return known
+    prompt = _text(row, columns, "prompt")
+    style = row.get(columns.get("style", "style")) or _inferred_style(row, columns)
+    tests = _tests(row, columns, "hidden_tests", is_required=needs_tests, style=style)
+    visible = _tests(row, columns, "visible_tests", is_required=False)
+    if num_visible:
+        if num_visible >= len(tests):
+            raise DataError(
+                f"data.num_visible_tests ({num_visible}) must leave a test to score with; row {index} has {len(tests)}"
+            )
+        shown, tests = tests[:num_visible], tests[num_visible:]
+        prompt = "\n".join((prompt, *shown))
+        visible = (*visible, *shown)
+    uid = row.get(columns.get("uid", "uid"))
+    named = {columns.get(ours, ours) for ours in COLUMNS}
+    return Task(
+        uid=f"row-{index}" if uid is None else str(uid),
+        prompt=prompt,
+        visible_tests=visible,
+        hidden_tests=tests,
+        entry_point=row.get(columns.get("entry_point", "entry_point")),
+        setup=row.get(columns.get("setup", "setup")) or "",
+        style=style,
+        columns={k: v for k, v in row.items() if k not in named},
+    )
+
+
+def load_tasks(
+    data: Data, path: str | None = None, *, needs_tests: bool = True, allow_weak: bool = False
+) -> list[Task]:
+    """The tasks of `data.path` (or of `path`, with the same columns).
+
+    A task with tests that cannot be judged (or, without `allow_weak`, not without trusting the program) is left out,
+    and said so.
+
+    Raises:
+        DataError: unreadable, a row lacks a column, two tasks share a uid, or no task can be judged.
+    """
+    source = data.path if path is None else path
+    rows = load_rows(source, split=data.split)
+    tasks = [
+        to_task(row, data.columns, i, num_visible=data.num_visible_tests, needs_tests=needs_tests)
+        for i, row in enumerate(rows)
+    ]
+    if len({task.uid for task in tasks}) != len(tasks):
+        raise DataError("two tasks have the same uid; map data.columns.uid to a column that is unique, or to none")
+    return _judgeable(tasks, source, allow_weak)
+
+
+def _judgeable(tasks: list[Task], source: str, allow_weak: bool) -> list[Task]:
+    kept, reason = [], ""
+    for task in tasks:
+        try:
+            if task.hidden_tests:
+                plan(task, allow_weak=allow_weak)
+            kept.append(task)
+        except UnsupportedTest as error:
+            reason = reason or str(error)
+    if not kept:
+        raise DataError(f"{source}: no task has tests that can be judged. The first: {reason}")
+    if reason:
+        warnings.warn(
+            f"{source}: left out {len(tasks) - len(kept)} of {len(tasks)} tasks whose tests cannot be judged; "
+            f"the first: {reason}",
+            stacklevel=2,
+        )
+    return kept
+
+
+def encode_prompts(tasks: Sequence[Task], tokenizer: Any, max_tokens: int) -> list[Prompt]:
+    """Tokenise tasks through the tokenizer's chat template; empty prompts and those over `max_tokens` are dropped.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    texts = [render_prompt(task.prompt, tokenizer) for task in tasks]
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    prompts = [
+        Prompt(task=task, token_ids=tuple(ids))
+        for task, ids in zip(tasks, encoded, strict=True)
+        if 0 < len(ids) <= max_tokens
+    ]
+    if not prompts:
+        shortest = min(len(ids) for ids in encoded)
+        raise DataError(
+            f"data.max_prompt_tokens is {max_tokens} but the shortest prompt has {shortest} tokens; raise it"
+        )
+    return prompts
+
+
+def render_prompt(text: str, tokenizer: Any) -> str:
+    """The user's text as the model was taught to read it."""
+    if not tokenizer.chat_template:
+        return text
+    message = [{"role": "user", "content": text}]
+    return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+
+
+def epoch_order(num_rows: int, *, seed: int, epoch: int, stream: str) -> list[int]:
+    """The order in which an epoch visits the rows: a pure function of its arguments."""
+    return [int(i) for i in generator(seed, stream, epoch).permutation(num_rows)]
+
+
+def rows_of_step(num_rows: int, *, step: int, per_step: int, seed: int, stream: str) -> list[int]:
+    """Indices of the rows step `step` (from 0) takes; no row is skipped or repeated within an epoch.
+
+    Example: with 5 rows and 2 a step, step 2 takes the last row of epoch 0 and the first of epoch 1.
+    """
+    first = step * per_step
+    wanted = range(first, first + per_step)
+    orders = {e: epoch_order(num_rows, seed=seed, epoch=e, stream=stream) for e in {i // num_rows for i in wanted}}
+    return [orders[i // num_rows][i % num_rows] for i in wanted]
+
+
+def _text(row: dict[str, Any], columns: dict[str, str], name: str) -> str:
+    value = _value(row, columns, name)
+    if not isinstance(value, str):
+        raise DataError(f"column {columns.get(name, name)!r} must hold text; got {type(value).__name__}")
+    return value
+
+
+def _inferred_style(row: dict[str, Any], columns: dict[str, str]) -> Style:
+    tests = row.get(columns.get("hidden_tests", "hidden_tests"))
+    if isinstance(tests, list) and len(tests) == 1:
+        tests = tests[0]
+    return style_of(tests) if isinstance(tests, str) else "assert"
+
+
+def _tests(
+    row: dict[str, Any], columns: dict[str, str], name: str, is_required: bool = True, style: str = "assert"
+) -> tuple[str, ...]:
+    if not is_required and row.get(columns.get(name, name)) is None:
+        return ()  # `datasets` fills a column that only some rows have with nulls
+    value = _value(row, columns, name)
+    if isinstance(value, str):
+        value = [value] if style in PROGRAM_STYLES else [line for line in value.splitlines() if line.strip()]
+    if not isinstance(value, list) or (is_required and not value) or not all(isinstance(t, str) for t in value):
+        raise DataError(
+            f"column {columns.get(name, name)!r} must hold a non-empty list of test strings; got {value!r:.80}"
+        )
+    return tuple(value)
+
+
+def _value(row: dict[str, Any], columns: dict[str, str], name: str) -> Any:
+    column = columns.get(name, name)
+    if column not in row:
+        raise DataError(
+            f"the dataset has no column {column!r} (for {name}); {nearest(column, row)} "
+            f"Map it in the recipe, for example data.columns.{name}=NAME"
+        )
+    return row[column]

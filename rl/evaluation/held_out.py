@@ -1,0 +1,181 @@
+"""Held-out evaluation: pass@1 with confidence intervals, and the table that compares before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from coupled.reward import Judgement, Status, Task
+from coupled.rl.errors import CoupledError
+from coupled.rl.evaluation.statistics import Interval, bootstrap
+from coupled.rl.judging.grader import Grader
+from coupled.rl.recipe.schema import Recipe
+from coupled.rl.rollout.denoise import Request, Sampler
+from coupled.rl.rollout.engine import RolloutEngine
+from coupled.rl.types import Prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PassRates:
+    """Pass@1 of one way of decoding: the share of a problem's completions that pass all its hidden tests."""
+
+    temperature: float
+    num_samples: int
+    uids: tuple[str, ...]
+    rates: tuple[float, ...]
+    """One per problem."""
+
+    @property
+    def pass_at_1(self) -> Interval:
+        return bootstrap(self.rates)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What was measured of one set of weights. `greedy` is None when the recipe leaves it out."""
+
+    step: int
+    sampled: PassRates
+    greedy: PassRates | None
+
+    def headline(self) -> str:
+        """Example: `sampled 24.2 [20.7, 27.8]  greedy 41.3 [35.7, 47.0]`, in per cent."""
+        greedy = "" if self.greedy is None else f"  greedy {self.greedy.pass_at_1}"
+        return f"sampled {self.sampled.pass_at_1}{greedy}"
+
+    def to_row(self) -> dict[str, Any]:
+        """Plain values, for evaluation.jsonl."""
+        row = asdict(self)
+        for kind in ("sampled", "greedy"):
+            if row[kind] is not None:
+                row[kind]["pass_at_1"] = asdict(getattr(self, kind).pass_at_1)
+        return row
+
+    @staticmethod
+    def from_row(row: dict[str, Any]) -> Evaluation:
+        """The inverse of `to_row`."""
+
+        def rates(part: dict[str, Any] | None) -> PassRates | None:
+            if part is None:
+                return None
+            return PassRates(
+                temperature=part["temperature"],
+                num_samples=part["num_samples"],
+                uids=tuple(part["uids"]),
+                rates=tuple(part["rates"]),
+            )
+
+        sampled = rates(row["sampled"])
+        assert sampled is not None, "every evaluation samples"
+        return Evaluation(step=row["step"], sampled=sampled, greedy=rates(row["greedy"]))
+
+
+def paired_gain(before: PassRates, after: PassRates) -> Interval:
+    """after - before with its 95 % interval, by problem: the same problems, so their difficulty cancels.
+
+    Raises:
+        CoupledError: the two are not of the same problems.
+    """
+    if before.uids != after.uids:
+        raise CoupledError("a paired comparison needs the same problems in the same order on both sides")
+    return bootstrap(np.subtract(after.rates, before.rates).tolist())
+
+
+def is_pass(judgement: Judgement) -> bool:
+    """All hidden tests passed, and there were some."""
+    return len(judgement.per_test) > 0 and all(judgement.per_test)
+
+
+def evaluate(
+    engine: RolloutEngine, grader: Grader, prompts: Sequence[Prompt], recipe: Recipe, *, step: int
+) -> Evaluation:
+    """Sample and greedily decode held-out problems under the engine's weights, and run every program.
+
+    The random numbers are those of the problem and the sample, not of the step: before and after are compared on
+    the same draws.
+    """
+    sampler = sampler_of(recipe)
+    greedy = None
+    if recipe.evaluation.has_greedy:
+        greedy = _pass_rates(
+            engine, grader, prompts, replace(sampler, temperature=0.0, top_p=1.0, top_k=0), 1, recipe.seed
+        )
+    sampled = _pass_rates(engine, grader, prompts, sampler, recipe.evaluation.num_samples, recipe.seed)
+    return Evaluation(step=step, sampled=sampled, greedy=greedy)
+
+
+def sampler_of(recipe: Recipe) -> Sampler:
+    """The rollout sampler of a recipe."""
+    rollout = recipe.rollout
+    return Sampler(
+        canvas=rollout.canvas,
+        denoising_steps=rollout.denoising_steps,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        order=rollout.order,
+        top_k=rollout.top_k,
+        confidence_threshold=rollout.confidence_threshold,
+        entropy_bound=rollout.entropy_bound,
+        end_fill=rollout.end_fill,
+        block_length=rollout.block_length,
+        cache=rollout.cache,
+        refresh_steps=rollout.refresh_steps,
+        has_early_exit=rollout.has_early_exit,
+    )
+
+
+def comparison_table(before: Evaluation, after: Evaluation) -> Table:
+    """Held-out pass@1 before and after, in per cent with 95 % intervals."""
+    rates = before.sampled
+    title = f"held-out pass@1, % [95 % interval]: {len(rates.rates)} problems, {rates.num_samples} samples each"
+    table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for column in ("before", "after", "gain"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, old, new in (
+        (f"sampled, T = {rates.temperature:g}", before.sampled, after.sampled),
+        ("greedy", before.greedy, after.greedy),
+    ):
+        if old is not None and new is not None:
+            gain = paired_gain(old, new)
+            signed = ("+" if gain.mean >= 0 else "") + str(gain)
+            table.add_row(name, str(old.pass_at_1), str(new.pass_at_1), signed)
+    return table
+
+
+def _pass_rates(
+    engine: RolloutEngine,
+    grader: Grader,
+    prompts: Sequence[Prompt],
+    sampler: Sampler,
+    num_samples: int,
+    seed: int,
+) -> PassRates:
+    requests = [
+        Request(uid=f"evaluation/{p.task.uid}/{sample}", prompt_ids=p.token_ids)
+        for p in prompts
+        for sample in range(num_samples)
+    ]
+    rollouts = engine.generate(requests, sampler, seed=seed)
+    tasks: list[Task] = [p.task for p in prompts for _ in range(num_samples)]
+    judgements = grader.judge(tasks, [r.text for r in rollouts])
+    # A completion that the sandbox could not judge says nothing of the model: it is left out of its problem's mean.
+    passes = np.array([np.nan if j.status is Status.INFRA else float(is_pass(j)) for j in judgements])
+    by_problem = passes.reshape(len(prompts), num_samples)
+    if np.isnan(by_problem).all(-1).any():
+        raise CoupledError(
+            f"the sandbox could not run {int(np.isnan(passes).sum())} of {len(passes)} programs, all those of some "
+            "problem among them: the machine is overloaded. Raise sandbox.wall_seconds or lower sandbox.num_workers"
+        )
+    rates = np.nanmean(by_problem, -1)
+    return PassRates(
+        temperature=sampler.temperature,
+        num_samples=num_samples,
+        uids=tuple(p.task.uid for p in prompts),
+        rates=tuple(rates.tolist()),
+    )

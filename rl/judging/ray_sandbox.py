@@ -1,0 +1,207 @@
+"""The sandbox in Ray actors: one supervisor per node, which lives as long as the run and owns its node's workers.
+
+A batch is cut where the problem changes, so that a group of completions travels together. The coordinator decides what
+becomes of batches whose supervisor dies or does not answer: they are run again, program by program, and what ends three
+supervisors is left out. What is infrastructure in the end stays infrastructure; it never becomes a reward of 0.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any
+
+from coupled.rl.cluster.coordinator import Coordinator
+from coupled.rl.cluster.pool import PoolSpec
+from coupled.rl.cluster.ray import alive_nodes, close_ray, open_ray
+from coupled.rl.cluster.ray_transport import RayTransport
+from coupled.rl.cluster.runtime import Runtime
+from coupled.rl.cluster.transport import WorkerSpec
+from coupled.rl.cluster.types import ClusterError, GroupKey, Health, Masked, Unit, WorkerLost
+from coupled.rl.judging.grader import open_local_sandbox
+from coupled.rl.recipe.schema import Recipe, Sandbox
+from coupled.sandbox import Execution, Isolation, Job, Outcome, SandboxUnavailable
+from coupled.sandbox.pool import require_runnable
+
+START_SECONDS = 120.0
+"""How long a supervisor may take to start and prove its tier."""
+LATE_SECONDS = 30.0
+"""A run goes on without a node that has not answered so long after the first one did."""
+IN_FLIGHT = 2
+"""Batches that one supervisor has at a time: while one waits for its slowest program, the other keeps it busy."""
+HEALTH = Health(start_seconds=START_SECONDS, restarts_per_hour=100)
+_LEAST_SECONDS = 60.0
+"""What a batch may take besides its programs' own limits: sending, queueing, restarts of workers."""
+
+
+class Supervisor:
+    """What runs inside an actor."""
+
+    def __init__(self, sandbox: Sandbox) -> None:
+        self._executor = open_local_sandbox(sandbox)
+
+    def hello(self) -> dict[str, Any]:
+        """Say who this is, and what holds programs on this node."""
+        return {"host": socket.gethostname(), "pid": os.getpid(), "isolation": self._executor.isolation()}
+
+    def run(self, jobs: list[Job]) -> list[Execution]:
+        """Run a batch on this node's workers."""
+        return self._executor.run(jobs)
+
+
+class RayExecutor:
+    """An executor whose workers are on all nodes of a Ray instance. A context manager.
+
+    `nodes` names the nodes, one supervisor each; none takes all that are alive. All have the same tier: what one node
+    refuses and another allows would make a reward depend on where it was earned. Raises SandboxUnavailable when a
+    node cannot give the recipe's tier, or `auto` finds different ones. `tell` hears what becomes of batches.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        nodes: Sequence[str] | None = None,
+        tell: Callable[..., None] = lambda event, **facts: None,
+    ) -> None:
+        self._ray = open_ray(recipe)
+        self._num_workers = recipe.sandbox.num_workers
+        self._numbers = itertools.count(1)
+        self._isolation: Isolation | None = None
+        with ExitStack() as opened:
+            opened.callback(close_ray)
+            pool = PoolSpec(
+                stage="score",
+                # No CPU is asked of Ray: programs run on what rollouts leave, and the recipe says how many at a time.
+                spec=WorkerSpec(make=Supervisor, arguments=(recipe.sandbox,), num_cpus=0.0, concurrency=IN_FLIGHT),
+                places=list(nodes if nodes is not None else alive_nodes(self._ray)),
+                method="run",
+                capacity=IN_FLIGHT,
+                infra_errors=(SandboxUnavailable,),
+                check=self._check,
+            )
+            self._coordinator = Coordinator(
+                RayTransport(self._ray),
+                [pool],
+                health=HEALTH,
+                is_infra=lambda e: e.outcome.is_infrastructure,
+                tell=tell,
+            )
+            runtime = Runtime(self._coordinator)
+            opened.callback(runtime.close)
+            self._greet_all(runtime)
+            opened.pop_all()
+        self._runtime: Runtime | None = runtime
+
+    def run(self, jobs: Sequence[Job]) -> list[Execution]:
+        """Return one execution per job, in order, whatever becomes of supervisors and nodes meanwhile.
+
+        RuntimeError when closed. SandboxUnavailable, before anything runs, for a job that the tier cannot run.
+        """
+        runtime = self._runtime
+        if runtime is None:
+            raise RuntimeError("an executor runs nothing after close(): open another")
+        tier = self.isolation().tier
+        for job in jobs:
+            require_runnable(job, tier)
+        number = next(self._numbers)
+        units = [
+            Unit(
+                key=GroupKey(stream="programs", step=number, slot=slot),
+                samples=tuple(batch),
+                is_scored=True,
+                patience=_patience(batch),
+            )
+            for slot, batch in enumerate(_batches(jobs, self._num_workers))
+        ]
+        found = [score for entry in runtime.finish(units) for score in entry.scores]
+        return [
+            Execution(uid=job.uid, outcome=Outcome.SANDBOX_ERROR, tier=tier, detail=score.reason[:500])
+            if isinstance(score, Masked)
+            else score
+            for job, score in zip(jobs, found, strict=True)
+        ]
+
+    def isolation(self) -> Isolation:
+        """Return what holds programs on the first node; all nodes have its tier."""
+        assert self._isolation is not None, "supervisors were greeted"
+        return self._isolation
+
+    def close(self) -> None:
+        """Stop the supervisors, and the Ray instance when nobody else uses it. Harmless when repeated."""
+        if self._runtime is not None:
+            self._runtime.close()
+            self._runtime = None
+            close_ray()
+
+    def __enter__(self) -> RayExecutor:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _greet_all(self, runtime: Runtime) -> None:
+        """Wait until every node has said what it has, and hold later supervisors to what the first ones said.
+
+        A node that is lost meanwhile, or late, has its supervisor started again as at any other time.
+        """
+        workers = self._coordinator.pools["score"].workers
+
+        def have_answered(coordinator: Coordinator) -> bool:
+            return all(worker.hello is not None or worker.error is not None for worker in workers)
+
+        runtime.wait_for(lambda c: have_answered(c) or any(worker.hello is not None for worker in workers))
+        runtime.wait_for(have_answered, LATE_SECONDS)
+        greeted = [worker for worker in workers if worker.hello is not None]
+        for worker in workers:
+            if isinstance(worker.error, SandboxUnavailable):
+                raise SandboxUnavailable(
+                    f"every node must give the sandbox that the recipe asks for; one could not: {worker.error}\n"
+                    "remedy: run `coupled doctor` on that node, or take it out of the cluster"
+                ) from worker.error
+            if worker.error is not None and worker.hello is None and not isinstance(worker.error, WorkerLost):
+                raise worker.error
+        if not greeted:
+            raise ClusterError(
+                f"no supervisor of the sandbox could be started on any of {len(workers)} nodes: {workers[0].why}. "
+                "Look at the cluster, then continue with resume=auto"
+            )
+        self._isolation = _common([(str(worker.place), worker.hello["isolation"]) for worker in greeted])
+
+    def _check(self, hello: Any) -> None:
+        """A replacement is held to the tier that was found, even where `auto` would now find another one."""
+        isolation: Isolation = hello["isolation"]
+        if self._isolation is not None and isolation.tier != self._isolation.tier:
+            raise SandboxUnavailable(f"this node gives tier {isolation.tier!r} now, not {self._isolation.tier!r}")
+
+
+def _common(found: Sequence[tuple[str, Isolation]]) -> Isolation:
+    tiers = {isolation.tier for _, isolation in found}
+    if len(tiers) > 1:
+        told = ", ".join(f"{node}: {isolation.tier}" for node, isolation in found)
+        raise SandboxUnavailable(
+            f"every node must give the same tier; they give {told}\n"
+            f"remedy: run `coupled doctor` on the nodes without tier 'namespaces', or set sandbox.tier=landlock"
+        )
+    return found[0][1]
+
+
+def _batches(jobs: Sequence[Job], num_workers: int) -> list[list[Job]]:
+    """Cut where the problem changes, but not into less than keeps a supervisor's workers busy."""
+    batches: list[list[Job]] = []
+    for _, group in itertools.groupby(jobs, key=lambda job: job.uid):
+        if batches and len(batches[-1]) < 2 * num_workers:
+            batches[-1] += group
+        else:
+            batches.append(list(group))
+    return batches
+
+
+def _patience(jobs: Sequence[Job]) -> float:
+    """Seconds that a batch may take when every program uses up its wall time on each of three tries, twice over."""
+    return _LEAST_SECONDS + 6 * sum(job.limits.wall_seconds * max(1, len(job.stdin_cases)) for job in jobs)

@@ -1,0 +1,225 @@
+"""Training samples of the stages before RL: from rows to token ids, in an order that can be resumed anywhere."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from itertools import islice
+from typing import Any, Protocol, runtime_checkable
+
+from coupled.rl.data.rows import Bad, Row, read_rows
+from coupled.rl.data.tasks import epoch_order, render_prompt
+from coupled.rl.errors import CheckpointError, DataError
+from coupled.rl.keys import generator
+from coupled.rl.model.policy import Policy
+from coupled.rl.recipe.schema import Recipe
+
+RESPONSE = "```python\n{solution}\n```"
+"""How a solution is answered; the format reward asks for the same fence."""
+LAYOUTS = (("messages",), ("prompt", "response"), ("prompt", "solution"), ("text",))
+"""Columns that make a sample; the first that a dataset has is taken."""
+MAX_CHARACTERS = 10_000_000
+"""Of one text. Longer ones are not documents, and tokenising them takes minutes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A prompt and its response, end token included, as token ids; or a plain text, which has no prompt."""
+
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cursor:
+    """How far a run has read. Kept in checkpoints; what follows it is what an uninterrupted run reads next."""
+
+    epoch: int = 0
+    row: int = 0
+    """Places of the epoch's order that are done with, skipped ones included."""
+    offset: int = 0
+    """Tokens of the next text that went into an earlier row."""
+    skipped: Mapping[str, int] = field(default_factory=dict)
+    """Reason → rows left out so far."""
+
+    def past(self, reason: str | None = None) -> Cursor:
+        """The next row of the epoch, having counted this one if it is skipped for a reason."""
+        counted = dict(self.skipped) if reason is None else {**self.skipped, reason: self.skipped.get(reason, 0) + 1}
+        return replace(self, row=self.row + 1, offset=0, skipped=counted)
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Samples without end, epoch after epoch."""
+
+    def read(self, cursor: Cursor) -> Iterator[tuple[Example, Cursor, Cursor]]:
+        """From a cursor on: each sample with the cursor that reads it again and the one that reads what follows."""
+        ...
+
+
+class Encoder:
+    """Rows → samples as the recipe cuts them. What does not fit is a `Bad` with its reason."""
+
+    def __init__(self, recipe: Recipe, policy: Policy) -> None:
+        self._recipe = recipe
+        self._tokenizer: Any = policy.tokenizer
+        if self._tokenizer.eos_token_id is None:
+            raise CheckpointError(
+                "a response ends with an end token, and tokenizer.eos_token is not set; set it in the checkpoint's "
+                "tokenizer_config.json"
+            )
+
+    def encode(self, rows: list[Row]) -> list[Example | Bad]:
+        """One result a row.
+
+        Raises:
+            DataError: the recipe or the tokenizer lacks what rows of this kind need.
+        """
+        texts = [row if isinstance(row, Bad) else self._texts(row) for row in rows]
+        good = [text for text in texts if not isinstance(text, Bad)]
+        prompts = iter(self._ids([prompt for prompt, _ in good]))
+        responses = iter(self._ids([response for _, response in good]))
+        return [text if isinstance(text, Bad) else self._fitting(next(prompts), next(responses)) for text in texts]
+
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        found: list[list[int]] = self._tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+        return found
+
+    def _fitting(self, prompt: list[int], response: list[int]) -> Example | Bad:
+        data, fit = self._recipe.data, self._recipe.fit
+        if not response:
+            return Bad("an empty text")
+        example = Example(prompt_ids=tuple(prompt), response_ids=(*response, self._tokenizer.eos_token_id))
+        if not prompt:
+            return example if fit.context else Bad("an empty prompt")
+        if len(prompt) > data.max_prompt_tokens:
+            return Bad(f"a prompt over data.max_prompt_tokens = {data.max_prompt_tokens}")
+        if fit.context and len(example) > fit.context:
+            return Bad(f"a sample over fit.context = {fit.context}")
+        if not fit.context and len(example.response_ids) > fit.canvas:
+            return Bad(f"a response over fit.canvas = {fit.canvas}")
+        return example
+
+    def _texts(self, row: dict[str, Any]) -> tuple[str, str] | Bad:
+        """Prompt, as the chat template renders it, and response; an empty prompt for plain text."""
+        layout = next((names for names in LAYOUTS if all(self._column(n) in row for n in names)), None)
+        if layout is None:
+            wanted = "; ".join(" and ".join(repr(self._column(n)) for n in names) for names in LAYOUTS)
+            return Bad(f"none of the columns {wanted}, but {', '.join(row)} (data.columns maps names)")
+        values = {name: row.get(self._column(name)) for name in layout}
+        if layout == ("messages",):
+            return self._of_chat(values["messages"])
+        for name, value in values.items():
+            if not isinstance(value, str):
+                return Bad(f"no text in column {self._column(name)!r}")
+            if not value.strip():
+                return Bad("an empty prompt" if name == "prompt" else "an empty text")
+            if len(value) > MAX_CHARACTERS:
+                return Bad(f"a text of more than {MAX_CHARACTERS} characters")
+        if layout == ("text",):
+            if not self._recipe.fit.context:
+                raise DataError("plain text is packed into rows; give their length, for example fit.context=512")
+            return "", str(values["text"])
+        answer = values["response"] if "response" in values else RESPONSE.format(solution=values["solution"])
+        return render_prompt(str(values["prompt"]), self._tokenizer), str(answer)
+
+    def _of_chat(self, messages: Any) -> tuple[str, str] | Bad:
+        """Everything before the last message is the prompt; the assistant's last message is what is learned."""
+        is_chat = isinstance(messages, list) and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+            for m in messages
+        )
+        if not is_chat or len(messages) < 2 or messages[-1]["role"] != "assistant":
+            return Bad("messages that do not end with one of the assistant")
+        if not messages[-1]["content"].strip():
+            return Bad("an empty text")
+        if sum(len(m["content"]) for m in messages) > MAX_CHARACTERS:
+            return Bad(f"a text of more than {MAX_CHARACTERS} characters")
+        if not self._tokenizer.chat_template:
+            raise DataError(
+                "column 'messages' is read through a chat template, and the tokenizer has none; add "
+                "chat_template.jinja to the checkpoint, or use columns prompt and response"
+            )
+        prompt = self._tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        return str(prompt), messages[-1]["content"]
+
+    def _column(self, name: str) -> str:
+        return self._recipe.data.columns.get(name, name)
+
+
+class Loaded:
+    """All rows in memory, in a new order every epoch. Rows that cannot be used are counted once, when loaded."""
+
+    def __init__(self, recipe: Recipe, encoder: Encoder) -> None:
+        encoded = encoder.encode(list(read_rows(recipe.data.path, split=recipe.data.split)))
+        self.examples = [e for e in encoded if isinstance(e, Example)]
+        self.skipped = dict(Counter(e.reason for e in encoded if isinstance(e, Bad)))
+        if not self.examples:
+            raise DataError(f"{recipe.data.path}: no row can be trained on: {told(self.skipped) or 'it has none'}")
+        self._order = cache(partial(_order, len(self.examples), recipe.seed))
+
+    def read(self, cursor: Cursor) -> Iterator[tuple[Example, Cursor, Cursor]]:
+        cursor = replace(cursor, skipped=self.skipped)
+        while True:
+            for place in self._order(cursor.epoch)[cursor.row :]:
+                after = cursor.past()
+                yield self.examples[place], cursor, after
+                cursor = after
+            cursor = replace(cursor, epoch=cursor.epoch + 1, row=0)
+
+
+def _order(num: int, seed: int, epoch: int) -> list[int]:
+    return epoch_order(num, seed=seed, epoch=epoch, stream="fit")
+
+
+class Streamed:
+    """Rows as they are needed, shuffled within windows of `data.window` rows."""
+
+    def __init__(self, recipe: Recipe, encoder: Encoder) -> None:
+        self._recipe = recipe
+        self._encoder = encoder
+
+    def read(self, cursor: Cursor) -> Iterator[tuple[Example, Cursor, Cursor]]:
+        data = self._recipe.data
+        while True:
+            number, place = divmod(cursor.row, data.window)
+            rows = read_rows(data.path, split=data.split, first=number * data.window)
+            has_any = cursor.row > 0
+            while window := list(islice(rows, data.window)):
+                encoded = self._encoder.encode(window)
+                order = generator(self._recipe.seed, "fit-window", cursor.epoch, number).permutation(len(window))
+                for row in order[place:]:
+                    found = encoded[row]
+                    after = cursor.past(found.reason if isinstance(found, Bad) else None)
+                    if isinstance(found, Example):
+                        has_any = True
+                        yield found, cursor, after
+                    cursor = after
+                number, place = number + 1, 0
+            if not has_any:
+                raise DataError(f"{data.path}: no row can be trained on: {told(cursor.skipped) or 'it has none'}")
+            cursor = replace(cursor, epoch=cursor.epoch + 1, row=0, offset=0)
+
+
+def open_source(recipe: Recipe, policy: Policy) -> Source:
+    """What the recipe trains on: in memory, or streamed where `data.window` says so.
+
+    Raises:
+        DataError: nothing to train on.
+    """
+    encoder = Encoder(recipe, policy)
+    if not recipe.data.window:
+        return Loaded(recipe, encoder)
+    stream = Streamed(recipe, encoder)
+    next(stream.read(Cursor()))  # a dataset without a sample is refused before anything is written
+    return stream
+
+
+def told(skipped: Mapping[str, int]) -> str:
+    """Example: `12 × a response over fit.canvas = 40, 1 × not UTF-8`."""
+    return ", ".join(f"{count} × {reason}" for reason, count in sorted(skipped.items()))

@@ -1,0 +1,62 @@
+"""What likelihood training trains, on one rank: the gradient of a step, micro-batch by micro-batch, and the step.
+
+Among N ranks each takes every N-th micro-batch, cut as one rank would cut them. Their losses are divided by what the
+whole batch is divided by, so that gradients are added.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from coupled.rl.likelihood.batch import FitBatch
+from coupled.rl.likelihood.objective import Noise, block_length_of, fit_loss
+from coupled.rl.model.policy import Policy
+from coupled.rl.objective.batch import micro_batches
+from coupled.rl.recipe.schema import Recipe
+from coupled.rl.trainer.collectives import ALONE, Ranks
+from coupled.rl.trainer.learner import Trained
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitUpdate:
+    """What one optimizer step did. Example: loss 0.14, gradient norm 0.5, rate 2e-4."""
+
+    loss: float
+    """Of the whole batch, in nats per position; on the first rank."""
+    grad_norm: float
+    """Of the joint gradient, before clipping."""
+    learning_rate: float
+
+
+class FitLearner(Trained):
+    """Policy and optimizer of one rank, of a recipe whose objective is settled."""
+
+    def __init__(self, recipe: Recipe, policy: Policy, ranks: Ranks = ALONE) -> None:
+        # What the objective makes of the model is saved with it, so that rollout and evaluation attend alike.
+        policy.attend(block_length_of(recipe.fit))
+        super().__init__(recipe, policy, ranks)
+
+    def fit(self, step: int, batch: FitBatch, noise: Noise) -> FitUpdate:
+        """Optimizer step `step` (from 0) on the whole batch.
+
+        The number of forward passes depends on the number of rows alone: as ranks that gather layers together need it.
+        """
+        recipe, total = self.recipe, 0.0
+        num_positions = int(batch.carries_loss.sum())
+        parts = list(micro_batches(len(batch.ids), recipe.fit_micro_batch_size))
+        with self._training():
+            for rows, is_silent in self._passes(parts):
+                loss = fit_loss(
+                    self.policy,
+                    batch.rows(rows),
+                    noise.rows(rows),
+                    recipe.fit,
+                    num_positions,
+                    seed=recipe.seed,
+                    step=step,
+                )
+                (0 * loss if is_silent else loss).backward()
+                total += 0.0 if is_silent else loss.item()
+        self._add_gradients()
+        norm, rate = self._apply(step)
+        return FitUpdate(loss=sum(self._ranks.gather(total), 0.0), grad_norm=norm, learning_rate=rate)

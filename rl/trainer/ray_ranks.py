@@ -1,0 +1,232 @@
+"""Trainer ranks in Ray actors: on this host or others, each in a place that is reserved beforehand.
+
+All places are reserved at once, the first rank's too, although it is the run's own process: Ray then gives its GPU to
+nobody else. What becomes of a rank that is lost is the `Gang`'s business, as for ranks in processes.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from coupled.rl.cluster.placement import Ask, no_room, placement_table
+from coupled.rl.cluster.ray import (
+    Bundle,
+    Reservation,
+    address_here,
+    close_ray,
+    index_of_gpu,
+    open_ray,
+    own_gpus,
+    rooms,
+    use_interface_towards,
+)
+from coupled.rl.cluster.ray_transport import RayTransport
+from coupled.rl.cluster.transport import Transport, WorkerSpec
+from coupled.rl.cluster.types import HEALTH, ClusterError, WorkerLost, WorkFailed
+from coupled.rl.errors import RecipeError
+from coupled.rl.model.policy import Policy
+from coupled.rl.recipe.schema import Recipe
+from coupled.rl.trainer.checkpoint import pick_device
+from coupled.rl.trainer.rank_group import LOCAL_HOST, End, Gang
+from coupled.rl.trainer.rank_process import follow
+
+QUIET_SECONDS = 10.0
+"""A wait for room that lasts longer is told."""
+GPU_SECONDS = 60.0
+"""How long an actor may take that says which GPU it has."""
+REMEDY = (
+    "Free what is held (`ray status` says more), add hosts, or lower cluster.trainer_ranks; then continue with "
+    "resume=auto"
+)
+
+
+class RemoteRank:
+    """What runs in an actor: one rank. What it prints goes to the run folder, as that of a rank in a process does."""
+
+    def __init__(self, recipe: Recipe, rank: int, host: str, port: int, folder: Path, token: str) -> None:
+        self._recipe, self._rank, self._host, self._port = recipe, rank, host, port
+        self._folder, self._token = folder, token
+
+    def follow(self) -> None:
+        """Be the rank until the first one says to leave.
+
+        Raises:
+            RecipeError: the run folder is not the one that the first rank has.
+        """
+        require_token(self._folder, self._token)
+        print_to(log_of(self._folder, self._rank))
+        print(f"rank {self._rank} is process {os.getpid()} on host {socket.gethostname()}")
+        use_interface_towards(self._host)
+        try:
+            # An actor sees no GPU but its own.
+            follow(self._recipe, rank=self._rank, host=self._host, port=self._port, device=0)
+        except BaseException:
+            traceback.print_exc()
+            raise
+
+
+class GpuTeller:
+    """What runs in the first rank's place for a moment, where the rank itself is not Ray's to start."""
+
+    def gpus(self) -> list[str]:
+        """Which GPUs that place has."""
+        return own_gpus()
+
+
+class RayFollower:
+    """A rank in an actor, which Ray ends when this process does."""
+
+    def __init__(
+        self, transport: Transport, spec: WorkerSpec, place: Bundle, *, rank: int, host: str, log: Path
+    ) -> None:
+        self.rank, self.host, self.log = rank, host, str(log)
+        self._transport = transport
+        self._actor = transport.spawn(spec, place)
+        self._call = transport.call(self._actor, "follow")
+        self._end: End | None = None
+
+    def ended(self) -> End | None:
+        if self._end is None and self._transport.wait([self._call], 0.0):
+            self._end = self._how()
+        return self._end
+
+    def kill(self) -> None:
+        self._transport.kill(self._actor)
+
+    def _how(self) -> End:
+        try:
+            self._transport.result(self._call)
+        except WorkFailed as error:
+            return End(how=f"an error on host {self.host}", is_lost=False, reason=str(error))
+        except WorkerLost as error:
+            kind = str(error).partition(":")[0]
+            return End(how=f"the loss of its process or host {self.host} ({kind})", is_lost=True)
+        return End(how="status 0", is_lost=False)
+
+
+def open_ray_gang(recipe: Recipe, policy: Policy, folder: Path) -> Gang:
+    """The ranks of a trainer, the first of them this process and the others actors.
+
+    Raises:
+        RecipeError: a Ray of this host alone has no room for the ranks, and never will.
+        ClusterError: the cluster has none in time.
+        RankError: a rank did not come up.
+    """
+    device = pick_device(recipe.model.device)
+    # What `auto` finds on another host is not asked for.
+    recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"device": device})})
+    folder = folder.resolve()
+    opened = ExitStack()
+    try:
+        ray = open_ray(recipe, folder)
+        opened.callback(close_ray)
+        transport, here = RayTransport(ray), address_here(ray)
+        host = LOCAL_HOST if recipe.cluster.address is None else here
+        places = reserve(ray, recipe, opened.callback)
+        use_interface_towards(host)
+        if device == "cuda":
+            use_reserved_gpu(policy, transport, places[0])
+        token = write_token(folder)
+        gpus = float(device == "cuda")
+
+        def start(rank: int, port: int) -> RayFollower:
+            arguments = (recipe, rank, host, port, folder, token)
+            spec = WorkerSpec(make=RemoteRank, arguments=arguments, num_gpus=gpus)
+            place = places[rank]
+            at = host if place.host == here else place.host
+            return RayFollower(transport, spec, place, rank=rank, host=at, log=log_of(folder, rank))
+
+        return Gang(recipe, policy, start, host=host, on_close=opened.close)
+    except BaseException:
+        opened.close()
+        raise
+
+
+def reserve(ray: Any, recipe: Recipe, on_close: Callable[[Callable[[], None]], Any]) -> list[Bundle]:
+    """A place for each rank; `on_close` is told how to give them back."""
+    needs = WorkerSpec(make=RemoteRank, num_gpus=float(recipe.model.device == "cuda")).needs
+    ask = Ask(num=recipe.cluster.trainer_ranks, what="trainer ranks", needs=needs, has_one_here=True)
+    if recipe.cluster.address is None and not ask.is_possible(rooms(ray)):
+        raise RecipeError(
+            f"cluster.trainer_ranks={ask.num} does not fit on this host, and there is no other: "
+            f"{no_room(ask, rooms(ray), 'Lower it, or name a cluster with cluster.address')}"
+        )
+    reservation = Reservation(ray, needs, ask.num)
+    on_close(reservation.release)
+    seconds = HEALTH[recipe.cluster.health].start_seconds
+    if places := reservation.wait(min(QUIET_SECONDS, seconds)):
+        return places
+    print(f"waiting up to {seconds:.0f} s for room. {placement_table(ask, rooms(ray))}", file=sys.stderr, flush=True)
+    if places := reservation.wait(max(0.0, seconds - QUIET_SECONDS)):
+        return places
+    raise ClusterError(
+        f"no room for {ask.num} trainer ranks within {seconds:.0f} s: {no_room(ask, rooms(ray), REMEDY)}"
+    )
+
+
+def use_reserved_gpu(policy: Policy, transport: Transport, place: Bundle) -> None:
+    """Train on the GPU that is reserved for this process, and on none that Ray may give away."""
+    teller = transport.spawn(WorkerSpec(make=GpuTeller, num_gpus=1.0), place)
+    call = transport.call(teller, "gpus")
+    deadline = time.monotonic() + GPU_SECONDS
+    try:
+        while not transport.wait([call], max(0.0, deadline - time.monotonic())):
+            if time.monotonic() > deadline:
+                raise ClusterError(f"no actor has started on this host in {GPU_SECONDS:.0f} s; look at `ray status`")
+        (gpu,) = transport.result(call)
+    finally:
+        transport.kill(teller)
+    index = index_of_gpu(gpu, torch.cuda.device_count())
+    torch.cuda.set_device(index)
+    policy.model.to(torch.device("cuda", index))
+    torch.cuda.empty_cache()  # of the GPU that it was on, which Ray may give to another rank
+
+
+def write_token(folder: Path) -> str:
+    """Leave something in the run folder by which the other ranks know it."""
+    token = secrets.token_hex(8)
+    place = token_of(folder)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(token)
+    return token
+
+
+def require_token(folder: Path, token: str) -> None:
+    """Refuse a folder that only has the same name: checkpoints are written and read by all ranks.
+
+    Raises:
+        RecipeError: the token is not in it.
+    """
+    place = token_of(folder)
+    if not place.is_file() or place.read_text() != token:
+        raise RecipeError(
+            f"every host of the trainer must see the run folder, and {socket.gethostname()} does not see {folder}; set "
+            "output_dir to a disk that all of them share"
+        )
+
+
+def token_of(folder: Path) -> Path:
+    return folder / "logs" / "ranks.token"
+
+
+def log_of(folder: Path, rank: int) -> Path:
+    return folder / "logs" / f"rank_{rank}.log"
+
+
+def print_to(log: Path) -> None:
+    """Everything that this process prints from here on goes to a file, also what libraries print past Python."""
+    out = log.open("a", buffering=1)
+    for stream in (1, 2):
+        os.dup2(out.fileno(), stream)
+    sys.stdout = sys.stderr = out

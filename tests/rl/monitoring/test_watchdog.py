@@ -1,0 +1,149 @@
+"""A process that hangs ends with a status that asks for a resumption, and says where it hung."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.toys import MakePolicy, make_batch, make_requests
+
+from coupled.rl.monitoring.events import EventLog
+from coupled.rl.monitoring.watchdog import FILE, STATE_SECONDS, Watchdog
+from coupled.rl.rollout.denoise import Sampler, denoise
+
+SECONDS = 0.5
+Make = Callable[..., Watchdog]
+
+
+@pytest.fixture
+def ended() -> list[int]:
+    return []
+
+
+@pytest.fixture
+def watchdog(tmp_path: Path, ended: list[int]) -> Iterator[Make]:
+    made: list[Watchdog] = []
+
+    def make(**settings: object) -> Watchdog:
+        made.append(Watchdog(SECONDS, tmp_path, end=ended.append, **settings))  # type: ignore[arg-type]
+        made[-1].start()
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def wait_until(holds: Callable[[], bool], seconds: float = 30.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_silence_ends_the_process_and_names_the_phase_the_workers_and_the_line_that_hangs(
+    watchdog: Make, ended: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dog = watchdog(state=lambda: "train/3/0 is rolling, held by roll-1#2 for 9 s")
+
+    def hangs_in_here() -> None:
+        with dog.phase("update"):
+            wait_until(lambda: bool(ended))
+
+    hangs_in_here()
+    assert ended == [75]
+    said = capsys.readouterr().err
+    assert "nothing has moved in 'update' for" in said
+    assert "train/3/0 is rolling, held by roll-1#2 for 9 s." in said
+    assert "resume=auto" in said
+    text = (tmp_path / FILE).read_text()
+    assert text.startswith(said)
+    assert "hangs_in_here" in text
+
+
+def test_nothing_ends_while_something_moves(watchdog: Make, ended: list[int]) -> None:
+    dog = watchdog()
+    events = EventLog()
+    events.on_result = dog.moved
+    for _ in range(15):
+        time.sleep(SECONDS / 5)
+        events.tell("rolled", key="train/1/0")
+    for _ in range(4):
+        with dog.phase("update"):
+            time.sleep(SECONDS / 2)
+    with dog.phase("sandbox", 100 * SECONDS), dog.phase("more of it", 100 * SECONDS):
+        time.sleep(3 * SECONDS)
+    dog.close()
+    time.sleep(2 * SECONDS)
+    assert ended == []
+
+
+def test_each_pass_through_the_layers_is_told_in_rollouts_and_scoring_also_under_the_reference(
+    tiny_policy: MakePolicy,
+) -> None:
+    policy, passes = tiny_policy(), []
+    policy.on_pass = lambda: passes.append(1)
+    (made,) = denoise(policy, make_requests(1), Sampler(canvas=6, denoising_steps=6, temperature=1.0), seed=0)
+    assert len(passes) == made.num_forwards > 1
+    passes.clear()
+    batch = make_batch()
+    everywhere = torch.ones_like(batch.ids, dtype=torch.bool)
+    policy.freeze_reference()
+    policy.logits_at(batch.ids, batch.pad_lengths, everywhere)
+    with policy.reference() as frozen:
+        frozen.logits_at(batch.ids, batch.pad_lengths, everywhere)
+    assert len(passes) == 2
+
+
+def test_events_that_are_no_results_do_not_count(watchdog: Make, ended: list[int]) -> None:
+    dog = watchdog()
+    events = EventLog()
+    events.on_result = dog.moved
+    deadline = time.monotonic() + 30
+    while not ended and time.monotonic() < deadline:
+        events.tell("spawn", worker="roll-0#1")
+        time.sleep(0.01)
+    assert ended == [75]
+
+
+def test_a_question_or_a_folder_that_hangs_or_fails_does_not_keep_it_alive(
+    watchdog: Make, ended: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock = threading.Lock()
+    (tmp_path / FILE).mkdir()
+    with lock:
+        watchdog(state=lambda: str(lock.acquire()))
+        wait_until(lambda: bool(ended), 30 + STATE_SECONDS)
+    assert ended == [75]
+    assert "nothing has moved in 'the run'" in capsys.readouterr().err
+
+
+def test_a_file_system_that_hangs_does_not_keep_it_alive(watchdog: Make, ended: list[int], tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / FILE)  # opening it waits for a reader
+    watchdog()
+    wait_until(lambda: bool(ended), 30 + STATE_SECONDS)
+    assert ended == [75]
+
+
+def test_a_process_that_was_stopped_has_not_hung(tmp_path: Path) -> None:
+    program = (
+        "import sys, time\nfrom pathlib import Path\nfrom coupled.rl.monitoring.watchdog import Watchdog\n"
+        f"Watchdog(2.0, Path({str(tmp_path)!r})).start()\nprint('ready', flush=True)\ntime.sleep(0.5)\n"
+        "print('well', flush=True)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ready\n"
+    os.kill(process.pid, signal.SIGSTOP)
+    time.sleep(3.0)
+    os.kill(process.pid, signal.SIGCONT)
+    assert process.communicate(timeout=60)[0] == "well\n"
+    assert process.returncode == 0

@@ -1,0 +1,301 @@
+"""The processes of a trainer: they come up; when one is lost the run ends with its name, and leaves nobody behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from helpers.toys import MakePolicy, make_batch, make_recipe, make_requests
+from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
+
+import coupled.rl.trainer.rank_group
+from coupled.rl.errors import RankError, RecipeError
+from coupled.rl.estimators.draw import draw_masks
+from coupled.rl.model.policy import digest_of
+from coupled.rl.recipe.schema import Recipe
+from coupled.rl.rollout.denoise import Sampler
+from coupled.rl.rollout.engine import InlineEngine
+from coupled.rl.rollout.workers import gang_engine
+from coupled.rl.trainer.checkpoint import open_policy
+from coupled.rl.trainer.collectives import Ranks
+from coupled.rl.trainer.rank_group import (
+    End,
+    FollowerProcess,
+    Gang,
+    abort_collectives,
+    abort_when_one_ends,
+    error_key,
+    open_learner,
+    ready,
+    refuse_too_few_devices,
+)
+from coupled.rl.trainer.rl_learner import Learner
+
+pytestmark = pytest.mark.slow
+SAMPLER = Sampler(canvas=6, denoising_steps=6, temperature=1.0)
+
+
+def recipe_of(folder: Path, **cluster: object) -> Recipe:
+    return make_recipe(
+        model={"path": str(folder)},
+        optimizer={"learning_rate": 1e-4, "micro_batch_size": 2},
+        rollout={"canvas": 6, "denoising_steps": 6, "batch_size": 2},
+        cluster={"trainer_ranks": 2} | cluster,
+    )
+
+
+class Opened:
+    """A gang of two and the process of its second rank."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.recipe = recipe
+        self.others: list[FollowerProcess] = []
+        self.gang = Gang(recipe, open_policy(recipe.model, recipe.seed), self._start)
+
+    def _start(self, rank: int, port: int) -> FollowerProcess:
+        self.others.append(FollowerProcess(self.recipe, rank, port, Path(self.recipe.output_dir)))
+        return self.others[-1]
+
+
+@pytest.fixture
+def checkpoint(tiny_policy: MakePolicy, tmp_path: Path) -> Path:
+    tiny_policy().save(tmp_path / "checkpoint")
+    return tmp_path / "checkpoint"
+
+
+def opened(checkpoint: Path, tmp_path: Path, **cluster: object) -> Opened:
+    recipe = recipe_of(checkpoint, **cluster).model_copy(update={"output_dir": str(tmp_path / "logs")})
+    return Opened(recipe, tmp_path)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_gang_does_what_a_learner_does_and_a_killed_rank_ends_it_with_its_name(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    pair = opened(checkpoint, tmp_path)
+    gang, other = pair.gang, pair.others[0]
+    try:
+        alone = Learner(pair.recipe, open_policy(pair.recipe.model, 0))
+        batch = make_batch(seed=1)
+        draw = draw_masks(batch, pair.recipe.estimator, (0, "mask", 1, 0))
+        done = gang.update(1, batch, draw, gang.anchor(batch, draw, is_first=True))
+        expected = alone.update(1, batch, draw, alone.anchor(batch, draw, is_first=True))
+        assert done.sums["loss"] == pytest.approx(expected.sums["loss"], abs=1e-6)
+        assert done.grad_norm == pytest.approx(expected.grad_norm, abs=1e-6)
+        state = gang.trainable_state()
+        for name, tensor in alone.trainable_state().items():
+            assert (state[name] - tensor).abs().max() < 1e-6
+
+        engine, plain = gang_engine(gang), InlineEngine(alone.policy, 2)
+        for each in (engine, plain):
+            each.load_weights(gang, 1)
+        requests = make_requests(5)
+        assert len(engine._batches(requests, SAMPLER, 0)) == 1, (
+            "the ranks share out all of them, whatever their lengths"
+        )
+        made, wanted = (each.generate(requests, SAMPLER, seed=0) for each in (engine, plain))
+        assert [(r.uid, r.canvas_ids.tolist(), r.weight_version) for r in made] == [
+            (r.uid, r.canvas_ids.tolist(), r.weight_version) for r in wanted
+        ]
+
+        (tmp_path / "full").write_text("no folder can be made here")
+        with pytest.raises(OSError, match="full"):
+            gang.write(tmp_path / "full", {"step": 1})
+        anchor = gang.anchor(batch, draw, is_first=True)
+        started = time.monotonic()
+        os.kill(other.pid, signal.SIGKILL)
+        with pytest.raises(
+            RankError, match=r"rank 1 of the trainer ended with signal 9 in 'update'.*rank_1\.log"
+        ) as lost:
+            gang.update(2, batch, draw, anchor)
+        assert time.monotonic() - started < 30
+        assert lost.value.exit_code == 75
+        with pytest.raises(RankError, match="has lost a rank before"):
+            gang.sync_reference(2)
+    finally:
+        gang.close()
+    assert not is_alive(other.pid)
+
+
+def test_a_rank_that_stands_still_is_waited_for_until_the_deadline_and_named(checkpoint: Path, tmp_path: Path) -> None:
+    pair = opened(checkpoint, tmp_path)
+    gang, other = pair.gang, pair.others[0]
+    try:
+        gang.sync_reference(1)
+        # Not in the recipe: starting takes longer than this test should.
+        set_timeout(timedelta(seconds=3), dist.group.WORLD)
+        gang._timeout = 3
+        os.kill(other.pid, signal.SIGSTOP)
+        with pytest.raises(RankError, match=r"waited 3 s for each other in 'trainable_state'; not done: rank 1 \("):
+            gang.trainable_state()
+    finally:
+        gang.close()
+    assert not is_alive(other.pid)
+
+
+def test_replicas_that_begin_differently_are_refused(tiny_policy: MakePolicy) -> None:
+    state = tiny_policy().trainable_state()
+    other = tiny_policy(seed=1).trainable_state()
+    assert digest_of(state) == digest_of(tiny_policy().trainable_state()) != digest_of(other)
+
+    class Heard(Ranks):
+        def gather(self, item: str) -> list[str]:
+            return [item, digest_of(other)]
+
+    learner = Learner.__new__(Learner)
+    learner.policy, learner._shards = tiny_policy(), None
+    with pytest.raises(RankError, match="the same adapters; those of rank 1 differ"):
+        ready(learner, Heard(size=2))
+
+
+class Ended:
+    """A follower that is seen as ended from the n-th look on."""
+
+    def __init__(self, rank: int, how: str, looks: int = 0, host: str = "127.0.0.1") -> None:
+        self.rank, self.host, self.log = rank, host, f"rank_{rank}.log"
+        self._end, self._looks = End(how=how, is_lost=how.startswith("signal")), looks
+
+    def ended(self) -> End | None:
+        self._looks -= 1
+        return self._end if self._looks < 0 else None
+
+    def kill(self) -> None:
+        raise AssertionError("nobody is killed for having ended")
+
+
+@pytest.mark.parametrize(
+    ("how", "reasons", "named", "exit_code"),
+    [
+        (
+            "signal 9",
+            {1: "RuntimeError: [gloo] Connection reset by peer"},
+            "rank 3 of the trainer ended with signal 9 in 'update'\\.",
+            75,
+        ),
+        (
+            "status 1",
+            {1: "RuntimeError: Connection closed by peer", 3: "OutOfMemoryError: 40 GiB"},
+            "rank 3 of the trainer ended with status 1 in 'update': OutOfMemoryError: 40 GiB.*Mend that",
+            2,
+        ),
+        ("status 1", {1: "RuntimeError: NCCL error", 3: "RuntimeError: NCCL error"}, "rank 1 .* NCCL error", 75),
+        ("status 1", {1: "RuntimeError: NCCL error"}, "rank 3 .* ended with status 1 in 'update'.*Mend that", 2),
+    ],
+    ids=["killed", "failed", "all lost somebody", "failed before it could say why"],
+)
+def test_the_rank_that_ended_first_is_named_and_resuming_is_for_those_that_were_lost(
+    how: str, reasons: dict[int, str], named: str, exit_code: int
+) -> None:
+    gang = Gang.__new__(Gang)
+    gang._followers = [Ended(1, "status 1"), Ended(3, how, looks=3)]
+    gang._store = dist.HashStore()
+    for rank, reason in reasons.items():
+        gang._store.set(error_key(rank), reason)
+    with pytest.raises(RankError, match=named) as caught:
+        gang._refuse_ended("update")
+    assert caught.value.exit_code == exit_code
+
+
+def test_collectives_are_aborted_when_a_rank_ends_and_only_then() -> None:
+    aborted: list[int] = []
+    followers = [Ended(1, "status 0", looks=9), Ended(2, "signal 9", looks=2)]
+    abort_when_one_ends(followers, threading.Event(), lambda lost: aborted.append(lost.rank))
+    assert aborted == [2]
+    closed = threading.Event()
+    closed.set()
+    abort_when_one_ends([Ended(1, "signal 9")], closed, lambda lost: aborted.append(lost.rank))
+    assert aborted == [2], "a gang that is closed ends its ranks itself"
+
+
+def test_who_reads_from_a_host_that_fell_silent_is_told_and_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """gloo waits for a silent host until its own deadline; here 127.0.0.2 is that host."""
+    monkeypatch.setattr(coupled.rl.trainer.rank_group, "GRACE_SECONDS", 0.1)
+    ends: dict[str, list[socket.socket]] = {}
+    for address in ("127.0.0.1", "127.0.0.2"):
+        with socket.create_server((address, 0)) as listener:
+            ours = socket.create_connection(listener.getsockname())
+            ends[address] = [ours, listener.accept()[0]]
+    try:
+        heard: list[bytes] = []
+        reader = threading.Thread(target=lambda: heard.append(ends["127.0.0.2"][0].recv(1)))
+        reader.start()
+        for still_here in (Ended(1, "signal 9"), Ended(1, "status 1", host="127.0.0.2")):
+            abort_collectives("127.0.0.1", threading.Event(), still_here)
+        assert reader.is_alive(), "what ends on a host that lives breaks its own connections"
+        abort_collectives("127.0.0.1", threading.Event(), Ended(1, "signal 9", host="127.0.0.2"))
+        reader.join(timeout=10)
+        assert heard == [b""]
+        ends["127.0.0.1"][1].send(b"x")
+        assert ends["127.0.0.1"][0].recv(1) == b"x"
+    finally:
+        for one in (*ends["127.0.0.1"], *ends["127.0.0.2"]):
+            one.close()
+
+
+def test_a_rank_that_cannot_load_the_model_says_why(checkpoint: Path, tmp_path: Path) -> None:
+    here = recipe_of(checkpoint)
+    there = recipe_of(tmp_path / "nowhere")
+    policy = open_policy(here.model, 0)
+    started = []
+
+    def start(rank: int, port: int) -> FollowerProcess:
+        started.append(FollowerProcess(there, rank, port, tmp_path))
+        return started[-1]
+
+    with pytest.raises(RankError, match=r"rank 1 .* ended with status 1 in 'start': CheckpointError: .*nowhere"):
+        Gang(here, policy, start)
+    assert not is_alive(started[0].pid)
+
+
+@pytest.fixture
+def nobody_home() -> Iterator[int]:
+    """A port that accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield listener.getsockname()[1]
+
+
+def test_a_rank_ends_when_the_process_that_started_it_is_gone(
+    checkpoint: Path, tmp_path: Path, nobody_home: int
+) -> None:
+    follower = FollowerProcess(recipe_of(checkpoint), 1, nobody_home, tmp_path)
+    try:
+        assert follower._process.stdin is not None
+        follower._process.stdin.close()  # as the kernel does for a killed process
+        deadline = time.monotonic() + 60
+        while follower.ended() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert follower.ended() == End(how="status 3", is_lost=False)
+        assert "the process of the first rank has ended" in (tmp_path / "rank_1.log").read_text()
+    finally:
+        follower.kill()
+
+
+def test_one_rank_is_the_process_itself(checkpoint: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(checkpoint, trainer_ranks=1)
+    learner = open_learner(recipe, open_policy(recipe.model, 0), tmp_path)
+    assert isinstance(learner, Learner)
+    assert not dist.is_initialized()
+    assert not (tmp_path / "logs").exists()
+
+
+def test_more_ranks_than_gpus_are_refused(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(RecipeError, match=r"trainer_ranks=2 needs as many GPUs, and torch sees 1; .*model\.device=cpu"):
+        refuse_too_few_devices(recipe_of(checkpoint))
