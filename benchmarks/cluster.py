@@ -431,7 +431,7 @@ def ray_calls() -> list[dict[str, Any]]:
 
     from coupled.rl.cluster.ray import close_ray, open_ray
     from coupled.rl.cluster.ray_transport import RayTransport
-    from coupled.rl.recipe.schema import load_recipe
+    from coupled.rl.recipe.read import load_recipe
 
     ray = open_ray(load_recipe(str(ROOT / "recipes" / "quickstart-ray.yaml")))
     try:

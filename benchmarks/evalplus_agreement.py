@@ -30,7 +30,7 @@ from coupled.rl.evaluation.benchmarks import BENCHMARKS, Benchmark, Problem, dat
 from coupled.rl.evaluation.benchmarks.run import Arm, Plan, evaluate_benchmark, read_evaluation
 from coupled.rl.model.loading import load_tokenizer
 from coupled.rl.model.policy import Policy
-from coupled.rl.rollout.denoise import Request, Sampler
+from coupled.rl.rollout.sampler import Request, Sampler
 from coupled.rl.types import Rollout
 from coupled.sandbox import open_executor
 

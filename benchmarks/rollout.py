@@ -40,20 +40,21 @@ from common import ROOT, environment
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from coupled.rl.data.tasks import encode_prompts, load_tasks
-from coupled.rl.evaluation.held_out import sampler_of
+from coupled.rl.data.prompts import encode_prompts
+from coupled.rl.data.tasks import load_tasks
 from coupled.rl.model import vocabulary
 from coupled.rl.model.cuda_graphs import Graphs
 from coupled.rl.model.families import FAMILIES
+from coupled.rl.model.open import open_policy
 from coupled.rl.model.policy import Policy
-from coupled.rl.recipe.schema import PRESETS, load_recipe
+from coupled.rl.recipe.read import load_recipe
+from coupled.rl.recipe.schema import PRESETS
 from coupled.rl.rollout import readout
-from coupled.rl.rollout.denoise import Request, keyed_draws
+from coupled.rl.rollout.denoise import keyed_draws
 from coupled.rl.rollout.distributions import draw_tokens
 from coupled.rl.rollout.engine import InlineEngine, roll_out
 from coupled.rl.rollout.readout import chunks
-from coupled.rl.rollout.sampler import Sampler, Step, plan_steps, unmask_counts
-from coupled.rl.trainer.checkpoint import open_policy
+from coupled.rl.rollout.sampler import Request, Sampler, Step, plan_steps, sampler_of, unmask_counts
 from coupled.rl.types import Rollout
 
 SHAPES = {

@@ -35,22 +35,23 @@ from common import ROOT, environment
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from coupled.rl.data.tasks import encode_prompts, load_tasks
+from coupled.rl.data.prompts import encode_prompts
+from coupled.rl.data.tasks import load_tasks
 from coupled.rl.estimators.coupled import draw_pairs, of_pairs
 from coupled.rl.estimators.score import estimate_logp
-from coupled.rl.evaluation.held_out import sampler_of
 from coupled.rl.model import vocabulary
 from coupled.rl.model.attention import Layout
 from coupled.rl.model.families import FAMILIES
 from coupled.rl.model.gradient_checkpointing import checkpoint_gradients
 from coupled.rl.model.loading import add_adapter
+from coupled.rl.model.open import open_policy
 from coupled.rl.model.policy import Policy
 from coupled.rl.objective.gradient import add_gradient
 from coupled.rl.objective.loss import loss_denominator
-from coupled.rl.recipe.schema import Recipe, load_recipe
-from coupled.rl.rollout.denoise import Request
+from coupled.rl.recipe.read import load_recipe
+from coupled.rl.recipe.schema import Recipe
 from coupled.rl.rollout.engine import InlineEngine
-from coupled.rl.trainer.checkpoint import open_policy
+from coupled.rl.rollout.sampler import Request, sampler_of
 from coupled.rl.types import Anchor, MaskDraw, MaskPair, TrainBatch
 
 SHAPES = {

@@ -27,18 +27,20 @@ from typing import Any
 
 import torch
 
+from coupled.rl.data.prompts import encode_prompts
 from coupled.rl.data.rows import read_rows as dataset_rows
-from coupled.rl.data.tasks import encode_prompts, load_tasks
+from coupled.rl.data.tasks import load_tasks
 from coupled.rl.evaluation.held_out import bootstrap, is_pass
-from coupled.rl.judging.grader import open_grader
+from coupled.rl.judging.open import open_grader
 from coupled.rl.likelihood.batch import collate
 from coupled.rl.likelihood.objective import draw_noise, fit_loss
 from coupled.rl.likelihood.samples import Encoder, Example
+from coupled.rl.model.open import open_policy
 from coupled.rl.model.policy import Policy
-from coupled.rl.recipe.schema import Recipe, load_recipe
+from coupled.rl.recipe.read import load_recipe
+from coupled.rl.recipe.schema import Recipe
 from coupled.rl.rollout.denoise import completion_length
 from coupled.rl.run_folder.folder import committed_checkpoints, read_rows
-from coupled.rl.trainer.checkpoint import open_policy
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "recipes" / "tiny"

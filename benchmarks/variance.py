@@ -29,20 +29,22 @@ import numpy as np
 import torch
 from common import ROOT, environment
 
-from coupled.rl.data.tasks import encode_prompts, load_tasks
+from coupled.rl.data.prompts import encode_prompts
+from coupled.rl.data.tasks import load_tasks
 from coupled.rl.estimators.draw import draw_masks
 from coupled.rl.estimators.score import estimate_logp
 from coupled.rl.estimators.subsets import exact_count, stack
-from coupled.rl.evaluation.held_out import sampler_of
-from coupled.rl.judging.grader import open_grader
+from coupled.rl.judging.open import open_grader
 from coupled.rl.keys import Key, generator
+from coupled.rl.model.open import open_policy
 from coupled.rl.model.policy import Policy
 from coupled.rl.objective.advantage import group_advantages
 from coupled.rl.objective.batch import collate, micro_batches, rewards_of
 from coupled.rl.objective.loss import coupled_grpo_loss, loss_denominator
-from coupled.rl.recipe.schema import Estimator, Loss, Recipe, load_recipe
-from coupled.rl.rollout.denoise import Request, denoise
-from coupled.rl.trainer.checkpoint import open_policy
+from coupled.rl.recipe.read import load_recipe
+from coupled.rl.recipe.schema import Estimator, Loss, Recipe
+from coupled.rl.rollout.denoise import denoise
+from coupled.rl.rollout.sampler import Request, sampler_of
 from coupled.rl.types import Group, MaskDraw, TrainBatch, View
 
 NUM_FORWARDS = 5

@@ -10,7 +10,8 @@ if __name__ != "coupled.rl":
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from coupled.rl.recipe.schema import Recipe, load_recipe
+    from coupled.rl.recipe.read import load_recipe
+    from coupled.rl.recipe.schema import Recipe
     from coupled.rl.train import train
 
 __all__ = ["Recipe", "load_recipe", "train"]

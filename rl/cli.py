@@ -48,7 +48,7 @@ def train(
 
     Exit status 0: done; 2: something must be mended first; 75: resuming may succeed; 70: a mistake of ours.
     """
-    from coupled.rl.recipe.schema import dump_recipe, load_recipe
+    from coupled.rl.recipe.read import dump_recipe, load_recipe
 
     resume, settings = _split_resume(overrides or [])
     loaded = load_recipe(recipe, tuple(settings))
@@ -132,7 +132,7 @@ def evaluate(
         return
     if checkpoint is None:
         raise CoupledError("eval needs a checkpoint or run folder, or --compare A B; got neither")
-    from coupled.rl.commands.sample import evaluate_checkpoint
+    from coupled.rl.evaluation.held_out import evaluate_checkpoint
 
     found = evaluate_checkpoint(checkpoint, recipe, tuple(overrides or ()))
     for name, rates in (("sampled", found.sampled), ("greedy", found.greedy)):
@@ -311,7 +311,7 @@ def doctor(
 @app.command()
 def schema() -> None:
     """Print the JSON schema of recipe files, for editors (kept at recipes/schema.json)."""
-    from coupled.rl.recipe.schema import json_schema
+    from coupled.rl.recipe.read import json_schema
 
     print(json_schema(), end="")
 

@@ -16,12 +16,12 @@ from rich.console import Console
 from coupled.rl.likelihood.batch import RowMaker, collate
 from coupled.rl.likelihood.objective import draw_noise, settle
 from coupled.rl.likelihood.samples import Cursor, open_source, told
+from coupled.rl.model.open import open_policy, use_threads
 from coupled.rl.monitoring.progress import Progress
 from coupled.rl.monitoring.watchdog import PATIENCE_WITH_FILES, Watchdog, stall_seconds
 from coupled.rl.recipe.schema import Recipe
 from coupled.rl.run_folder.folder import open_run_dir
-from coupled.rl.trainer.checkpoint import open_policy, use_threads
-from coupled.rl.trainer.rank_group import open_fit_learner
+from coupled.rl.trainer.open import open_fit_learner
 
 
 def fit(recipe: Recipe, resume: str = "never") -> Path:

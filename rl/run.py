@@ -17,10 +17,14 @@ import torch
 from rich.console import Console
 
 from coupled.reward import RewardError, Status, Task
-from coupled.rl.data.tasks import encode_prompts, load_tasks, rows_of_step
+from coupled.rl.data.order import rows_of_step
+from coupled.rl.data.prompts import encode_prompts
+from coupled.rl.data.tasks import load_tasks
 from coupled.rl.errors import DataError, RecipeError, RolloutError, SaveError
-from coupled.rl.evaluation.held_out import Evaluation, evaluate, sampler_of
-from coupled.rl.judging.grader import Grader, open_grader
+from coupled.rl.evaluation.held_out import Evaluation, evaluate
+from coupled.rl.judging.grader import Grader
+from coupled.rl.judging.open import open_grader
+from coupled.rl.model.open import open_policy, use_threads
 from coupled.rl.model.policy import Policy
 from coupled.rl.monitoring.events import EventLog
 from coupled.rl.monitoring.metrics import StepMetrics
@@ -29,15 +33,16 @@ from coupled.rl.monitoring.watchdog import PATIENCE_WITH_FILES, Watchdog, stall_
 from coupled.rl.objective.advantage import filter_groups, group_advantages
 from coupled.rl.objective.batch import collate, passes_of, refuse_identical_groups, rewards_of
 from coupled.rl.recipe.schema import Recipe
-from coupled.rl.rollout.denoise import Request
 from coupled.rl.rollout.exactness import compare, exact_counterpart
 from coupled.rl.rollout.open import open_engine
 from coupled.rl.rollout.parity import prompts_to_check, sampler_for_parity
+from coupled.rl.rollout.sampler import Request, sampler_of
 from coupled.rl.rollout.workers import ClusterEngine
 from coupled.rl.run_folder.folder import RunDir, open_run_dir
 from coupled.rl.run_folder.rollout_log import write_rollouts
-from coupled.rl.trainer.checkpoint import open_policy, read_carried, use_threads, write_carried
-from coupled.rl.trainer.rank_group import Gang, open_learner
+from coupled.rl.trainer.checkpoint import read_carried, write_carried
+from coupled.rl.trainer.open import open_learner
+from coupled.rl.trainer.rank_group import Gang
 from coupled.rl.trainer.rl_learner import Learner
 from coupled.rl.types import Anchor, Group, MaskDraw, Prompt, Rollout, TrainBatch
 from coupled.sandbox import CacheStatistics

@@ -10,7 +10,7 @@ import pytest
 from coupled.reward import RewardError
 from coupled.rl.cli import main
 from coupled.rl.errors import CheckpointError, CoupledError, DataError, RolloutError
-from coupled.rl.recipe.schema import load_recipe
+from coupled.rl.recipe.read import load_recipe
 from coupled.rl.train import train
 
 ROOT = Path(__file__).parents[1]

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from coupled.rl.monitoring.metrics import DETERMINISTIC_EXCEPT
-from coupled.rl.recipe.schema import Recipe, load_recipe
+from coupled.rl.recipe.read import load_recipe
+from coupled.rl.recipe.schema import Recipe
 from coupled.rl.run_folder.folder import read_rows
 from coupled.rl.train import TrainResult, train
 

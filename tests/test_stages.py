@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from coupled.rl.fit import fit
-from coupled.rl.recipe.schema import load_recipe
+from coupled.rl.recipe.read import load_recipe
 from coupled.rl.run_folder.folder import read_rows
 from coupled.rl.train import train
 

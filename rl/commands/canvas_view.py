@@ -10,7 +10,6 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
-from coupled.rl.commands.sample import canvas_text
 from coupled.rl.model.policy import Policy
 
 
@@ -60,3 +59,13 @@ class CanvasView:
                 word = policy.tokenizer.decode([token], skip_special_tokens=True)
                 text.append(word, "bold green" if old == policy.mask_id else "")
         return text
+
+
+def canvas_text(policy: Policy, canvas: np.ndarray) -> str:
+    """A canvas [C] as text up to its first end token, with `▢` for what is still masked."""
+    ends = np.flatnonzero(np.isin(canvas, policy.end_ids))
+    shown = canvas[: ends[0]] if len(ends) else canvas
+    return "".join(
+        "▢" if token == policy.mask_id else policy.tokenizer.decode([int(token)], skip_special_tokens=True)
+        for token in shown
+    )

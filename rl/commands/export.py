@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from coupled.rl.commands.sample import find_checkpoint
 from coupled.rl.errors import CheckpointError
 from coupled.rl.model.loading import load_policy, merge_adapter
+from coupled.rl.run_folder.find import find_checkpoint
 
 
 def export_checkpoint(path: Path, out: Path, *, merge: bool, dtype: torch.dtype) -> Path:

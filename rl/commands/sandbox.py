@@ -16,7 +16,7 @@ from rich.text import Text
 
 from coupled.reward import Judge, Judgement, Status, Task
 from coupled.rl.errors import DataError
-from coupled.rl.judging.grader import open_local_sandbox
+from coupled.rl.judging.local_sandbox import open_local_sandbox
 from coupled.rl.recipe.schema import Sandbox
 from coupled.sandbox import Execution, Executor, Isolation, Job, Limits
 

@@ -1,1 +1,8 @@
-"""TODO."""
+"""Data: rows of files or of the hub become tasks, prompts and an order.
+
+rows     rows of JSONL, Parquet, folders of either, and hub datasets
+parquet  Parquet files
+tasks    rows as tasks with tests
+prompts  tasks as prompts of tokens
+order    which rows a step takes: a function of the step alone
+"""

@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from coupled.rl.data.parquet import read_parquet
-from coupled.rl.data.tasks import SUFFIXES, refuse_missing, stream_hub
-from coupled.rl.errors import DataError
+from coupled.rl.errors import DataError, nearest
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,3 +93,54 @@ def _parsed(text: bytes) -> Any:
         return Bad("not UTF-8")
     except (json.JSONDecodeError, RecursionError):
         return Bad("not JSON")
+
+
+SUFFIXES = (".jsonl", ".json", ".parquet", ".gz")
+"""Of files; any other path is a dataset of the hub."""
+
+
+def load_rows(path: str, *, split: str = "train") -> list[dict[str, Any]]:
+    """All rows of a dataset, through the `datasets` library.
+
+    Raises:
+        DataError: no such file, not a dataset, or not a single row.
+    """
+    import datasets
+
+    datasets.disable_progress_bars()
+    file = Path(path)
+    suffix = file.suffix.lower()
+    if suffix in SUFFIXES:
+        refuse_missing(file)
+        kind = "parquet" if suffix == ".parquet" else "json"
+        arguments: dict[str, Any] = {"path": kind, "data_files": str(file), "split": "train"}
+    else:
+        arguments = {"path": path, "split": split}
+    try:
+        rows = datasets.load_dataset(**arguments).to_list()
+    except Exception as error:  # the library raises a dozen types for unreadable input; all mean the same to a user
+        raise DataError(f"cannot read the dataset {path} ({type(error).__name__}: {error})") from error
+    if not rows:
+        raise DataError(f"the dataset {path} has no rows")
+    return list(rows)
+
+
+def stream_hub(path: str, *, split: str, first: int) -> Iterator[dict[str, Any]]:
+    """Rows of a hub dataset from number `first` on, downloaded as they are asked for.
+
+    Raises:
+        DataError: not a dataset, or no network.
+    """
+    import datasets
+
+    try:
+        yield from datasets.load_dataset(path, split=split, streaming=True).skip(first)
+    except Exception as error:  # as in load_rows
+        raise DataError(f"cannot stream the dataset {path} ({type(error).__name__}: {error})") from error
+
+
+def refuse_missing(file: Path) -> None:
+    """Raises a DataError that names the nearest file when there is none."""
+    if not file.is_file():
+        folder = file.parent if file.parent.is_dir() else Path()
+        raise DataError(f"no dataset at {file}; {nearest(file.name, [p.name for p in folder.iterdir()])}")

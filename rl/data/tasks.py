@@ -8,65 +8,12 @@ Rows of HumanEval+, MBPP+, HumanEval and BigCodeBench are recognised by theirs w
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from coupled.reward import PROGRAM_STYLES, Style, Task, UnsupportedTest, known_task, plan, style_of
+from coupled.rl.data.rows import load_rows
 from coupled.rl.errors import DataError, nearest
-from coupled.rl.keys import generator
 from coupled.rl.recipe.schema import COLUMNS, Data
-from coupled.rl.types import Prompt
-
-SUFFIXES = (".jsonl", ".json", ".parquet", ".gz")
-"""Of files; any other path is a dataset of the hub."""
-
-
-def load_rows(path: str, *, split: str = "train") -> list[dict[str, Any]]:
-    """All rows of a dataset, through the `datasets` library.
-
-    Raises:
-        DataError: no such file, not a dataset, or not a single row.
-    """
-    import datasets
-
-    datasets.disable_progress_bars()
-    file = Path(path)
-    suffix = file.suffix.lower()
-    if suffix in SUFFIXES:
-        refuse_missing(file)
-        kind = "parquet" if suffix == ".parquet" else "json"
-        arguments: dict[str, Any] = {"path": kind, "data_files": str(file), "split": "train"}
-    else:
-        arguments = {"path": path, "split": split}
-    try:
-        rows = datasets.load_dataset(**arguments).to_list()
-    except Exception as error:  # the library raises a dozen types for unreadable input; all mean the same to a user
-        raise DataError(f"cannot read the dataset {path} ({type(error).__name__}: {error})") from error
-    if not rows:
-        raise DataError(f"the dataset {path} has no rows")
-    return list(rows)
-
-
-def stream_hub(path: str, *, split: str, first: int) -> Iterator[dict[str, Any]]:
-    """Rows of a hub dataset from number `first` on, downloaded as they are asked for.
-
-    Raises:
-        DataError: not a dataset, or no network.
-    """
-    import datasets
-
-    try:
-        yield from datasets.load_dataset(path, split=split, streaming=True).skip(first)
-    except Exception as error:  # as in load_rows
-        raise DataError(f"cannot stream the dataset {path} ({type(error).__name__}: {error})") from error
-
-
-def refuse_missing(file: Path) -> None:
-    """Raises a DataError that names the nearest file when there is none."""
-    if not file.is_file():
-        folder = file.parent if file.parent.is_dir() else Path()
-        raise DataError(f"no dataset at {file}; {nearest(file.name, [p.name for p in folder.iterdir()])}")
 
 
 def to_task(
@@ -151,51 +98,6 @@ def _judgeable(tasks: list[Task], source: str, allow_weak: bool) -> list[Task]:
             stacklevel=2,
         )
     return kept
-
-
-def encode_prompts(tasks: Sequence[Task], tokenizer: Any, max_tokens: int) -> list[Prompt]:
-    """Tokenise tasks through the tokenizer's chat template; empty prompts and those over `max_tokens` are dropped.
-
-    Raises:
-        DataError: nothing is left.
-    """
-    texts = [render_prompt(task.prompt, tokenizer) for task in tasks]
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
-    prompts = [
-        Prompt(task=task, token_ids=tuple(ids))
-        for task, ids in zip(tasks, encoded, strict=True)
-        if 0 < len(ids) <= max_tokens
-    ]
-    if not prompts:
-        shortest = min(len(ids) for ids in encoded)
-        raise DataError(
-            f"data.max_prompt_tokens is {max_tokens} but the shortest prompt has {shortest} tokens; raise it"
-        )
-    return prompts
-
-
-def render_prompt(text: str, tokenizer: Any) -> str:
-    """The user's text as the model was taught to read it."""
-    if not tokenizer.chat_template:
-        return text
-    message = [{"role": "user", "content": text}]
-    return str(tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
-
-
-def epoch_order(num_rows: int, *, seed: int, epoch: int, stream: str) -> list[int]:
-    """The order in which an epoch visits the rows: a pure function of its arguments."""
-    return [int(i) for i in generator(seed, stream, epoch).permutation(num_rows)]
-
-
-def rows_of_step(num_rows: int, *, step: int, per_step: int, seed: int, stream: str) -> list[int]:
-    """Indices of the rows step `step` (from 0) takes; no row is skipped or repeated within an epoch.
-
-    Example: with 5 rows and 2 a step, step 2 takes the last row of epoch 0 and the first of epoch 1.
-    """
-    first = step * per_step
-    wanted = range(first, first + per_step)
-    orders = {e: epoch_order(num_rows, seed=seed, epoch=e, stream=stream) for e in {i // num_rows for i in wanted}}
-    return [orders[i // num_rows][i % num_rows] for i in wanted]
 
 
 def _text(row: dict[str, Any], columns: dict[str, str], name: str) -> str:

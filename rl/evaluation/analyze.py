@@ -19,14 +19,13 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from coupled.reward import Judge, Status
-from coupled.rl.commands.sample import find_checkpoint, recipe_for
-from coupled.rl.data.tasks import load_tasks, render_prompt
+from coupled.rl.data.prompts import render_prompt
+from coupled.rl.data.tasks import load_tasks
 from coupled.rl.errors import CoupledError, DataError
 from coupled.rl.evaluation.benchmarks import Problem, data_file, find_benchmarks, load_problems
 from coupled.rl.evaluation.benchmarks.adapters import fenced_program
 from coupled.rl.evaluation.benchmarks.run import LIMITS, fingerprint
 from coupled.rl.evaluation.benchmarks.types import Benchmark, Prompting
-from coupled.rl.evaluation.causal import require_end_token
 from coupled.rl.evaluation.decoding_order import (
     Heatmap,
     commit_map,
@@ -35,15 +34,16 @@ from coupled.rl.evaluation.decoding_order import (
     local_arness,
     order_of,
 )
-from coupled.rl.evaluation.held_out import sampler_of
 from coupled.rl.evaluation.statistics import Interval, bootstrap, pass_at_k
-from coupled.rl.judging.grader import open_sandbox
+from coupled.rl.judging.open import open_sandbox
+from coupled.rl.model.loading import require_end_token
+from coupled.rl.model.open import open_policy, use_threads
 from coupled.rl.model.policy import Policy
 from coupled.rl.recipe.schema import Recipe
-from coupled.rl.rollout.denoise import Request, Sampler
 from coupled.rl.rollout.engine import InlineEngine
+from coupled.rl.rollout.sampler import Request, Sampler, sampler_of
+from coupled.rl.run_folder.find import find_checkpoint, recipe_for
 from coupled.rl.run_folder.folder import atomic_write
-from coupled.rl.trainer.checkpoint import open_policy, use_threads
 from coupled.rl.types import Rollout
 from coupled.sandbox import CachedExecutor
 

@@ -20,11 +20,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Log
 from coupled.rl.errors import CheckpointError
 from coupled.rl.keys import uniform
 from coupled.rl.model.families import family_of
-from coupled.rl.model.loading import ADAPTER_CONFIG, load_tokenizer
+from coupled.rl.model.loading import ADAPTER_CONFIG, load_tokenizer, require_end_token
 from coupled.rl.model.policy import Policy
-from coupled.rl.rollout.denoise import Request, Sampler, completion_length, make_rollout
+from coupled.rl.rollout.denoise import completion_length, make_rollout
 from coupled.rl.rollout.distributions import draw_tokens, nucleus
 from coupled.rl.rollout.engine import request_chunks
+from coupled.rl.rollout.sampler import Request, Sampler
 from coupled.rl.shapes import Float
 from coupled.rl.types import Rollout
 
@@ -151,15 +152,6 @@ def _rollout(
     return make_rollout(
         model, request, canvas_ids, step, kept[0], kept[1], num_forwards=length, weight_version=0, sampler=sampler
     )
-
-
-def require_end_token(tokenizer: Any, path: Path | str) -> None:
-    """Raise CheckpointError when no completion could ever end."""
-    if tokenizer.eos_token_id is None:
-        raise CheckpointError(
-            f"the tokenizer of {path} names no end token, so no completion would ever end: set eos_token in its "
-            "tokenizer_config.json to the token that ends an answer"
-        )
 
 
 def _listed(ids: int | list[int] | None) -> list[int]:

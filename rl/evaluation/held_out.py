@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,12 +12,17 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from coupled.reward import Judgement, Status, Task
-from coupled.rl.errors import CoupledError
+from coupled.rl.data.prompts import encode_prompts
+from coupled.rl.data.tasks import load_tasks
+from coupled.rl.errors import CoupledError, DataError
 from coupled.rl.evaluation.statistics import Interval, bootstrap
 from coupled.rl.judging.grader import Grader
+from coupled.rl.judging.open import open_grader
+from coupled.rl.model.open import open_policy, use_threads
 from coupled.rl.recipe.schema import Recipe
-from coupled.rl.rollout.denoise import Request, Sampler
-from coupled.rl.rollout.engine import RolloutEngine
+from coupled.rl.rollout.engine import InlineEngine, RolloutEngine
+from coupled.rl.rollout.sampler import Request, Sampler, sampler_of
+from coupled.rl.run_folder.find import find_checkpoint, recipe_for
 from coupled.rl.types import Prompt
 
 
@@ -109,26 +115,6 @@ def evaluate(
     return Evaluation(step=step, sampled=sampled, greedy=greedy)
 
 
-def sampler_of(recipe: Recipe) -> Sampler:
-    """The rollout sampler of a recipe."""
-    rollout = recipe.rollout
-    return Sampler(
-        canvas=rollout.canvas,
-        denoising_steps=rollout.denoising_steps,
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        order=rollout.order,
-        top_k=rollout.top_k,
-        confidence_threshold=rollout.confidence_threshold,
-        entropy_bound=rollout.entropy_bound,
-        end_fill=rollout.end_fill,
-        block_length=rollout.block_length,
-        cache=rollout.cache,
-        refresh_steps=rollout.refresh_steps,
-        has_early_exit=rollout.has_early_exit,
-    )
-
-
 def comparison_table(before: Evaluation, after: Evaluation) -> Table:
     """Held-out pass@1 before and after, in per cent with 95 % intervals."""
     rates = before.sampled
@@ -179,3 +165,27 @@ def _pass_rates(
         uids=tuple(p.task.uid for p in prompts),
         rates=tuple(rates.tolist()),
     )
+
+
+def evaluate_checkpoint(path: Path, recipe: str | None, overrides: tuple[str, ...] = ()) -> Evaluation:
+    """Pass@1 of a checkpoint on the held-out problems of the recipe.
+
+    Raises:
+        CoupledError: no checkpoint, no recipe, or a recipe without `data.eval_path`.
+    """
+    checkpoint = find_checkpoint(path)
+    chosen = recipe_for(checkpoint, recipe, overrides)
+    if chosen.data.eval_path is None:
+        raise DataError("the recipe names no held-out problems; add data.eval_path=FILE")
+    use_threads(chosen)
+    model = chosen.model.model_copy(update={"path": str(checkpoint), "init": "checkpoint", "adapter": None})
+    policy = open_policy(model, chosen.seed)
+    tasks = load_tasks(chosen.data, chosen.data.eval_path, allow_weak=chosen.reward.allow_weak)
+    prompts = encode_prompts(tasks, policy.tokenizer, chosen.data.max_prompt_tokens)
+    engine = InlineEngine(policy, chosen.rollout.batch_size)
+    prompts = prompts[: chosen.evaluation.num_problems]
+    grader = open_grader(chosen, [prompt.task for prompt in prompts])
+    try:
+        return evaluate(engine, grader, prompts, chosen, step=0)
+    finally:
+        grader.close()

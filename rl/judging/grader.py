@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from coupled.reward import Judge, Judgement, RewardSpec, Scorer, Task, Verdict, plan
-from coupled.rl.recipe.schema import Recipe, Sandbox
+from coupled.reward import Judge, Judgement, Scorer, Task, Verdict
 from coupled.sandbox import (
     CachedExecutor,
     CacheStatistics,
-    Executor,
-    Limits,
-    RemoteExecutor,
-    SandboxUnavailable,
-    open_executor,
 )
-from coupled.sandbox.pool import require_runnable
 
 MAX_AHEAD = 16
 """Batches whose programs are run ahead at the same time; the sandbox's workers are fewer, or on many hosts."""
@@ -78,67 +71,3 @@ class Grader:
         self._executor.close()
         self._threads.shutdown(cancel_futures=True)
         self._scorer.close()
-
-
-def open_grader(
-    recipe: Recipe, tasks: Sequence[Task] = (), tell: Callable[..., None] = lambda event, **facts: None
-) -> Grader:
-    """The grader of a recipe; close it when done. `tasks` are those that it will be asked about.
-
-    `tell` hears what becomes of supervisors and their batches, where there are any.
-
-    Raises:
-        SandboxUnavailable: this host cannot give the tier that the recipe asks for, or the tier cannot run the
-            tests of a task.
-        RewardError: a reward function cannot be loaded.
-    """
-    sandbox = recipe.sandbox
-    limits = Limits(cpu_seconds=sandbox.cpu_seconds, wall_seconds=sandbox.wall_seconds, memory_mb=sandbox.memory_mb)
-    specs = [RewardSpec(name=f.name, path=f.path, weight=f.weight) for f in recipe.reward.functions]
-    executor = CachedExecutor(open_sandbox(recipe, tell))
-    try:
-        _check_tests(tasks, executor.isolation().tier, recipe.reward.allow_weak)
-        weak = recipe.reward.allow_weak
-        timeout = recipe.reward.timeout_seconds
-        on_error = recipe.reward.on_error
-        scorer = Scorer(specs, executor, timeout_seconds=timeout, on_error=on_error, limits=limits, allow_weak=weak)
-    except BaseException:
-        executor.close()
-        raise
-    return Grader(executor, scorer, Judge(executor, limits, allow_weak=weak))
-
-
-def _check_tests(tasks: Sequence[Task], tier: str, allow_weak: bool) -> None:
-    """Find out now, and not in the middle of a run, that a tier cannot run the tests of a task."""
-    refused: list[str] = []
-    for task in tasks:
-        planned = plan(task, allow_weak=allow_weak) if task.hidden_tests else None
-        if planned is None or planned.tier == "T0":  # calls and inputs, which every tier runs
-            continue
-        try:
-            require_runnable(planned.job("", Limits()), tier)
-        except SandboxUnavailable as error:
-            refused.append(str(error))
-    if refused:
-        raise SandboxUnavailable(f"{len(refused)} of {len(tasks)} tasks cannot be judged here. The first: {refused[0]}")
-
-
-def open_local_sandbox(sandbox: Sandbox) -> Executor:
-    """The workers of this process: jails on this machine, or connections to a server.
-
-    Raises:
-        SandboxUnavailable: this host cannot give the tier, or there is no server at the address.
-    """
-    if sandbox.tier == "remote":
-        assert sandbox.url is not None, "the recipe requires a url with tier remote"
-        return RemoteExecutor(sandbox.url, num_workers=sandbox.num_workers)
-    return open_executor(tier=sandbox.tier, num_workers=sandbox.num_workers)
-
-
-def open_sandbox(recipe: Recipe, tell: Callable[..., None] = lambda event, **facts: None) -> Executor:
-    """The workers that a recipe asks for: of this process, or of a Ray cluster."""
-    if recipe.sandbox.workers == "inline":
-        return open_local_sandbox(recipe.sandbox)
-    from coupled.rl.judging.ray_sandbox import RayExecutor
-
-    return RayExecutor(recipe, tell=tell)

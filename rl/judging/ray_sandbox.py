@@ -22,7 +22,7 @@ from coupled.rl.cluster.ray_transport import RayTransport
 from coupled.rl.cluster.runtime import Runtime
 from coupled.rl.cluster.transport import WorkerSpec
 from coupled.rl.cluster.types import ClusterError, GroupKey, Health, Masked, Unit, WorkerLost
-from coupled.rl.judging.grader import open_local_sandbox
+from coupled.rl.judging.local_sandbox import open_local_sandbox
 from coupled.rl.recipe.schema import Recipe, Sandbox
 from coupled.sandbox import Execution, Isolation, Job, Outcome, SandboxUnavailable
 from coupled.sandbox.pool import require_runnable

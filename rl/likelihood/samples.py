@@ -9,8 +9,9 @@ from functools import cache, partial
 from itertools import islice
 from typing import Any, Protocol, runtime_checkable
 
+from coupled.rl.data.order import epoch_order
+from coupled.rl.data.prompts import render_prompt
 from coupled.rl.data.rows import Bad, Row, read_rows
-from coupled.rl.data.tasks import epoch_order, render_prompt
 from coupled.rl.errors import CheckpointError, DataError
 from coupled.rl.keys import generator
 from coupled.rl.model.policy import Policy

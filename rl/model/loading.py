@@ -358,3 +358,12 @@ def _without_deprecations() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
+
+
+def require_end_token(tokenizer: Any, path: Path | str) -> None:
+    """Raise CheckpointError when no completion could ever end."""
+    if tokenizer.eos_token_id is None:
+        raise CheckpointError(
+            f"the tokenizer of {path} names no end token, so no completion would ever end: set eos_token in its "
+            "tokenizer_config.json to the token that ends an answer"
+        )

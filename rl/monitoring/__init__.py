@@ -1,1 +1,7 @@
-"""TODO."""
+"""Monitoring: how a run shows that it is alive and what it measures.
+
+metrics   the numbers of a step
+progress  progress display of a terminal or a log
+watchdog  ends a process in which nothing has moved for too long
+events    events.jsonl: what happened to batches and workers
+"""

@@ -19,12 +19,6 @@ from coupled.rl.types import Group
 from coupled.sandbox import CacheStatistics
 
 
-def add_sums(total: dict[str, float], part: dict[str, float]) -> None:
-    """Add the sums of a micro-batch to those of the batch, in place."""
-    for name, value in part.items():
-        total[name] = total.get(name, 0.0) + value
-
-
 class StepMetrics:
     """Collects what the parts of a step report; `row` is what is logged."""
 

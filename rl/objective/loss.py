@@ -128,3 +128,9 @@ def _clipped(
         per_token = torch.where(advantage < 0, bounded, per_token)
         sums["clip_dual"] = float(((ratio > config.dual_clip) & (advantage < 0) & valid).sum())
     return per_token, sums
+
+
+def add_sums(total: dict[str, float], part: dict[str, float]) -> None:
+    """Add the sums of a micro-batch to those of the batch, in place."""
+    for name, value in part.items():
+        total[name] = total.get(name, 0.0) + value

@@ -23,7 +23,7 @@ from coupled.reward import Status, Verdict
 from coupled.rl.errors import RolloutError
 from coupled.rl.model.policy import Policy
 from coupled.rl.objective.batch import collate, micro_batches
-from coupled.rl.rollout.denoise import Sampler
+from coupled.rl.rollout.sampler import Sampler
 from coupled.rl.shapes import Bool, Float, Int
 from coupled.rl.types import Group, Prompt, Rollout
 

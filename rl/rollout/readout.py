@@ -26,15 +26,8 @@ from torch import Tensor
 
 from coupled.rl.model.vocabulary import CHUNK_LOGITS, OutputHead
 from coupled.rl.rollout.distributions import FORBIDDEN, likeliest, nucleus
-from coupled.rl.rollout.row_statistics import (
-    Choice,
-    RowStatistics,
-    draw_logits,
-    draw_states,
-    measure,
-    measure_states,
-    tempered,
-)
+from coupled.rl.rollout.row_statistics import draw_states, measure_states
+from coupled.rl.rollout.row_statistics_torch import Choice, RowStatistics, draw_logits, measure, tempered
 from coupled.rl.rollout.sampler import Sampler
 from coupled.rl.shapes import Bool, Float, Int
 

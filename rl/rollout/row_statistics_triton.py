@@ -25,7 +25,7 @@ from torch import Tensor
 from coupled.rl.keys import uniform
 from coupled.rl.model.vocabulary import OutputHead
 from coupled.rl.rollout.distributions import FORBIDDEN
-from coupled.rl.rollout.row_statistics import Choice, RowStatistics, draw_logits, measure
+from coupled.rl.rollout.row_statistics_torch import Choice, RowStatistics, draw_logits, measure
 from coupled.rl.shapes import Float, Int
 
 BLOCK = 4096

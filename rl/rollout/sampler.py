@@ -9,6 +9,8 @@ from typing import Literal
 
 import torch
 
+from coupled.rl.recipe.schema import Recipe
+
 PARALLEL = ("confidence_threshold", "entropy_bound")
 """Settings by which a step commits more than the schedule says."""
 
@@ -135,3 +137,23 @@ def plan_steps(sampler: Sampler) -> list[Step]:
                 done += 1
         number += len(counts)
     return plan
+
+
+def sampler_of(recipe: Recipe) -> Sampler:
+    """The rollout sampler of a recipe."""
+    rollout = recipe.rollout
+    return Sampler(
+        canvas=rollout.canvas,
+        denoising_steps=rollout.denoising_steps,
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        order=rollout.order,
+        top_k=rollout.top_k,
+        confidence_threshold=rollout.confidence_threshold,
+        entropy_bound=rollout.entropy_bound,
+        end_fill=rollout.end_fill,
+        block_length=rollout.block_length,
+        cache=rollout.cache,
+        refresh_steps=rollout.refresh_steps,
+        has_early_exit=rollout.has_early_exit,
+    )

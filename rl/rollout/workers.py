@@ -27,11 +27,11 @@ from coupled.rl.cluster.runtime import Runtime
 from coupled.rl.cluster.transport import Carrier, InlineTransport, Transport, WorkerSpec
 from coupled.rl.cluster.types import PATIENT, TRAINING, ClusterError, Counters, GroupKey, Health, State, Unit
 from coupled.rl.errors import CoupledError, RolloutError
+from coupled.rl.model.open import open_policy, use_threads
 from coupled.rl.model.policy import Policy, digest_of
 from coupled.rl.recipe.schema import Recipe
-from coupled.rl.rollout.denoise import Request, Sampler
 from coupled.rl.rollout.engine import HasWeights, request_chunks, roll_out
-from coupled.rl.trainer.checkpoint import open_policy, use_threads
+from coupled.rl.rollout.sampler import Request, Sampler
 from coupled.rl.trainer.rank_group import Gang
 from coupled.rl.types import Rollout
 

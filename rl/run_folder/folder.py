@@ -27,7 +27,8 @@ from typing import Any
 import yaml
 
 from coupled.rl.errors import CheckpointError, FencedError, SaveError
-from coupled.rl.recipe.schema import Recipe, dump_recipe, validate
+from coupled.rl.recipe.read import dump_recipe, validate
+from coupled.rl.recipe.schema import Recipe
 from coupled.rl.run_folder.provenance import describe_environment
 
 MANIFEST = "MANIFEST.json"

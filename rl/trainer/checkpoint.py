@@ -7,7 +7,6 @@ where the weights are split over ranks, shards that each rank writes for itself.
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from coupled.rl.errors import CheckpointError
-from coupled.rl.model.cuda_graphs import Graphs
-from coupled.rl.model.loading import add_adapter, load_policy
+from coupled.rl.model.loading import load_policy
 from coupled.rl.model.policy import Policy, is_split, shard_like, whole_tensor
-from coupled.rl.recipe.schema import Model, Recipe
 
 STATE = "state.json"
 OPTIMIZER = "optimizer.pt"
@@ -170,55 +167,3 @@ def read_carried(folder: Path) -> dict[int, dict[str, Tensor]]:
     """What `write_carried` wrote: version → weights."""
     files = sorted((folder / CARRIED).glob("version_*.safetensors"))
     return {int(file.stem.removeprefix("version_")): load_file(file) for file in files}
-
-
-def open_policy(model: Model, seed: int) -> Policy:
-    """The policy a recipe asks for: a checkpoint or a fresh architecture, with adapters if wanted.
-
-    Raises:
-        CheckpointError: see `load_policy`; or a device that is not there.
-    """
-    device = pick_device(model.device)
-    policy = load_policy(
-        model.path,
-        **how_to_open(model),
-        weights_dtype=getattr(torch, model.weights_dtype),
-        compute_dtype=getattr(torch, model.compute_dtype),
-        from_scratch_seed=seed if model.init == "random" else None,
-        device=device,
-    )
-    if model.adapter is not None and not policy.has_adapter:
-        adapter = model.adapter
-        add_adapter(policy, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets, seed=seed)
-    policy.graphs = Graphs() if model.has_cuda_graphs else None
-    return policy
-
-
-def how_to_open(model: Model) -> dict[str, Any]:
-    """What a recipe says of a checkpoint in place of the checkpoint itself, as arguments of `load_policy`."""
-    return {
-        "family": model.family,
-        "shift": model.shift,
-        "block_length": model.block_length,
-        "mask_token": model.mask_token,
-        "end_tokens": model.end_tokens,
-        "trust_remote_code": model.trust_remote_code,
-    }
-
-
-def pick_device(wanted: str) -> str:
-    """The torch device for `model.device`."""
-    has_gpu = torch.cuda.is_available()
-    if wanted == "cuda" and not has_gpu:
-        raise CheckpointError(
-            "model.device is 'cuda' but torch sees no GPU; use 'auto' or 'cpu', or run coupled doctor"
-        )
-    return "cuda" if has_gpu and wanted != "cpu" else "cpu"
-
-
-def use_threads(recipe: Recipe) -> None:
-    """Set torch's thread count for this process, when the recipe names one, or several ranks share the cores."""
-    if recipe.num_threads:
-        torch.set_num_threads(recipe.num_threads)
-    elif (num_ranks := recipe.cluster.trainer_ranks) > 1:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))

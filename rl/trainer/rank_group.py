@@ -17,7 +17,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -30,14 +29,14 @@ from torch import Tensor
 from coupled.rl.errors import CoupledError, RankError, RankLostError, RecipeError
 from coupled.rl.likelihood.batch import FitBatch
 from coupled.rl.likelihood.objective import Noise
-from coupled.rl.model.policy import Policy, digest_of
+from coupled.rl.model.open import pick_device
+from coupled.rl.model.policy import Policy
 from coupled.rl.recipe.schema import Recipe
-from coupled.rl.rollout.denoise import Request, Sampler
-from coupled.rl.trainer.checkpoint import pick_device
-from coupled.rl.trainer.collectives import Ranks, join, moved
-from coupled.rl.trainer.learner import Trained
-from coupled.rl.trainer.likelihood_learner import FitLearner, FitUpdate
-from coupled.rl.trainer.rl_learner import Learner, Update
+from coupled.rl.rollout.sampler import Request, Sampler
+from coupled.rl.trainer.collectives import join, moved
+from coupled.rl.trainer.likelihood_learner import FitUpdate
+from coupled.rl.trainer.rank_protocol import End, call_key, done_key, error_key, here_key, learner_of, ready
+from coupled.rl.trainer.rl_learner import Update
 from coupled.rl.types import Anchor, MaskDraw, Prompt, Rollout, TrainBatch
 
 POLL_SECONDS = 0.05
@@ -48,17 +47,6 @@ SETTLE_SECONDS = 1.0
 START_SECONDS = 300.0
 """How long the others may take to say that they are there; weights are loaded after that."""
 LOCAL_HOST = "127.0.0.1"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class End:
-    """How a rank ended. Example: `End(how="signal 9", is_lost=True)`."""
-
-    how: str
-    is_lost: bool
-    """Whether its process or host is gone. Otherwise it has ended by itself."""
-    reason: str | None = None
-    """What it raised, where that is known."""
 
 
 @runtime_checkable
@@ -388,75 +376,9 @@ def cut_connections(address: str) -> None:
                     connection.shutdown(socket.SHUT_RDWR)
 
 
-def call_key(number: int) -> str:
-    """Where the name of the n-th call is."""
-    return f"call/{number}"
-
-
-def done_key(number: int, rank: int) -> str:
-    """Set by a rank that has done the n-th call."""
-    return f"done/{number}/{rank}"
-
-
-def here_key(rank: int) -> str:
-    """Set by a rank that is about to join."""
-    return f"here/{rank}"
-
-
-def error_key(rank: int) -> str:
-    """Where a rank says what ended it."""
-    return f"error/{rank}"
-
-
-def learner_of(recipe: Recipe, policy: Policy, ranks: Ranks) -> Trained:
-    """One rank's learner, of the recipe's stage."""
-    return Learner(recipe, policy, ranks) if recipe.stage == "rl" else FitLearner(recipe, policy, ranks)
-
-
-def ready(learner: Trained, ranks: Ranks) -> Trained:
-    """Wait until all ranks have their learners, and see to it that replicas begin alike.
-
-    Raises:
-        RankError: they do not; on the first rank.
-    """
-    found = ranks.gather(None if learner.is_sharded else digest_of(learner.trainable_state()))
-    if len(set(found)) > 1:
-        odd = [rank for rank, mine in enumerate(found) if mine != found[0]]
-        raise RankError(
-            f"all ranks of the trainer must begin with the same adapters; those of rank {', '.join(map(str, odd))} "
-            "differ from the first's. Install the same torch and peft everywhere, and give all the same checkpoint"
-        )
-    return learner
-
-
 def is_of_connections(text: str) -> bool:
     """Whether a collective failed because somebody is not there any more, by its message in lower case."""
     return any(word in text for word in ("connection", "gloo", "nccl", "broken pipe"))
-
-
-def open_learner(recipe: Recipe, policy: Policy, folder: Path) -> Learner | Gang:
-    """What trains: this process alone, or with as many more, on this host or others, as the recipe asks for.
-
-    Raises:
-        RecipeError: more ranks than GPUs.
-        ClusterError: the cluster has no room for the ranks.
-        RankError: a rank did not come up.
-    """
-    return Learner(recipe, policy) if recipe.cluster.trainer_ranks == 1 else _open_gang(recipe, policy, folder)
-
-
-def open_fit_learner(recipe: Recipe, policy: Policy, folder: Path) -> FitLearner | Gang:
-    """As `open_learner`, for likelihood training."""
-    return FitLearner(recipe, policy) if recipe.cluster.trainer_ranks == 1 else _open_gang(recipe, policy, folder)
-
-
-def _open_gang(recipe: Recipe, policy: Policy, folder: Path) -> Gang:
-    if recipe.cluster.trainer_workers == "ray":
-        from coupled.rl.trainer.ray_ranks import open_ray_gang
-
-        return open_ray_gang(recipe, policy, folder)
-    refuse_too_few_devices(recipe)
-    return Gang(recipe, policy, lambda rank, port: FollowerProcess(recipe, rank, port, folder / "logs"))
 
 
 def refuse_too_few_devices(recipe: Recipe) -> None:

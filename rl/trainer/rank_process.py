@@ -12,10 +12,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from coupled.rl.model.open import open_policy, pick_device, use_threads
 from coupled.rl.recipe.schema import Recipe
-from coupled.rl.trainer.checkpoint import open_policy, pick_device, use_threads
 from coupled.rl.trainer.collectives import join, moved
-from coupled.rl.trainer.rank_group import START_SECONDS, call_key, done_key, error_key, here_key, learner_of, ready
+from coupled.rl.trainer.rank_group import START_SECONDS
+from coupled.rl.trainer.rank_protocol import call_key, done_key, error_key, here_key, learner_of, ready
 
 IDLE_SECONDS = 3600.0
 """How long one look for a call lasts. Between calls programs are judged, so any number of looks may be in vain."""

@@ -35,11 +35,12 @@ from coupled.rl.cluster.ray_transport import RayTransport
 from coupled.rl.cluster.transport import Transport, WorkerSpec
 from coupled.rl.cluster.types import HEALTH, ClusterError, WorkerLost, WorkFailed
 from coupled.rl.errors import RecipeError
+from coupled.rl.model.open import pick_device
 from coupled.rl.model.policy import Policy
 from coupled.rl.recipe.schema import Recipe
-from coupled.rl.trainer.checkpoint import pick_device
-from coupled.rl.trainer.rank_group import LOCAL_HOST, End, Gang
+from coupled.rl.trainer.rank_group import LOCAL_HOST, Gang
 from coupled.rl.trainer.rank_process import follow
+from coupled.rl.trainer.rank_protocol import End
 
 QUIET_SECONDS = 10.0
 """A wait for room that lasts longer is told."""

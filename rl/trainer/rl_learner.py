@@ -15,14 +15,13 @@ from torch import Tensor
 
 from coupled.rl.estimators.score import estimate_logp
 from coupled.rl.model.policy import Policy
-from coupled.rl.monitoring.metrics import add_sums
 from coupled.rl.objective.batch import micro_batches
 from coupled.rl.objective.gradient import add_gradient
-from coupled.rl.objective.loss import loss_denominator
+from coupled.rl.objective.loss import add_sums, loss_denominator
 from coupled.rl.recipe.schema import Recipe
-from coupled.rl.rollout.denoise import Request, Sampler
 from coupled.rl.rollout.engine import request_chunks, roll_out
 from coupled.rl.rollout.parity import check_parity
+from coupled.rl.rollout.sampler import Request, Sampler
 from coupled.rl.trainer.collectives import ALONE, Ranks
 from coupled.rl.trainer.learner import Trained
 from coupled.rl.types import Anchor, MaskDraw, Prompt, Rollout, TrainBatch

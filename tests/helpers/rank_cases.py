@@ -23,9 +23,9 @@ from coupled.rl.estimators.draw import draw_masks
 from coupled.rl.likelihood.batch import PackedRow, collate
 from coupled.rl.likelihood.objective import draw_noise
 from coupled.rl.likelihood.samples import Example
+from coupled.rl.model.open import open_policy
 from coupled.rl.recipe.schema import Fit, Recipe
-from coupled.rl.rollout.denoise import Sampler
-from coupled.rl.trainer.checkpoint import open_policy
+from coupled.rl.rollout.sampler import Sampler
 from coupled.rl.trainer.collectives import ALONE, Ranks, join
 from coupled.rl.trainer.learner import Trained
 from coupled.rl.trainer.likelihood_learner import FitLearner

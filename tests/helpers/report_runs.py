@@ -11,7 +11,7 @@ import numpy as np
 
 from coupled.reward import Status, Task, Verdict
 from coupled.rl.evaluation.held_out import Evaluation, PassRates
-from coupled.rl.recipe.schema import dump_recipe
+from coupled.rl.recipe.read import dump_recipe
 from coupled.rl.run_folder.rollout_log import write_rollouts
 from coupled.rl.types import Group, Prompt, Rollout
 from helpers.toys import make_recipe

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from coupled.rl.model.policy import Policy
 from coupled.rl.recipe.schema import Recipe
-from coupled.rl.rollout.denoise import Request
+from coupled.rl.rollout.sampler import Request
 from coupled.rl.types import TrainBatch
 
 MakePolicy = Callable[..., Policy]

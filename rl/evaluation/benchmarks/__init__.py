@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from coupled.reward import RewardError
-from coupled.rl.data.tasks import load_rows, to_task
+from coupled.rl.data.rows import load_rows
+from coupled.rl.data.tasks import to_task
 from coupled.rl.errors import DataError, nearest
 from coupled.rl.evaluation.benchmarks.adapters import BENCHMARKS, FAMILIES, fenced_program
 from coupled.rl.evaluation.benchmarks.types import Benchmark, Problem, Prompting

@@ -12,18 +12,20 @@ import torch
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from coupled.rl.commands.sample import find_checkpoint, recipe_for
 from coupled.rl.errors import DataError, RecipeError, nearest
 from coupled.rl.evaluation.benchmarks import BENCHMARKS, Prompting, data_file, find_benchmarks
 from coupled.rl.evaluation.benchmarks.run import Arm, Plan, evaluate_benchmark, fingerprint, read_evaluation
 from coupled.rl.evaluation.benchmarks.score import as_interval, compare_rows
-from coupled.rl.evaluation.causal import CausalEngine, CausalModel, is_causal_checkpoint, require_end_token
-from coupled.rl.evaluation.held_out import sampler_of
+from coupled.rl.evaluation.causal import CausalEngine, CausalModel, is_causal_checkpoint
 from coupled.rl.evaluation.statistics import Comparison
-from coupled.rl.judging.grader import open_sandbox
-from coupled.rl.recipe.schema import Recipe, apply_overrides, validate
+from coupled.rl.judging.open import open_sandbox
+from coupled.rl.model.loading import require_end_token
+from coupled.rl.model.open import open_policy, pick_device, use_threads
+from coupled.rl.recipe.read import apply_overrides, validate
+from coupled.rl.recipe.schema import Recipe
 from coupled.rl.rollout.engine import InlineEngine
-from coupled.rl.trainer.checkpoint import open_policy, pick_device, use_threads
+from coupled.rl.rollout.sampler import sampler_of
+from coupled.rl.run_folder.find import find_checkpoint, recipe_for
 from coupled.sandbox import CachedExecutor
 
 Say = Callable[[str], None]

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 
 from coupled.reward import Judge, Judgement, Status, UnsupportedTest, plan
-from coupled.rl.data.tasks import render_prompt
+from coupled.rl.data.prompts import render_prompt
 from coupled.rl.errors import DataError
 from coupled.rl.evaluation.benchmarks import Benchmark, Problem, Prompting, data_file, file_sha256, load_problems
 from coupled.rl.evaluation.benchmarks.score import score_of
-from coupled.rl.rollout.denoise import Request, Sampler
 from coupled.rl.rollout.engine import RolloutEngine, request_chunks
+from coupled.rl.rollout.sampler import Request, Sampler
 from coupled.rl.run_folder.folder import atomic_write, read_rows
 from coupled.rl.types import Rollout
 from coupled.sandbox import Executor, Limits

@@ -25,12 +25,13 @@ from coupled.rl.cluster.transport import WorkerSpec
 from coupled.rl.cluster.types import HEALTH, ClusterError, GroupKey, Health, Unit
 from coupled.rl.commands import doctor
 from coupled.rl.errors import RankLostError, RecipeError
+from coupled.rl.model.open import open_policy
 from coupled.rl.model.policy import digest_of
 from coupled.rl.recipe.schema import Cluster, Recipe
 from coupled.rl.rollout.open import open_engine
 from coupled.rl.trainer import ray_ranks
-from coupled.rl.trainer.checkpoint import open_policy
-from coupled.rl.trainer.rank_group import Gang, open_learner
+from coupled.rl.trainer.open import open_learner
+from coupled.rl.trainer.rank_group import Gang
 from coupled.rl.trainer.ray_ranks import RayFollower
 from coupled.rl.trainer.rl_learner import Learner
 

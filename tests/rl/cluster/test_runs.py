@@ -22,7 +22,8 @@ import coupled.rl.trainer.learner
 from coupled.rl.judging import ray_sandbox
 from coupled.rl.judging.grader import Grader
 from coupled.rl.monitoring.metrics import DETERMINISTIC_EXCEPT
-from coupled.rl.recipe.schema import Recipe, load_recipe
+from coupled.rl.recipe.read import load_recipe
+from coupled.rl.recipe.schema import Recipe
 from coupled.rl.rollout import workers as rollouts
 from coupled.rl.run_folder.folder import committed_checkpoints, read_rows
 from coupled.rl.train import TrainResult, train

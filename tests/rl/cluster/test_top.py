@@ -17,7 +17,7 @@ from coupled.rl.cluster.types import GroupKey, Unit
 from coupled.rl.commands.run_view import Balance, EventReader, balance_of, view_of
 from coupled.rl.commands.top import show
 from coupled.rl.monitoring.events import EventLog
-from coupled.rl.recipe.schema import dump_recipe, load_recipe
+from coupled.rl.recipe.read import dump_recipe, load_recipe
 
 
 @dataclass

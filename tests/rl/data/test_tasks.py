@@ -10,7 +10,10 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from coupled.reward import Task
-from coupled.rl.data.tasks import encode_prompts, epoch_order, load_rows, load_tasks, render_prompt, rows_of_step
+from coupled.rl.data.order import epoch_order, rows_of_step
+from coupled.rl.data.prompts import encode_prompts, render_prompt
+from coupled.rl.data.rows import load_rows
+from coupled.rl.data.tasks import load_tasks
 from coupled.rl.errors import DataError
 from coupled.rl.recipe.schema import Data
 

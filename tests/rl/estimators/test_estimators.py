@@ -8,11 +8,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers.estimator_cases import (
+    KEY,
+    MASK_ID,
+    VARIANTS,
+    every_attention,
+    every_estimator,
+    five,
+    flat_gradient,
+    open_toy_run,
+    with_steps,
+)
 from helpers.toys import (
     MakePolicy,
     global_random_states,
     make_batch,
-    make_recipe,
     make_requests,
     plain_logits,
     row_parts,
@@ -25,44 +35,14 @@ from coupled.reward import Status, Task, Verdict
 from coupled.rl.estimators import ESTIMATORS
 from coupled.rl.estimators.draw import draw_masks
 from coupled.rl.estimators.score import estimate_logp, spread_over_tokens
-from coupled.rl.judging.grader import Grader
 from coupled.rl.model.policy import Policy
 from coupled.rl.objective.batch import collate, micro_batches
 from coupled.rl.objective.loss import coupled_grpo_loss
 from coupled.rl.recipe.schema import READ_BY, Estimator, Loss
-from coupled.rl.rollout.denoise import Sampler
 from coupled.rl.rollout.engine import roll_out
-from coupled.rl.rollout.workers import inline_engine
-from coupled.rl.run import Run
-from coupled.rl.run_folder.folder import RunDir
+from coupled.rl.rollout.sampler import Sampler
 from coupled.rl.types import Anchor, Group, MaskDraw, Prompt, TrainBatch
 
-KEY = (0, "mask", 1, 0)
-MASK_ID = 2
-VARIANTS = {
-    "coupled": Estimator(),
-    "coupled normalized": Estimator(weights="normalized", num_pairs=2),
-    "coupled antithetic exact": Estimator(weights="antithetic", draw="exact_count"),
-    "coupled unit, hidden prompt": Estimator(weights="unit", prompt_mask_probability=0.3),
-    "decoupled": Estimator(name="decoupled", weights="antithetic"),
-    "decoupled exact": Estimator(name="decoupled", draw="exact_count", num_pairs=2),
-    "full_mask": Estimator(name="full_mask"),
-    "full_mask, hidden prompt": Estimator(name="full_mask", prompt_mask_probability=0.15),
-    "random_mask": Estimator(name="random_mask"),
-    "random_mask exact": Estimator(name="random_mask", draw="exact_count"),
-    "espo": Estimator(name="espo", num_pairs=2),
-    "gdpo": Estimator(name="gdpo"),
-    "trajectory": Estimator(name="trajectory"),
-    "trajectory shrunk and sampled": Estimator(name="trajectory", shrink=4, num_sampled_steps=1),
-    "ar_order": Estimator(name="ar_order"),
-    "coupled, tail excluded": Estimator(num_pairs=2, post_eos="excluded"),
-    "full_mask, tail excluded, hidden prompt": Estimator(
-        name="full_mask", post_eos="excluded", prompt_mask_probability=0.3
-    ),
-    "espo, tail excluded": Estimator(name="espo", post_eos="excluded"),
-    "trajectory, tail excluded": Estimator(name="trajectory", post_eos="excluded"),
-    "ar_order, tail excluded": Estimator(name="ar_order", post_eos="excluded"),
-}
 WITHOUT_CHANCE = {
     "full_mask",
     "trajectory",
@@ -70,23 +50,6 @@ WITHOUT_CHANCE = {
     "trajectory, tail excluded",
     "ar_order, tail excluded",
 }
-every_estimator = pytest.mark.parametrize("name", VARIANTS)
-FIVE = ([2, 6, 4, 3, 5], [6, 3, 5, 1, 2])
-
-
-def with_steps(batch: TrainBatch, seed: int = 0) -> TrainBatch:
-    """The batch with a random order of decoding, two positions in each step. Some positions after the end were never
-    committed, and are MASK as a sampler leaves them."""
-    stream = np.random.default_rng(seed)
-    steps = np.stack([stream.permutation(batch.canvas_length) // 2 * 3 for _ in range(len(batch))])
-    never = ~batch.valid.numpy() & (stream.random(steps.shape) < 0.5)
-    ids = batch.ids.clone()
-    ids[:, -batch.canvas_length :][torch.from_numpy(never)] = MASK_ID
-    return replace(batch, ids=ids, commit_step=torch.from_numpy(np.where(never, -1, steps)))
-
-
-def five(canvas: int = 6) -> TrainBatch:
-    return with_steps(make_batch(*FIVE, canvas=canvas))
 
 
 def in_order(batch: TrainBatch, order: list[int]) -> TrainBatch:
@@ -104,9 +67,6 @@ def in_order(batch: TrainBatch, order: list[int]) -> TrainBatch:
 
 def scored(policy: Policy, batch: TrainBatch, estimator: Estimator) -> Tensor:
     return estimate_logp(policy, batch, draw_masks(batch, estimator, KEY), estimator)
-
-
-every_attention = pytest.mark.parametrize("family", [{}, {"shift": 0, "block_length": 4}], ids=["full", "blocks"])
 
 
 def test_every_estimator_of_the_recipe_is_in_the_matrix() -> None:
@@ -293,17 +253,6 @@ def test_a_field_changes_the_draw_of_those_that_read_it_and_is_refused_elsewhere
 
 
 # --- old, reference and new ----------------------------------------------------------------------------------------
-
-
-def flat_gradient(policy: Policy) -> Tensor:
-    flat = torch.cat([p.grad.flatten() for p in policy.trainable_parameters() if p.grad is not None])
-    policy.model.zero_grad(set_to_none=True)
-    return flat
-
-
-def open_toy_run(policy: Policy, folder: Path, estimator: Estimator, **sections: object) -> Run:
-    recipe = make_recipe(estimator=estimator, **sections)
-    return Run(recipe, policy, [], [], Grader.__new__(Grader), RunDir(folder, keep=1), inline_engine(policy, 4))
 
 
 @every_attention

@@ -18,7 +18,8 @@ from coupled.rl.evaluation.benchmarks.programs import chat_program, continued_pr
 from coupled.rl.evaluation.benchmarks.run import LIMITS, Arm, Plan, evaluate_benchmark, read_evaluation
 from coupled.rl.evaluation.benchmarks.score import compare_rows, pass_at, passes_by_task, score_of
 from coupled.rl.model.policy import Policy
-from coupled.rl.rollout.denoise import Request, Sampler, completion_length
+from coupled.rl.rollout.denoise import completion_length
+from coupled.rl.rollout.sampler import Request, Sampler
 from coupled.rl.types import Rollout
 from coupled.sandbox import Executor, open_executor
 from tests.conftest import build_tokenizer

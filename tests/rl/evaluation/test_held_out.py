@@ -16,9 +16,9 @@ from coupled.rl.evaluation.held_out import (
     comparison_table,
     is_pass,
     paired_gain,
-    sampler_of,
 )
 from coupled.rl.recipe.schema import Recipe
+from coupled.rl.rollout.sampler import sampler_of
 
 
 def rates(values: list[float], name: str = "p", temperature: float = 1.2) -> PassRates:

@@ -11,8 +11,8 @@ import pytest
 
 from coupled.reward import Task, plan, stdio_test
 from coupled.rl.judging import grader as grading
-from coupled.rl.judging.grader import open_grader
-from coupled.rl.recipe.schema import load_recipe
+from coupled.rl.judging.open import open_grader
+from coupled.rl.recipe.read import load_recipe
 from coupled.sandbox import CallResult, Execution, Isolation, Job, Limits, Outcome, SandboxUnavailable
 
 QUICKSTART = Path(__file__).parents[3] / "recipes" / "quickstart.yaml"

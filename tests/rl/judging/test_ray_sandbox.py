@@ -23,7 +23,8 @@ from coupled.rl.cluster.transport import WorkerSpec
 from coupled.rl.cluster.types import INFRA_BUDGET, ClusterError
 from coupled.rl.judging import ray_sandbox
 from coupled.rl.judging.ray_sandbox import RayExecutor
-from coupled.rl.recipe.schema import Recipe, load_recipe
+from coupled.rl.recipe.read import load_recipe
+from coupled.rl.recipe.schema import Recipe
 from coupled.sandbox import Call, Isolation, Job, Limits, Outcome, SandboxUnavailable
 
 ISOLATION = Isolation(

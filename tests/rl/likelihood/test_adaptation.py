@@ -15,8 +15,8 @@ from coupled.rl.errors import CheckpointError, RecipeError
 from coupled.rl.fit import fit
 from coupled.rl.model.loading import load_policy
 from coupled.rl.recipe.schema import Adapter, Recipe
-from coupled.rl.rollout.denoise import Request, Sampler
 from coupled.rl.rollout.engine import roll_out
+from coupled.rl.rollout.sampler import Request, Sampler
 
 WORDS = ("<end>", "<spare>", *"abcdefghijklmnopqrstuvwxyz ")
 NEW = len(WORDS)

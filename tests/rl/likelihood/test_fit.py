@@ -1,22 +1,20 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from helpers.toys import MakePolicy, make_recipe
+from helpers.fit_runs import numbers, sft_recipe
+from helpers.toys import MakePolicy
 
 from coupled.rl.errors import DataError
 from coupled.rl.fit import fit
 from coupled.rl.likelihood.batch import FitBatch, PackedRow, collate
 from coupled.rl.likelihood.samples import Example
 from coupled.rl.model.loading import load_policy
-from coupled.rl.model.policy import Policy
-from coupled.rl.monitoring.metrics import DETERMINISTIC_EXCEPT
-from coupled.rl.recipe.schema import Adapter, Fit, Recipe
+from coupled.rl.recipe.schema import Adapter, Fit
 from coupled.rl.run_folder.folder import RunDir, read_rows
 
 EXAMPLES = [
@@ -57,34 +55,6 @@ def test_packed_samples_follow_each_other_and_padding_comes_last(tiny_policy: Ma
 
 
 # --- a whole run --------------------------------------------------------------------------------------------------
-
-
-def sft_recipe(
-    tmp_path: Path, policy: Policy, fit: dict[str, object] | None = None, window: int = 0, **fields: object
-) -> Recipe:
-    if not (tmp_path / "base").exists():
-        policy.save(tmp_path / "base")
-        rows = [{"prompt": f"write {c}", "solution": f"{c * 3} {i}"} for i, c in enumerate("abcdefgh")]
-        rows.insert(3, {"prompt": "write", "solution": ""})
-        (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return make_recipe(
-        stage="sft",
-        num_steps=4,
-        output_dir=str(tmp_path / "runs"),
-        model={"path": str(tmp_path / "base")},
-        data={"path": str(tmp_path / "tasks.jsonl"), "window": window},
-        optimizer={"learning_rate": 1e-2, "max_grad_norm": 1.0},
-        fit={"batch_size": 4, "canvas": 24, **(fit or {})},
-        **fields,
-    )
-
-
-def numbers(run: Path) -> list[dict[str, object]]:
-    """The metrics of a run that may not depend on the machine."""
-    return [
-        {name: value for name, value in row.items() if not name.startswith(DETERMINISTIC_EXCEPT)}
-        for row in read_rows(run / "metrics.jsonl")
-    ]
 
 
 @pytest.mark.parametrize(

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 import coupled.rl.model.cuda_graphs
 from coupled.rl.model.cuda_graphs import Graphs, fill_up, is_small
 from coupled.rl.model.last_layer import only
+from coupled.rl.model.open import open_policy
 from coupled.rl.model.policy import Policy
 from coupled.rl.recipe.schema import Model
 from coupled.rl.rollout.denoise import denoise
 from coupled.rl.rollout.sampler import Request, Sampler
-from coupled.rl.trainer.checkpoint import open_policy
 
 SAMPLER = Sampler(canvas=10, denoising_steps=10, temperature=1.0)
 REQUESTS = [Request(uid=f"{i}", prompt_ids=(5, 9, 12, 6)) for i in range(5)]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.estimator_cases import open_toy_run
 from helpers.toys import MakePolicy, global_random_states, make_batch
-from test_estimators import open_toy_run
 from torch import Tensor
 
 from coupled.rl.estimators.draw import draw_masks

@@ -14,10 +14,9 @@ from coupled.rl.estimators.draw import draw_masks
 from coupled.rl.estimators.score import estimate_logp
 from coupled.rl.judging.grader import Grader
 from coupled.rl.model.policy import Policy
-from coupled.rl.monitoring.metrics import add_sums
 from coupled.rl.objective.advantage import group_advantages
 from coupled.rl.objective.batch import micro_batches
-from coupled.rl.objective.loss import coupled_grpo_loss, kl_estimate, loss_denominator, policy_log_ratio
+from coupled.rl.objective.loss import add_sums, coupled_grpo_loss, kl_estimate, loss_denominator, policy_log_ratio
 from coupled.rl.recipe.schema import Estimator, Loss, Recipe
 from coupled.rl.rollout.workers import inline_engine
 from coupled.rl.run import Run

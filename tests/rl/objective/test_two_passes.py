@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.estimator_cases import KEY, VARIANTS, every_estimator, five, flat_gradient, open_toy_run
 from helpers.toys import MakePolicy
-from test_estimators import KEY, VARIANTS, every_estimator, five, flat_gradient, open_toy_run
 from torch import Tensor
 
 import coupled.rl.run as run_module

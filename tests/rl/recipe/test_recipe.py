@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from coupled.rl.cli import app
 from coupled.rl.errors import RecipeError
-from coupled.rl.recipe.schema import Recipe, apply_overrides, dump_recipe, json_schema, load_recipe, validate
+from coupled.rl.recipe.read import apply_overrides, dump_recipe, json_schema, load_recipe, validate
+from coupled.rl.recipe.schema import Recipe
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 SHIPPED = sorted(RECIPES.rglob("*.yaml"))

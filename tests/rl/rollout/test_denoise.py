@@ -11,16 +11,10 @@ from torch import Tensor
 
 from coupled.rl.keys import uniform
 from coupled.rl.model.policy import Policy
-from coupled.rl.rollout.denoise import (
-    Request,
-    Sampler,
-    completion_length,
-    denoise,
-    is_settled,
-)
+from coupled.rl.rollout.denoise import completion_length, denoise, is_settled
 from coupled.rl.rollout.distributions import draw_tokens, nucleus
 from coupled.rl.rollout.engine import InlineEngine, request_chunks
-from coupled.rl.rollout.sampler import unmask_counts
+from coupled.rl.rollout.sampler import Request, Sampler, unmask_counts
 from coupled.rl.types import Rollout
 
 GREEDY = Sampler(canvas=10, denoising_steps=7, temperature=0.0)

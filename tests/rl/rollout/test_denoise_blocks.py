@@ -18,13 +18,13 @@ from coupled.rl.errors import RolloutError
 from coupled.rl.keys import uniform
 from coupled.rl.model.loading import load_policy
 from coupled.rl.model.policy import Policy
-from coupled.rl.rollout.denoise import Request, Sampler, completion_length, denoise
+from coupled.rl.rollout.denoise import completion_length, denoise
 from coupled.rl.rollout.denoise_blocks import counts_of_block, denoise_blocks
 from coupled.rl.rollout.distributions import likeliest, nucleus
 from coupled.rl.rollout.engine import InlineEngine, roll_out
 from coupled.rl.rollout.parity import check_parity, sampler_for_parity
 from coupled.rl.rollout.readout import choose_positions
-from coupled.rl.rollout.sampler import steps_per_block
+from coupled.rl.rollout.sampler import Request, Sampler, steps_per_block
 from coupled.rl.types import Prompt, Rollout
 
 ENDS, MASK_ID = (0, 1), 2

@@ -10,10 +10,9 @@ import pytest
 
 from coupled.reward import Status, Task, Verdict
 from coupled.rl.errors import RecipeError, RolloutError
-from coupled.rl.evaluation.held_out import sampler_of
-from coupled.rl.recipe.schema import apply_overrides, dump_recipe, load_recipe
+from coupled.rl.recipe.read import apply_overrides, dump_recipe, load_recipe
 from coupled.rl.rollout.exactness import Mismatch, compare, exact_counterpart, token_agreement
-from coupled.rl.rollout.sampler import Sampler
+from coupled.rl.rollout.sampler import Sampler, sampler_of
 from coupled.rl.run import open_run
 from coupled.rl.train import train
 from coupled.rl.types import Group, Prompt, Rollout

@@ -16,7 +16,7 @@ from coupled.reward import Task
 from coupled.rl.errors import RolloutError
 from coupled.rl.judging.grader import Grader
 from coupled.rl.model.policy import Policy
-from coupled.rl.rollout.denoise import Sampler, denoise
+from coupled.rl.rollout.denoise import denoise
 from coupled.rl.rollout.parity import (
     NUM_ROLLOUTS,
     NUM_STEPS,
@@ -25,6 +25,7 @@ from coupled.rl.rollout.parity import (
     replay_of,
     sampler_for_parity,
 )
+from coupled.rl.rollout.sampler import Sampler
 from coupled.rl.rollout.workers import inline_engine
 from coupled.rl.run import Run
 from coupled.rl.run_folder.folder import RunDir

@@ -19,7 +19,8 @@ import coupled.rl.rollout.row_statistics
 from coupled.rl.model.vocabulary import OutputHead
 from coupled.rl.rollout.denoise import denoise
 from coupled.rl.rollout.distributions import FORBIDDEN
-from coupled.rl.rollout.row_statistics import AGREES, Choice, _has_kernel, draw_logits, is_fused, measure
+from coupled.rl.rollout.row_statistics import AGREES, _has_kernel, is_fused
+from coupled.rl.rollout.row_statistics_torch import Choice, draw_logits, measure
 from coupled.rl.rollout.sampler import Sampler
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,10 +12,9 @@ from helpers.toys import MakePolicy, make_batch, make_recipe
 from coupled.reward import Task
 from coupled.rl.errors import RolloutError
 from coupled.rl.estimators.draw import draw_masks
-from coupled.rl.evaluation.held_out import sampler_of
 from coupled.rl.judging.grader import Grader
 from coupled.rl.model.policy import Policy, digest_of
-from coupled.rl.rollout.denoise import Request
+from coupled.rl.rollout.sampler import Request, sampler_of
 from coupled.rl.rollout.workers import ClusterEngine, inline_engine
 from coupled.rl.run import Run
 from coupled.rl.run_folder.folder import RunDir

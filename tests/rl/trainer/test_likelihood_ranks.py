@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.fit_runs import numbers, sft_recipe
 from helpers.rank_cases import ADAPTER, NUM_STEPS, TOLERANCE, Case, assert_goes_on, assert_same, run_case, run_together
 from helpers.toys import MakePolicy, make_recipe
-from test_fit import numbers, sft_recipe
 
 from coupled.rl.errors import RankError
 from coupled.rl.fit import fit

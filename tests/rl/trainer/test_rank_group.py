@@ -20,24 +20,22 @@ from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
 import coupled.rl.trainer.rank_group
 from coupled.rl.errors import RankError, RecipeError
 from coupled.rl.estimators.draw import draw_masks
+from coupled.rl.model.open import open_policy
 from coupled.rl.model.policy import digest_of
 from coupled.rl.recipe.schema import Recipe
-from coupled.rl.rollout.denoise import Sampler
 from coupled.rl.rollout.engine import InlineEngine
+from coupled.rl.rollout.sampler import Sampler
 from coupled.rl.rollout.workers import gang_engine
-from coupled.rl.trainer.checkpoint import open_policy
 from coupled.rl.trainer.collectives import Ranks
+from coupled.rl.trainer.open import open_learner
 from coupled.rl.trainer.rank_group import (
-    End,
     FollowerProcess,
     Gang,
     abort_collectives,
     abort_when_one_ends,
-    error_key,
-    open_learner,
-    ready,
     refuse_too_few_devices,
 )
+from coupled.rl.trainer.rank_protocol import End, error_key, ready
 from coupled.rl.trainer.rl_learner import Learner
 
 pytestmark = pytest.mark.slow

@@ -17,13 +17,14 @@ from coupled.rl.cluster.ray import close_ray, index_of_gpu, interface_towards, o
 from coupled.rl.cluster.types import HEALTH, Health
 from coupled.rl.errors import RankError, RankLostError, RecipeError
 from coupled.rl.estimators.draw import draw_masks
+from coupled.rl.model.open import open_policy
 from coupled.rl.model.policy import digest_of
 from coupled.rl.recipe.schema import Recipe
-from coupled.rl.rollout.denoise import Sampler
+from coupled.rl.rollout.sampler import Sampler
 from coupled.rl.rollout.workers import ObjectCarrier, RolloutWorker
 from coupled.rl.trainer import ray_ranks
-from coupled.rl.trainer.checkpoint import open_policy
-from coupled.rl.trainer.rank_group import Gang, open_learner
+from coupled.rl.trainer.open import open_learner
+from coupled.rl.trainer.rank_group import Gang
 
 SAMPLER = Sampler(canvas=6, denoising_steps=6, temperature=1.0)
 

@@ -1,0 +1,22 @@
+"""The sandbox of this host, with the recipe's limits."""
+
+from __future__ import annotations
+
+from coupled.rl.recipe.schema import Sandbox
+from coupled.sandbox import (
+    Executor,
+    RemoteExecutor,
+    open_executor,
+)
+
+
+def open_local_sandbox(sandbox: Sandbox) -> Executor:
+    """The workers of this process: jails on this machine, or connections to a server.
+
+    Raises:
+        SandboxUnavailable: this host cannot give the tier, or there is no server at the address.
+    """
+    if sandbox.tier == "remote":
+        assert sandbox.url is not None, "the recipe requires a url with tier remote"
+        return RemoteExecutor(sandbox.url, num_workers=sandbox.num_workers)
+    return open_executor(tier=sandbox.tier, num_workers=sandbox.num_workers)
