@@ -27,7 +27,7 @@ from common import ROOT, environment
 from verdicts import mutants
 
 from coupled.rl.evaluation.benchmarks import BENCHMARKS, Benchmark, Problem, data_file, load_problems
-from coupled.rl.evaluation.benchmarks.run import Arm, Plan, evaluate_benchmark, read_evaluation
+from coupled.rl.evaluation.benchmarks.run import Arm, EvaluationPlan, evaluate_benchmark, read_evaluation
 from coupled.rl.model.loading import load_tokenizer
 from coupled.rl.model.policy import Policy
 from coupled.rl.rollout.sampler import Request, Sampler
@@ -114,11 +114,11 @@ def judge_here(benchmark: Benchmark, data: Path, out: Path, every: int, workers:
         fingerprint="recited",
         max_positions=None,
     )
-    settings = Plan(
+    settings = EvaluationPlan(
         sampler=Sampler(canvas=1, denoising_steps=1, temperature=1.0), num_samples=len(KINDS), batch_size=24
     )
     with closing(open_executor(num_workers=workers)) as executor:
-        evaluate_benchmark(arm, benchmark, folder, settings, executor, folder / "ours", say=print)
+        evaluate_benchmark(arm, benchmark, folder, settings, executor, folder / "ours", show=print)
     return folder
 
 

@@ -18,7 +18,7 @@ from coupled.rl.errors import CoupledError
 from coupled.sandbox import SandboxUnavailable
 
 if TYPE_CHECKING:
-    from coupled.rl.evaluation.benchmarks.command import Wish
+    from coupled.rl.evaluation.benchmarks.command import EvalOptions
     from coupled.rl.recipe.schema import Recipe
 
 app = typer.Typer(
@@ -112,9 +112,9 @@ def evaluate(
     Without --benchmark: pass@1 on the held-out problems of the run's recipe.
     """
     if benchmark or compare:
-        from coupled.rl.evaluation.benchmarks.command import Wish
+        from coupled.rl.evaluation.benchmarks.command import EvalOptions
 
-        wish = Wish(
+        options = EvalOptions(
             benchmarks=benchmark,
             data=data,
             out=out,
@@ -128,7 +128,7 @@ def evaluate(
             recipe=recipe,
             overrides=tuple(overrides or ()),
         )
-        _evaluate_on_benchmarks(checkpoint, wish, compare)
+        _evaluate_on_benchmarks(checkpoint, options, compare)
         return
     if checkpoint is None:
         raise CoupledError("eval needs a checkpoint or run folder, or --compare A B; got neither")
@@ -209,7 +209,7 @@ def analyze(
 
     sweep = Sweep(num_problems=problems, num_samples=samples, temperatures=_numbers(temperatures), seed=seed)
     paths = [checkpoint] if compare is None else [checkpoint, compare]
-    result = analyze(paths, sweep, recipe, tuple(overrides or ()), benchmark=benchmark, data=data, say=say)
+    result = analyze(paths, sweep, recipe, tuple(overrides or ()), benchmark=benchmark, data=data, show=say)
     written = write_analysis(result, out or default_out(paths[-1]))
     console.print(point_table(result))
     console.print(claim_table(result))
@@ -347,7 +347,7 @@ def _train(recipe: Recipe, resume: str) -> None:
     console.print(f"run:        {result.path}  ({_minutes(started)})")
 
 
-def _evaluate_on_benchmarks(checkpoint: Path | None, wish: Wish, pair: tuple[Path, Path] | None) -> None:
+def _evaluate_on_benchmarks(checkpoint: Path | None, options: EvalOptions, pair: tuple[Path, Path] | None) -> None:
     from coupled.rl.evaluation.benchmarks.command import compare, comparison_table, evaluate_on, score_table
 
     def say(text: str) -> None:
@@ -355,11 +355,11 @@ def _evaluate_on_benchmarks(checkpoint: Path | None, wish: Wish, pair: tuple[Pat
 
     try:
         if pair is not None:
-            console.print(comparison_table(compare(*pair, wish, say)))
+            console.print(comparison_table(compare(*pair, options, say)))
             return
         if checkpoint is None:
             raise CoupledError("eval --benchmark needs a checkpoint or run folder; got none")
-        folders = evaluate_on(checkpoint, wish, say)
+        folders = evaluate_on(checkpoint, options, say)
     except KeyboardInterrupt:
         print("stopped. Finished batches are kept: the same command continues", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None

@@ -20,8 +20,8 @@ from coupled.rl.model.open import open_policy, use_threads
 from coupled.rl.monitoring.progress import Progress
 from coupled.rl.monitoring.watchdog import PATIENCE_WITH_FILES, Watchdog, stall_seconds
 from coupled.rl.recipe.schema import Recipe
-from coupled.rl.run_folder.folder import open_run_dir
-from coupled.rl.trainer.open import open_fit_learner
+from coupled.rl.run_folder.folder import open_run_folder
+from coupled.rl.trainer.open import open_likelihood_learner
 
 
 def fit(recipe: Recipe, resume: str = "never") -> Path:
@@ -34,9 +34,9 @@ def fit(recipe: Recipe, resume: str = "never") -> Path:
     policy = open_policy(recipe.model, recipe.seed)
     as_asked, recipe = recipe, recipe.model_copy(update={"fit": settle(recipe.fit, policy.family)})
     source = open_source(recipe, policy)
-    run = open_run_dir(as_asked, resume)
+    run = open_run_folder(as_asked, resume)
     with ExitStack() as opened:
-        learner = opened.enter_context(closing(open_fit_learner(recipe, policy, run.path)))
+        learner = opened.enter_context(closing(open_likelihood_learner(recipe, policy, run.path)))
         watchdog = Watchdog(stall_seconds(recipe), run.path)
         policy.on_pass = watchdog.moved
         opened.callback(watchdog.close)

@@ -38,12 +38,12 @@ from coupled.rl.rollout.open import open_engine
 from coupled.rl.rollout.parity import prompts_to_check, sampler_for_parity
 from coupled.rl.rollout.sampler import Request, sampler_of
 from coupled.rl.rollout.workers import ClusterEngine
-from coupled.rl.run_folder.folder import RunDir, open_run_dir
+from coupled.rl.run_folder.folder import RunFolder, open_run_folder
 from coupled.rl.run_folder.rollout_log import write_rollouts
 from coupled.rl.trainer.checkpoint import read_carried, write_carried
-from coupled.rl.trainer.open import open_learner
-from coupled.rl.trainer.rank_group import Gang
-from coupled.rl.trainer.rl_learner import Learner
+from coupled.rl.trainer.open import open_rl_learner
+from coupled.rl.trainer.rank_group import RankGroup
+from coupled.rl.trainer.rl_learner import RLLearner
 from coupled.rl.types import Anchor, Group, MaskDraw, Prompt, Rollout, TrainBatch
 from coupled.sandbox import CacheStatistics
 
@@ -63,9 +63,9 @@ class Run:
         prompts: Sequence[Prompt],
         held_out: Sequence[Prompt],
         grader: Grader,
-        folder: RunDir,
+        folder: RunFolder,
         engine: ClusterEngine,
-        learner: Learner | Gang | None = None,
+        learner: RLLearner | RankGroup | None = None,
         events: EventLog | None = None,
     ) -> None:
         self.recipe = recipe
@@ -75,7 +75,7 @@ class Run:
         self._held_out = held_out
         self._grader = grader
         self._engine = engine
-        self.learner = Learner(recipe, policy) if learner is None else learner
+        self.learner = RLLearner(recipe, policy) if learner is None else learner
         self._events = events or EventLog()
         self._watchdog = Watchdog(stall_seconds(recipe), folder.path, state=engine.oldest)
         self._events.on_result = self.policy.on_pass = self._watchdog.moved
@@ -487,10 +487,10 @@ def open_run(recipe: Recipe, resume: str = "never") -> Run:
     with ExitStack() as opened:
         grader = open_grader(recipe, [prompt.task for prompt in judged], tell=events.tell)
         opened.callback(grader.close)
-        folder = open_run_dir(recipe, resume)
+        folder = open_run_folder(recipe, resume)
         events.bind(folder.path)
         opened.callback(events.close)
-        learner = open_learner(recipe, policy, folder.path)
+        learner = open_rl_learner(recipe, policy, folder.path)
         opened.callback(learner.close)
         engine = open_engine(recipe, learner, folder.path, events.tell)
         opened.callback(engine.close)

@@ -79,7 +79,7 @@ import sys
 sys.meta_path = [f for f in sys.meta_path if "Editable" not in getattr(f, "__name__", "")]
 sys.path = [{str(tmp_path)!r}, *(p for p in sys.path if "__editable__" not in p)]
 import coupled.reward, coupled.recipes, coupled.sandbox, coupled.sandbox.zygote, coupled.sandbox.child
-from coupled.rl.recipe.schema import load_recipe
+from coupled.rl.recipe.read import load_recipe
 for module in (coupled.reward, coupled.recipes, coupled.sandbox):
     assert module.__file__.startswith({str(tmp_path)!r}), module.__file__
 recipe = load_recipe("quickstart")

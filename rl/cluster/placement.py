@@ -12,7 +12,7 @@ DESCRIBED = SHOWN | {"object_store_memory": "object store, GiB"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Room:
+class HostResources:
     """One host as Ray sees it. Example: `Room(host="10.0.0.1", total={"CPU": 8, "GPU": 1}, free={"CPU": 3})`."""
 
     host: str
@@ -39,7 +39,7 @@ class Room:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ask:
+class ResourceRequest:
     """So many of a kind, each with the same needs. Example: four trainer ranks of 1 CPU and 1 GPU, the first here."""
 
     num: int
@@ -49,38 +49,38 @@ class Ask:
     has_one_here: bool = False
     """Whether one of them must be on the host of the run's own process."""
 
-    def is_possible(self, rooms: Sequence[Room]) -> bool:
+    def is_possible(self, hosts: Sequence[HostResources]) -> bool:
         """Whether the hosts could take all of them if nothing else ran."""
-        has_place = not self.has_one_here or any(r.is_here and r.fits(self.needs, is_empty=True) for r in rooms)
-        return has_place and sum(room.fits(self.needs, is_empty=True) for room in rooms) >= self.num
+        has_place = not self.has_one_here or any(r.is_here and r.fits(self.needs, is_empty=True) for r in hosts)
+        return has_place and sum(host.fits(self.needs, is_empty=True) for host in hosts) >= self.num
 
 
-def placement_table(ask: Ask, rooms: Sequence[Room]) -> str:
+def placement_table(request: ResourceRequest, hosts: Sequence[HostResources]) -> str:
     """What is asked, and for each host what is free, what there is in all, and for how many of them there is room."""
-    each = ", ".join(f"{amount:g} {name}" for name, amount in ask.needs.items() if amount)
-    where = ", one of them here" if ask.has_one_here else ""
-    shown = [name for name in SHOWN if any(room.total.get(name) for room in rooms) or ask.needs.get(name)]
+    each = ", ".join(f"{amount:g} {name}" for name, amount in request.needs.items() if amount)
+    where = ", one of them here" if request.has_one_here else ""
+    shown = [name for name in SHOWN if any(host.total.get(name) for host in hosts) or request.needs.get(name)]
     rows = [["host", *(f"{SHOWN[name]} free of" for name in shown), "room for"]]
-    ordered = sorted(rooms, key=lambda room: (not room.is_here, room.host))
+    ordered = sorted(hosts, key=lambda host: (not host.is_here, host.host))
     rows += [
-        [f"{room.host} (here)" if room.is_here else room.host]
-        + [room.share(name, " of ") for name in shown]
-        + [str(room.fits(ask.needs))]
-        for room in ordered
+        [f"{host.host} (here)" if host.is_here else host.host]
+        + [host.share(name, " of ") for name in shown]
+        + [str(host.fits(request.needs))]
+        for host in ordered
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  " + "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]
-    return "\n".join([f"asked: {ask.num} {ask.what} of {each} each{where}", *lines])
+    return "\n".join([f"asked: {request.num} {request.what} of {each} each{where}", *lines])
 
 
-def no_room(ask: Ask, rooms: Sequence[Room], remedy: str) -> str:
+def no_room(request: ResourceRequest, hosts: Sequence[HostResources], remedy: str) -> str:
     """The table, what to make of it, and the remedy: for the error of whoever has waited in vain."""
-    is_possible = ask.is_possible(rooms)
+    is_possible = request.is_possible(hosts)
     found = "other work holds what they need" if is_possible else "the hosts that are there are too few, or too small"
-    return f"{found}\n{placement_table(ask, rooms)}\n{remedy}"
+    return f"{found}\n{placement_table(request, hosts)}\n{remedy}"
 
 
 def _amount(name: str, amounts: Mapping[str, float]) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coupled.rl.cluster.placement import Room
+from coupled.rl.cluster.placement import HostResources
 from coupled.rl.errors import CoupledError, RecipeError
 from coupled.rl.recipe.schema import Recipe
 
@@ -66,7 +66,7 @@ def close_ray() -> None:
             ray.shutdown()
 
 
-def look_at_cluster(address: str) -> list[Room]:
+def look_at_cluster(address: str) -> list[HostResources]:
     """Join a cluster for as long as it takes to see what its hosts have.
 
     Raises:
@@ -92,12 +92,12 @@ def address_here(ray: Any) -> str:
     return str(ray.util.get_node_ip_address())
 
 
-def rooms(ray: Any) -> list[Room]:
+def rooms(ray: Any) -> list[HostResources]:
     """What every living host has."""
     free = ray._private.state.available_resources_per_node()
     here = ray.get_runtime_context().get_node_id()
     return [
-        Room(
+        HostResources(
             host=node["NodeManagerAddress"],
             total=node["Resources"],
             free=free.get(node["NodeID"], {}),

@@ -13,7 +13,7 @@ from rich.table import Table
 from coupled.rl.commands.run_view import Balance, EventReader, RunView, balance_of
 from coupled.rl.monitoring.events import FILE
 from coupled.rl.recipe.schema import Recipe
-from coupled.rl.run_folder.folder import RunDir, read_run_recipe
+from coupled.rl.run_folder.folder import RunFolder, read_run_recipe
 
 REFRESH_SECONDS = 1.0
 SILENT_SECONDS = 60.0
@@ -34,7 +34,7 @@ def top(folder: Path, console: Console, *, is_live: bool) -> None:
 
     The folder must hold events.jsonl.
     """
-    reader, files = EventReader(folder), RunDir(folder, keep=1)
+    reader, files = EventReader(folder), RunFolder(folder, keep=1)
     recipe = read_run_recipe(folder) if (folder / "recipe.yaml").is_file() else None
 
     def frame() -> tuple[Group, bool]:

@@ -47,7 +47,7 @@ from coupled.rl.run_folder.folder import atomic_write
 from coupled.rl.types import Rollout
 from coupled.sandbox import CachedExecutor
 
-Say = Callable[[str], None]
+Printer = Callable[[str], None]
 TEMPERATURES = (0.0, 0.25, 0.5, 1.0, 1.5)
 KS = (1, 2, 3, 4, 6, 8)
 """AR-ness@k is reported at these."""
@@ -128,7 +128,7 @@ def analyze(
     *,
     benchmark: str = "",
     data: Path = Path("data"),
-    say: Say = lambda text: None,
+    show: Printer = lambda text: None,
 ) -> dict[str, Any]:
     """Analyse one checkpoint, or two on the same problems: before and after training.
 
@@ -144,8 +144,8 @@ def analyze(
     with closing(CachedExecutor(open_sandbox(recipe))) as executor:
         judge = Judge(executor, LIMITS)
         for checkpoint in checkpoints:
-            say(f"analysing {checkpoint} on {len(problems)} problems of {source.name}")
-            found, row = _analyze_one(checkpoint, recipe, problems, source, sweep, judge, say)
+            show(f"analysing {checkpoint} on {len(problems)} problems of {source.name}")
+            found, row = _analyze_one(checkpoint, recipe, problems, source, sweep, judge, show)
             points.append(found)
             results.append(row)
     full, greatest = recipe.rollout.denoising_steps, sweep.num_samples
@@ -283,7 +283,7 @@ def _analyze_one(
     source: Benchmark,
     sweep: Sweep,
     judge: Judge,
-    say: Say,
+    show: Printer,
 ) -> tuple[list[Point], dict[str, Any]]:
     model = recipe.model.model_copy(update={"path": str(checkpoint), "init": "checkpoint", "adapter": None})
     policy = open_policy(model, recipe.seed)
@@ -299,7 +299,7 @@ def _analyze_one(
         if temperature == sampler.temperature and steps == sampler.denoising_steps:
             main = rollouts
         row = point.as_row()
-        say(f"  T {temperature:g}, {steps} steps: pass@1 {_cell(row['pass@1'])}, global@1 {_cell(row['global@1'])}")
+        show(f"  T {temperature:g}, {steps} steps: pass@1 {_cell(row['pass@1'])}, global@1 {_cell(row['global@1'])}")
     steps = sampler.denoising_steps
     spread = [main[i] for i in np.linspace(0, len(main) - 1, min(sweep.num_mapped, len(main))).astype(int)]
     confidence = confidence_map(policy, spread, steps, recipe.rollout.batch_size)

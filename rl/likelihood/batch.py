@@ -22,7 +22,7 @@ PackedRow = tuple[Example, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class FitBatch:
+class LikelihoodBatch:
     """Rows of token ids. A row holds one sample with its prompt on the left, or several samples, packed."""
 
     ids: Int[Tensor, "B S"]
@@ -31,8 +31,8 @@ class FitBatch:
     carries_loss: Bool[Tensor, "B C"]
     """Of the last C positions: those that are learned, hence masked where the objective masks."""
 
-    def rows(self, index: slice) -> FitBatch:
-        return FitBatch(
+    def rows(self, index: slice) -> LikelihoodBatch:
+        return LikelihoodBatch(
             ids=self.ids[index],
             layout=self.layout.rows(index),
             carries_loss=self.carries_loss[index],
@@ -113,21 +113,21 @@ class RowMaker:
         self._next, self.cursor = (example, before, after), before
 
 
-def collate(rows: Sequence[PackedRow], policy: Policy, fit: Fit) -> FitBatch:
+def collate(rows: Sequence[PackedRow], policy: Policy, fit: Fit) -> LikelihoodBatch:
     """Token ids of rows, as the objective wants them laid out."""
     needs_first = fit.objective == "autoregressive" or policy.family.shift == 1
     if fit.context or fit.objective == "block_diffusion":
         batch = _packed(rows, policy.pad_id, needs_first)
     else:
         batch = _one_sample_each([row[0] for row in rows], policy.pad_id, fit)
-    return FitBatch(
+    return LikelihoodBatch(
         ids=batch.ids.to(policy.device),
         layout=batch.layout.to(policy.device),
         carries_loss=batch.carries_loss.to(policy.device),
     )
 
 
-def _one_sample_each(examples: Sequence[Example], pad_id: int, fit: Fit) -> FitBatch:
+def _one_sample_each(examples: Sequence[Example], pad_id: int, fit: Fit) -> LikelihoodBatch:
     """Prompts end where the canvas begins; responses are filled with pad tokens, which diffusion learns, too.
 
     The sampler starts from a canvas of fixed length, so what follows the end token must be learned. Next-token
@@ -143,10 +143,10 @@ def _one_sample_each(examples: Sequence[Example], pad_id: int, fit: Fit) -> FitB
         ids[row, first : first + len(example)] = torch.tensor((*example.prompt_ids, *example.response_ids))
         carries_loss[row, : len(example.response_ids)] = True
     pads = torch.tensor([width - len(example.prompt_ids) for example in examples])
-    return FitBatch(ids=ids, layout=left_padded(pads, ids.shape[1]), carries_loss=carries_loss)
+    return LikelihoodBatch(ids=ids, layout=left_padded(pads, ids.shape[1]), carries_loss=carries_loss)
 
 
-def _packed(rows: Sequence[PackedRow], pad_id: int, is_first_given: bool) -> FitBatch:
+def _packed(rows: Sequence[PackedRow], pad_id: int, is_first_given: bool) -> LikelihoodBatch:
     """Samples one after another, padding on the right. Where position p is predicted from p - 1, a sample's first token
     cannot be predicted at all: it is given."""
     width = max(sum(len(example) for example in row) for row in rows)
@@ -161,4 +161,4 @@ def _packed(rows: Sequence[PackedRow], pad_id: int, is_first_given: bool) -> Fit
             carries_loss[number, start + given : end] = True
             start = end
     layout = packed(tuple(tuple(len(example) for example in row) for row in rows))
-    return FitBatch(ids=ids, layout=layout, carries_loss=carries_loss)
+    return LikelihoodBatch(ids=ids, layout=layout, carries_loss=carries_loss)

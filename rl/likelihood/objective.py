@@ -22,7 +22,7 @@ from torch import Tensor
 
 from coupled.rl.errors import RecipeError
 from coupled.rl.keys import uniform
-from coupled.rl.likelihood.batch import FitBatch
+from coupled.rl.likelihood.batch import LikelihoodBatch
 from coupled.rl.likelihood.noise import (
     NO_UNIT,
     bernoulli_mask,
@@ -79,7 +79,7 @@ class Noise:
         return Noise(masked=self.masked[index], divisor=self.divisor[index])
 
 
-def draw_noise(batch: FitBatch, fit: Fit, seed: int, step: int) -> Noise:
+def draw_noise(batch: LikelihoodBatch, fit: Fit, seed: int, step: int) -> Noise:
     """The masks of step `step` (from 0): a function of the seed and the step. Next-token prediction scores everything.
 
     While the noise warms up, t ~ U(0, u_max(step)) and the loss is not divided; afterwards t ~ U(mask_ratio) and it is
@@ -105,7 +105,7 @@ def draw_noise(batch: FitBatch, fit: Fit, seed: int, step: int) -> Noise:
     return Noise(masked=masked, divisor=ratio if is_warm else ones)
 
 
-def units_of(batch: FitBatch, fit: Fit) -> Int[Tensor, "B C"]:
+def units_of(batch: LikelihoodBatch, fit: Fit) -> Int[Tensor, "B C"]:
     """Numbers of the units that share a mask ratio: samples, or blocks of samples. -1 where there is no loss."""
     valid, canvas = batch.carries_loss, batch.carries_loss.shape[1]
     row = torch.arange(len(batch.ids), device=valid.device)[:, None].expand(valid.shape)
@@ -120,7 +120,7 @@ def units_of(batch: FitBatch, fit: Fit) -> Int[Tensor, "B C"]:
 
 
 def fit_loss(
-    policy: Policy, batch: FitBatch, noise: Noise, fit: Fit, num_positions: int, *, seed: int, step: int
+    policy: Policy, batch: LikelihoodBatch, noise: Noise, fit: Fit, num_positions: int, *, seed: int, step: int
 ) -> Float[Tensor, ""]:
     """The objective of some rows, in nats per position; parts of a batch add up to the whole of it.
 
@@ -144,7 +144,7 @@ def fit_loss(
     return diffusion_loss(logp, noise.masked, noise.divisor, num_positions)
 
 
-def attention_of_step(batch: FitBatch, fit: Fit, seed: int, step: int) -> Bool[Tensor, "B Q S"]:
+def attention_of_step(batch: LikelihoodBatch, fit: Fit, seed: int, step: int) -> Bool[Tensor, "B Q S"]:
     """Who attends to whom in one stream: positions of the same sample, all of them or those to the left.
 
     While attention is annealed, each position to the right is read with a probability that rises from 0 to 1

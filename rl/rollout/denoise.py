@@ -268,7 +268,7 @@ def keyed_draws(requests: list[Request], sampler: Sampler, seed: int, num_steps:
 
 
 @runtime_checkable
-class Speller(Protocol):
+class Detokenizer(Protocol):
     """What turns token ids into text, and says where it ends: a policy, or a causal model."""
 
     tokenizer: Any
@@ -276,7 +276,7 @@ class Speller(Protocol):
 
 
 def make_rollout(
-    model: Speller,
+    model: Detokenizer,
     request: Request,
     canvas_ids: np.ndarray,
     commit_step: np.ndarray,

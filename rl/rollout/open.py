@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from coupled.rl.cluster.placement import Ask, no_room
+from coupled.rl.cluster.placement import ResourceRequest, no_room
 from coupled.rl.cluster.transport import Carrier, Transport, WorkerSpec
 from coupled.rl.cluster.types import HEALTH
 from coupled.rl.recipe.schema import Recipe
 from coupled.rl.rollout.workers import (
     ClusterEngine,
+    EventSink,
     FileCarrier,
     ObjectCarrier,
     RolloutWorker,
-    Tell,
-    gang_engine,
     inline_engine,
+    rank_group_engine,
 )
-from coupled.rl.trainer.rank_group import Gang
-from coupled.rl.trainer.rl_learner import Learner
+from coupled.rl.trainer.rank_group import RankGroup
+from coupled.rl.trainer.rl_learner import RLLearner
 
 REMEDY = (
     "Free what is held, add hosts, or lower cluster.min_workers or cluster.gpus_per_worker; then continue with "
@@ -28,7 +28,7 @@ REMEDY = (
 
 
 def open_engine(
-    recipe: Recipe, learner: Learner | Gang, folder: Path, tell: Tell = lambda event, **facts: None
+    recipe: Recipe, learner: RLLearner | RankGroup, folder: Path, tell: EventSink = lambda event, **facts: None
 ) -> ClusterEngine:
     """The engine that `rollout.workers` names, ready for work. Workers write what they print into `folder`.
 
@@ -37,8 +37,8 @@ def open_engine(
     """
     rollout, cluster = recipe.rollout, recipe.cluster
     if rollout.workers == "inline":
-        if isinstance(learner, Gang):
-            return gang_engine(learner, tell)
+        if isinstance(learner, RankGroup):
+            return rank_group_engine(learner, tell)
         return inline_engine(learner.policy, rollout.batch_size, tell)
     transport: Transport
     carrier: Carrier = FileCarrier(folder / "weights")
@@ -51,8 +51,8 @@ def open_engine(
 
         ray = open_ray(recipe, folder)
         transport, on_close = RayTransport(ray), close_ray
-        ask = Ask(num=cluster.min_workers, what="rollout workers", needs=spec.needs)
-        room = lambda: f"\n{no_room(ask, rooms(ray), REMEDY)}"  # noqa: E731
+        request = ResourceRequest(num=cluster.min_workers, what="rollout workers", needs=spec.needs)
+        room = lambda: f"\n{no_room(request, rooms(ray), REMEDY)}"  # noqa: E731
         if cluster.weights == "object":
             carrier = ObjectCarrier(ray)
     else:

@@ -32,10 +32,10 @@ from coupled.rl.model.policy import Policy, digest_of
 from coupled.rl.recipe.schema import Recipe
 from coupled.rl.rollout.engine import HasWeights, request_chunks, roll_out
 from coupled.rl.rollout.sampler import Request, Sampler
-from coupled.rl.trainer.rank_group import Gang
+from coupled.rl.trainer.rank_group import RankGroup
 from coupled.rl.types import Rollout
 
-Tell = Callable[..., None]
+EventSink = Callable[..., None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -109,16 +109,16 @@ class LiveWorker(RolloutWorker):
         return LIVE
 
 
-class LiveGang:
+class LiveRankGroup:
     """The trainer's ranks, with the weights they have at this moment."""
 
-    def __init__(self, gang: Gang) -> None:
-        self._gang = gang
+    def __init__(self, rank_group: RankGroup) -> None:
+        self._rank_group = rank_group
         self._version = -1
 
     def hello(self) -> dict[str, Any]:
         """Say who this is."""
-        return {"host": socket.gethostname(), "pid": os.getpid(), "device": str(self._gang.policy.device)}
+        return {"host": socket.gethostname(), "pid": os.getpid(), "device": str(self._rank_group.policy.device)}
 
     def load(self, version: int, handle: Any) -> str:
         """There is nothing to load."""
@@ -127,7 +127,7 @@ class LiveGang:
 
     def generate(self, batch: Batch) -> list[Rollout]:
         """Denoise all that was asked for, each rank its share."""
-        return self._gang.generate(batch.requests, batch.sampler, seed=batch.seed, weight_version=self._version)
+        return self._rank_group.generate(batch.requests, batch.sampler, seed=batch.seed, weight_version=self._version)
 
 
 LIVE = "live"
@@ -186,7 +186,7 @@ class ClusterEngine:
         batch_size: int | None,
         lag: int = 0,
         health: Health = PATIENT,
-        tell: Tell = lambda event, **facts: None,
+        tell: EventSink = lambda event, **facts: None,
         on_close: Callable[[], None] = lambda: None,
         room: Callable[[], str] = lambda: "",
     ) -> None:
@@ -377,15 +377,15 @@ class ClusterEngine:
         return [Batch(requests=chunk, sampler=sampler, seed=seed) for chunk in chunks]
 
 
-def inline_engine(policy: Policy, batch_size: int, tell: Tell = lambda event, **facts: None) -> ClusterEngine:
+def inline_engine(policy: Policy, batch_size: int, tell: EventSink = lambda event, **facts: None) -> ClusterEngine:
     """Rollouts in this process, on the trainer's live weights."""
     spec = WorkerSpec(make=LiveWorker, arguments=(policy,))
     return ClusterEngine(InlineTransport(), spec, None, batch_size=batch_size, tell=tell)
 
 
-def gang_engine(gang: Gang, tell: Tell = lambda event, **facts: None) -> ClusterEngine:
+def rank_group_engine(rank_group: RankGroup, tell: EventSink = lambda event, **facts: None) -> ClusterEngine:
     """Rollouts by the trainer's ranks: one call for all requests, which the ranks cut and share out themselves."""
-    spec = WorkerSpec(make=LiveGang, arguments=(gang,))
+    spec = WorkerSpec(make=LiveRankGroup, arguments=(rank_group,))
     return ClusterEngine(InlineTransport(), spec, None, batch_size=None, tell=tell)
 
 

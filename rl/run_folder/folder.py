@@ -29,7 +29,7 @@ import yaml
 from coupled.rl.errors import CheckpointError, FencedError, SaveError
 from coupled.rl.recipe.read import dump_recipe, validate
 from coupled.rl.recipe.schema import Recipe
-from coupled.rl.run_folder.provenance import describe_environment
+from coupled.rl.run_folder.provenance import describe_provenance
 
 MANIFEST = "MANIFEST.json"
 COMMITTED = re.compile(r"step_(\d+)$")
@@ -38,8 +38,8 @@ MAY_CHANGE = ("num_threads", "checkpoint", "output_dir", "cluster")
 """Recipe fields that may differ between a run and its resumption."""
 
 
-class RunDir:
-    """A folder that owns one run. Use `open_run_dir`."""
+class RunFolder:
+    """A folder that owns one run. Use `open_run_folder`."""
 
     def __init__(self, path: Path, *, keep: int, epoch: int = 0) -> None:
         self.path = path
@@ -154,7 +154,7 @@ class RunDir:
             self._tensorboard.close()
 
     def _refuse_if_fenced(self) -> None:
-        newest = _newest_epoch(self.path)
+        newest = _newest_generation(self.path)
         if self._epoch and newest > self._epoch:
             raise FencedError(
                 f"process {newest} has taken over {self.path} since this one, process {self._epoch}, opened it; this "
@@ -169,7 +169,7 @@ def run_folders(recipe: Recipe) -> list[Path]:
     return sorted((p for p in found if re.fullmatch(r"\d+", p.name[start:])), key=lambda p: int(p.name[start:]))
 
 
-def open_run_dir(recipe: Recipe, resume: str = "never") -> RunDir:
+def open_run_folder(recipe: Recipe, resume: str = "never") -> RunFolder:
     """A new numbered folder `output_dir/name-001`, or with `resume` an existing one.
 
     Args:
@@ -193,7 +193,7 @@ def open_run_dir(recipe: Recipe, resume: str = "never") -> RunDir:
     if chosen is not None:
         _refuse_other_recipe(chosen, recipe)
         _record_environment(chosen)
-        return RunDir(chosen, keep=recipe.checkpoint.keep, epoch=_claim(chosen))
+        return RunFolder(chosen, keep=recipe.checkpoint.keep, epoch=_claim(chosen))
     number = 1 + (int(earlier[-1].name[len(recipe.name) + 1 :]) if earlier else 0)
     while True:
         path = parent / f"{recipe.name}-{number:03d}"
@@ -204,7 +204,7 @@ def open_run_dir(recipe: Recipe, resume: str = "never") -> RunDir:
             number += 1
     atomic_write(path / "recipe.yaml", dump_recipe(recipe))
     _record_environment(path)
-    return RunDir(path, keep=recipe.checkpoint.keep, epoch=_claim(path))
+    return RunFolder(path, keep=recipe.checkpoint.keep, epoch=_claim(path))
 
 
 def broken_files(folder: Path) -> list[str]:
@@ -247,7 +247,7 @@ def _record_environment(run: Path) -> None:
     latest = committed_checkpoints(run / "checkpoints")
     step = int(latest[-1].name.removeprefix("step_")) if latest else 0
     path = run / ENVIRONMENT
-    rows = [*(read_rows(path) if path.is_file() else []), {"step": step, **describe_environment()}]
+    rows = [*(read_rows(path) if path.is_file() else []), {"step": step, **describe_provenance()}]
     atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
@@ -266,7 +266,7 @@ def _claim(run: Path) -> int:
     """The number of this process among those that had the run; from here on the earlier ones cannot commit."""
     (run / "fence").mkdir(exist_ok=True)
     while True:
-        epoch = _newest_epoch(run) + 1
+        epoch = _newest_generation(run) + 1
         try:
             # O_EXCL: of two processes that come at the same moment, one gets the number.
             os.close(os.open(run / "fence" / f"epoch_{epoch:06d}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
@@ -275,7 +275,7 @@ def _claim(run: Path) -> int:
             continue
 
 
-def _newest_epoch(run: Path) -> int:
+def _newest_generation(run: Path) -> int:
     return max((int(path.name.removeprefix("epoch_")) for path in (run / "fence").glob("epoch_*")), default=0)
 
 

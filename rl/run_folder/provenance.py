@@ -28,7 +28,7 @@ PACKAGES = (
 """Libraries whose versions matter."""
 
 
-def describe_environment() -> dict[str, Any]:
+def describe_provenance() -> dict[str, Any]:
     """Plain values, for environment.jsonl. `commit` is None where the package is not in a git checkout, or git is not
     there; `has_uncommitted` says whether its files differ from that commit."""
     commit, has_uncommitted = _commit(Path(__file__).resolve().parents[2])

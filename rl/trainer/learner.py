@@ -18,7 +18,7 @@ from coupled.rl.trainer.collectives import Ranks, add_gradients
 from coupled.rl.trainer.optimizer import apply_step, learning_rate, make_optimizer
 
 
-class Trained:
+class Learner:
     """Policy and optimizer of one rank. With several ranks, every method is called on all of them.
 
     Args:

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from coupled.rl.likelihood.batch import FitBatch
+from coupled.rl.likelihood.batch import LikelihoodBatch
 from coupled.rl.likelihood.objective import Noise, block_length_of, fit_loss
 from coupled.rl.model.policy import Policy
 from coupled.rl.objective.batch import micro_batches
 from coupled.rl.recipe.schema import Recipe
 from coupled.rl.trainer.collectives import ALONE, Ranks
-from coupled.rl.trainer.learner import Trained
+from coupled.rl.trainer.learner import Learner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class FitUpdate:
+class LikelihoodUpdate:
     """What one optimizer step did. Example: loss 0.14, gradient norm 0.5, rate 2e-4."""
 
     loss: float
@@ -28,7 +28,7 @@ class FitUpdate:
     learning_rate: float
 
 
-class FitLearner(Trained):
+class LikelihoodLearner(Learner):
     """Policy and optimizer of one rank, of a recipe whose objective is settled."""
 
     def __init__(self, recipe: Recipe, policy: Policy, ranks: Ranks = ALONE) -> None:
@@ -36,7 +36,7 @@ class FitLearner(Trained):
         policy.attend(block_length_of(recipe.fit))
         super().__init__(recipe, policy, ranks)
 
-    def fit(self, step: int, batch: FitBatch, noise: Noise) -> FitUpdate:
+    def fit(self, step: int, batch: LikelihoodBatch, noise: Noise) -> LikelihoodUpdate:
         """Optimizer step `step` (from 0) on the whole batch.
 
         The number of forward passes depends on the number of rows alone: as ranks that gather layers together need it.
@@ -59,4 +59,4 @@ class FitLearner(Trained):
                 total += 0.0 if is_silent else loss.item()
         self._add_gradients()
         norm, rate = self._apply(step)
-        return FitUpdate(loss=sum(self._ranks.gather(total), 0.0), grad_norm=norm, learning_rate=rate)
+        return LikelihoodUpdate(loss=sum(self._ranks.gather(total), 0.0), grad_norm=norm, learning_rate=rate)

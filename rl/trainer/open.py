@@ -6,12 +6,12 @@ from pathlib import Path
 
 from coupled.rl.model.policy import Policy
 from coupled.rl.recipe.schema import Recipe
-from coupled.rl.trainer.likelihood_learner import FitLearner
-from coupled.rl.trainer.rank_group import FollowerProcess, Gang, refuse_too_few_devices
-from coupled.rl.trainer.rl_learner import Learner
+from coupled.rl.trainer.likelihood_learner import LikelihoodLearner
+from coupled.rl.trainer.rank_group import ProcessRankHandle, RankGroup, refuse_too_few_devices
+from coupled.rl.trainer.rl_learner import RLLearner
 
 
-def open_learner(recipe: Recipe, policy: Policy, folder: Path) -> Learner | Gang:
+def open_rl_learner(recipe: Recipe, policy: Policy, folder: Path) -> RLLearner | RankGroup:
     """What trains: this process alone, or with as many more, on this host or others, as the recipe asks for.
 
     Raises:
@@ -19,18 +19,22 @@ def open_learner(recipe: Recipe, policy: Policy, folder: Path) -> Learner | Gang
         ClusterError: the cluster has no room for the ranks.
         RankError: a rank did not come up.
     """
-    return Learner(recipe, policy) if recipe.cluster.trainer_ranks == 1 else _open_gang(recipe, policy, folder)
+    return RLLearner(recipe, policy) if recipe.cluster.trainer_ranks == 1 else _open_rank_group(recipe, policy, folder)
 
 
-def open_fit_learner(recipe: Recipe, policy: Policy, folder: Path) -> FitLearner | Gang:
-    """As `open_learner`, for likelihood training."""
-    return FitLearner(recipe, policy) if recipe.cluster.trainer_ranks == 1 else _open_gang(recipe, policy, folder)
+def open_likelihood_learner(recipe: Recipe, policy: Policy, folder: Path) -> LikelihoodLearner | RankGroup:
+    """As `open_rl_learner`, for likelihood training."""
+    return (
+        LikelihoodLearner(recipe, policy)
+        if recipe.cluster.trainer_ranks == 1
+        else _open_rank_group(recipe, policy, folder)
+    )
 
 
-def _open_gang(recipe: Recipe, policy: Policy, folder: Path) -> Gang:
+def _open_rank_group(recipe: Recipe, policy: Policy, folder: Path) -> RankGroup:
     if recipe.cluster.trainer_workers == "ray":
-        from coupled.rl.trainer.ray_ranks import open_ray_gang
+        from coupled.rl.trainer.ray_ranks import open_ray_rank_group
 
-        return open_ray_gang(recipe, policy, folder)
+        return open_ray_rank_group(recipe, policy, folder)
     refuse_too_few_devices(recipe)
-    return Gang(recipe, policy, lambda rank, port: FollowerProcess(recipe, rank, port, folder / "logs"))
+    return RankGroup(recipe, policy, lambda rank, port: ProcessRankHandle(recipe, rank, port, folder / "logs"))

@@ -2,7 +2,7 @@
 
 The first rank is the run's own process. The others (`follower`) wait for calls at a store, get the arguments from the
 first, and do the same; tensors then travel by collectives. Whoever starts the others (processes here; something else on
-other hosts) hands over `Follower`s, so that a rank that ends is noticed at once.
+other hosts) hands over `RankHandle`s, so that a rank that ends is noticed at once.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 from coupled.rl.errors import CoupledError, RankError, RankLostError, RecipeError
-from coupled.rl.likelihood.batch import FitBatch
+from coupled.rl.likelihood.batch import LikelihoodBatch
 from coupled.rl.likelihood.objective import Noise
 from coupled.rl.model.open import pick_device
 from coupled.rl.model.policy import Policy
 from coupled.rl.recipe.schema import Recipe
 from coupled.rl.rollout.sampler import Request, Sampler
 from coupled.rl.trainer.collectives import join, moved
-from coupled.rl.trainer.likelihood_learner import FitUpdate
-from coupled.rl.trainer.rank_protocol import End, call_key, done_key, error_key, here_key, learner_of, ready
+from coupled.rl.trainer.likelihood_learner import LikelihoodUpdate
+from coupled.rl.trainer.rank_protocol import RankExit, call_key, done_key, error_key, here_key, learner_of, ready
 from coupled.rl.trainer.rl_learner import Update
 from coupled.rl.types import Anchor, MaskDraw, Prompt, Rollout, TrainBatch
 
@@ -50,7 +50,7 @@ LOCAL_HOST = "127.0.0.1"
 
 
 @runtime_checkable
-class Follower(Protocol):
+class RankHandle(Protocol):
     """Another rank's process, wherever it runs."""
 
     rank: int
@@ -59,7 +59,7 @@ class Follower(Protocol):
     log: str
     """Where to read what it printed."""
 
-    def ended(self) -> End | None:
+    def ended(self) -> RankExit | None:
         """How it ended; None while it runs. Does not wait."""
         ...
 
@@ -68,11 +68,11 @@ class Follower(Protocol):
         ...
 
 
-StartFollower = Callable[[int, int], Follower]
+StartRank = Callable[[int, int], RankHandle]
 """Starts the given rank, which is to meet the others at the given port of the first rank's address."""
 
 
-class FollowerProcess:
+class ProcessRankHandle:
     """A rank on this host, in a process of its own that ends when this one does."""
 
     def __init__(self, recipe: Recipe, rank: int, port: int, folder: Path) -> None:
@@ -96,11 +96,11 @@ class FollowerProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def ended(self) -> End | None:
+    def ended(self) -> RankExit | None:
         status = self._process.poll()
         if status is None:
             return None
-        return End(how=f"signal {-status}" if status < 0 else f"status {status}", is_lost=status < 0)
+        return RankExit(how=f"signal {-status}" if status < 0 else f"status {status}", is_lost=status < 0)
 
     def kill(self) -> None:
         self._process.kill()
@@ -110,7 +110,7 @@ class FollowerProcess:
             self._process.stdin.close()
 
 
-class Gang:
+class RankGroup:
     """The ranks of a trainer. It has a learner's methods, and each of them runs on every rank.
 
     Args:
@@ -123,7 +123,7 @@ class Gang:
         self,
         recipe: Recipe,
         policy: Policy,
-        start: StartFollower,
+        start: StartRank,
         *,
         host: str = LOCAL_HOST,
         on_close: Callable[[], None] = lambda: None,
@@ -144,13 +144,13 @@ class Gang:
             timeout=timedelta(seconds=self._timeout),
             master_listen_fd=listener.detach(),
         )
-        self._followers: list[Follower] = []
+        self._handles: list[RankHandle] = []
         try:
             for rank in range(1, size):
-                self._followers.append(start(rank, port))
+                self._handles.append(start(rank, port))
             self._wait_until_all_are_there()
-            if is_gpu or any(follower.host != host for follower in self._followers):
-                watch = (self._followers, self._has_closed, partial(abort_collectives, host, self._has_closed))
+            if is_gpu or any(handle.host != host for handle in self._handles):
+                watch = (self._handles, self._has_closed, partial(abort_collectives, host, self._has_closed))
                 threading.Thread(target=abort_when_one_ends, args=watch, daemon=True).start()
             self._ranks = join(self._store, index=0, size=size, is_gpu=is_gpu, timeout_seconds=self._timeout)
             self._learner = self._guarded("start", lambda: ready(learner_of(recipe, policy, self._ranks), self._ranks))
@@ -166,55 +166,55 @@ class Gang:
     def anchor(
         self, batch: TrainBatch, masks: MaskDraw, *, is_first: bool, earlier: dict[str, Tensor] | None = None
     ) -> Anchor:
-        """See `Learner.anchor`."""
+        """See `RLLearner.anchor`."""
         found: Anchor = self._call("anchor", batch, masks, is_first=is_first, earlier=earlier)
         return found
 
     def present_scores(self, batch: TrainBatch, masks: MaskDraw) -> Tensor:
-        """See `Learner.present_scores`."""
+        """See `RLLearner.present_scores`."""
         scores: Tensor = self._call("present_scores", batch, masks)
         return scores
 
     def update(self, step: int, batch: TrainBatch, masks: MaskDraw, anchor: Anchor) -> Update:
-        """See `Learner.update`."""
+        """See `RLLearner.update`."""
         done: Update = self._call("update", step, batch, masks, anchor)
         return done
 
-    def fit(self, step: int, batch: FitBatch, noise: Noise) -> FitUpdate:
-        """See `FitLearner.fit`."""
-        done: FitUpdate = self._call("fit", step, batch, noise)
+    def fit(self, step: int, batch: LikelihoodBatch, noise: Noise) -> LikelihoodUpdate:
+        """See `LikelihoodLearner.fit`."""
+        done: LikelihoodUpdate = self._call("fit", step, batch, noise)
         return done
 
     def sync_reference(self, step: int) -> None:
-        """See `Learner.sync_reference`."""
+        """See `RLLearner.sync_reference`."""
         self._call("sync_reference", step)
 
     def generate(self, requests: list[Request], sampler: Sampler, *, seed: int, weight_version: int) -> list[Rollout]:
-        """See `Learner.generate`."""
+        """See `RLLearner.generate`."""
         made: list[Rollout] = self._call("generate", requests, sampler, seed=seed, weight_version=weight_version)
         return made
 
     def check_parity(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> float:
-        """See `Learner.check_parity`."""
+        """See `RLLearner.check_parity`."""
         found: float = self._call("check_parity", prompts, rollouts)
         return found
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """See `Learner.trainable_state`."""
+        """See `RLLearner.trainable_state`."""
         if not self._learner.is_sharded:
             return self._learner.trainable_state()
         state: dict[str, Tensor] = self._call("trainable_state")
         return state
 
     def write(self, folder: Path, state: dict[str, Any]) -> None:
-        """See `Learner.write`."""
+        """See `RLLearner.write`."""
         if self._learner.is_sharded:
             self._call("write", folder.resolve(), state)  # ranks may have other working folders
         else:
             self._learner.write(folder, state)
 
     def read(self, folder: Path) -> dict[str, Any]:
-        """See `Learner.read`."""
+        """See `RLLearner.read`."""
         state: dict[str, Any] = self._call("read", folder.resolve())
         return state
 
@@ -225,11 +225,11 @@ class Gang:
             self._is_whole = False
             self._announce("close")
             deadline = time.monotonic() + GRACE_SECONDS
-            while any(f.ended() is None for f in self._followers) and time.monotonic() < deadline:
+            while any(f.ended() is None for f in self._handles) and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
-        for follower in self._followers:
-            follower.kill()
-        self._followers = []
+        for handle in self._handles:
+            handle.kill()
+        self._handles = []
         if dist.is_initialized():
             dist.destroy_process_group()
         self._on_close()
@@ -281,7 +281,7 @@ class Gang:
                 time.sleep(POLL_SECONDS)
                 self._refuse_ended(method, error)
             if has_expired:
-                late = [f for f in self._followers if not self._store.check([done_key(self._num_calls, f.rank)])]
+                late = [f for f in self._handles if not self._store.check([done_key(self._num_calls, f.rank)])]
                 raise RankLostError(
                     f"the trainer's ranks waited {self._timeout:g} s for each other in {method!r}; not done: "
                     f"{', '.join(f'rank {f.rank} ({f.log})' for f in late)}. If one of them is only slow, raise "
@@ -295,13 +295,13 @@ class Gang:
             raise
 
     def _refuse_ended(self, method: str, cause: BaseException | None = None) -> None:
-        if all(follower.ended() is None for follower in self._followers):
+        if all(handle.ended() is None for handle in self._handles):
             return
         # Ranks that lose a connection end, too: look for the one that was first.
         deadline = time.monotonic() + SETTLE_SECONDS
         while (found := self._blame()) is None and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
-        first = found or next(f for f in self._followers if f.ended() is not None)
+        first = found or next(f for f in self._handles if f.ended() is not None)
         end, reason = first.ended(), self._reason(first)
         assert end is not None
         text = f"rank {first.rank} of the trainer ended with {end.how} in {method!r}{reason and f': {reason}'}"
@@ -311,24 +311,24 @@ class Gang:
             f"{text}. What it printed is in {first.log}. Mend that, then continue with resume=auto"
         ) from cause
 
-    def _blame(self) -> Follower | None:
+    def _blame(self) -> RankHandle | None:
         """A rank that ended by itself: without a word, or with a reason that is not the loss of another one."""
-        ended = [f for f in self._followers if f.ended() is not None]
+        ended = [f for f in self._handles if f.ended() is not None]
         return next((f for f in ended if not is_of_connections(self._reason(f).lower())), None)
 
-    def _reason(self, follower: Follower) -> str:
+    def _reason(self, handle: RankHandle) -> str:
         """What an ended rank has raised, as far as that is known."""
-        end, key = follower.ended(), error_key(follower.rank)
+        end, key = handle.ended(), error_key(handle.rank)
         if end is not None and end.reason is not None:
             return end.reason
         return self._store.get(key).decode() if self._store.check([key]) else ""
 
     def _wait_until_all_are_there(self) -> None:
         deadline = time.monotonic() + START_SECONDS
-        while not self._store.check([here_key(f.rank) for f in self._followers]):
+        while not self._store.check([here_key(f.rank) for f in self._handles]):
             self._refuse_ended("start")
             if time.monotonic() > deadline:
-                missing = [f for f in self._followers if not self._store.check([here_key(f.rank)])]
+                missing = [f for f in self._handles if not self._store.check([here_key(f.rank)])]
                 raise RankLostError(
                     f"after {START_SECONDS:g} s these ranks of the trainer have not come up: "
                     f"{', '.join(f'{f.rank} ({f.log})' for f in missing)}"
@@ -337,7 +337,7 @@ class Gang:
 
 
 def abort_when_one_ends(
-    followers: Sequence[Follower], has_closed: threading.Event, abort: Callable[[Follower], None]
+    handles: Sequence[RankHandle], has_closed: threading.Event, abort: Callable[[RankHandle], None]
 ) -> None:
     """Let collectives fail when a rank has ended.
 
@@ -345,13 +345,13 @@ def abort_when_one_ends(
     for a host that falls silent.
     """
     while not has_closed.wait(POLL_SECONDS):
-        for follower in followers:
-            if follower.ended() is not None:
-                abort(follower)
+        for handle in handles:
+            if handle.ended() is not None:
+                abort(handle)
                 return
 
 
-def abort_collectives(here: str, has_closed: threading.Event, lost: Follower) -> None:
+def abort_collectives(here: str, has_closed: threading.Event, lost: RankHandle) -> None:
     """Let the collectives of this process, on host `here`, fail now that a rank has ended."""
     if dist.is_initialized() and dist.group.WORLD is not None:
         dist.group.WORLD.abort()  # NCCL's

@@ -24,7 +24,7 @@ ABANDONED = 3
 """Exit status of a rank whose first rank is gone."""
 
 
-def follow(recipe: Recipe, *, rank: int, host: str, port: int, device: int) -> None:
+def serve_rank(recipe: Recipe, *, rank: int, host: str, port: int, device: int) -> None:
     """Be rank `rank`, on this host's GPU number `device` if the recipe uses one, until the first rank says to leave.
 
     Raises:
@@ -82,7 +82,7 @@ def main() -> None:
     recipe = Recipe.model_validate_json(sys.stdin.buffer.readline())
     threading.Thread(target=end_with_the_first_rank, daemon=True).start()
     try:
-        follow(recipe, rank=place["rank"], host=place["host"], port=place["port"], device=place["rank"])
+        serve_rank(recipe, rank=place["rank"], host=place["host"], port=place["port"], device=place["rank"])
     except Exception:
         traceback.print_exc()
         sys.stderr.flush()

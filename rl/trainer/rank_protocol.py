@@ -8,13 +8,13 @@ from coupled.rl.errors import RankError
 from coupled.rl.model.policy import Policy, digest_of
 from coupled.rl.recipe.schema import Recipe
 from coupled.rl.trainer.collectives import Ranks
-from coupled.rl.trainer.learner import Trained
-from coupled.rl.trainer.likelihood_learner import FitLearner
-from coupled.rl.trainer.rl_learner import Learner
+from coupled.rl.trainer.learner import Learner
+from coupled.rl.trainer.likelihood_learner import LikelihoodLearner
+from coupled.rl.trainer.rl_learner import RLLearner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class End:
+class RankExit:
     """How a rank ended. Example: `End(how="signal 9", is_lost=True)`."""
 
     how: str
@@ -44,12 +44,12 @@ def error_key(rank: int) -> str:
     return f"error/{rank}"
 
 
-def learner_of(recipe: Recipe, policy: Policy, ranks: Ranks) -> Trained:
+def learner_of(recipe: Recipe, policy: Policy, ranks: Ranks) -> Learner:
     """One rank's learner, of the recipe's stage."""
-    return Learner(recipe, policy, ranks) if recipe.stage == "rl" else FitLearner(recipe, policy, ranks)
+    return RLLearner(recipe, policy, ranks) if recipe.stage == "rl" else LikelihoodLearner(recipe, policy, ranks)
 
 
-def ready(learner: Trained, ranks: Ranks) -> Trained:
+def ready(learner: Learner, ranks: Ranks) -> Learner:
     """Wait until all ranks have their learners, and see to it that replicas begin alike.
 
     Raises:

@@ -1,7 +1,7 @@
 """Trainer ranks in Ray actors: on this host or others, each in a place that is reserved beforehand.
 
 All places are reserved at once, the first rank's too, although it is the run's own process: Ray then gives its GPU to
-nobody else. What becomes of a rank that is lost is the `Gang`'s business, as for ranks in processes.
+nobody else. What becomes of a rank that is lost is the `RankGroup`'s business, as for ranks in processes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from coupled.rl.cluster.placement import Ask, no_room, placement_table
+from coupled.rl.cluster.placement import ResourceRequest, no_room, placement_table
 from coupled.rl.cluster.ray import (
     Bundle,
     Reservation,
@@ -38,9 +38,9 @@ from coupled.rl.errors import RecipeError
 from coupled.rl.model.open import pick_device
 from coupled.rl.model.policy import Policy
 from coupled.rl.recipe.schema import Recipe
-from coupled.rl.trainer.rank_group import LOCAL_HOST, Gang
-from coupled.rl.trainer.rank_process import follow
-from coupled.rl.trainer.rank_protocol import End
+from coupled.rl.trainer.rank_group import LOCAL_HOST, RankGroup
+from coupled.rl.trainer.rank_process import serve_rank
+from coupled.rl.trainer.rank_protocol import RankExit
 
 QUIET_SECONDS = 10.0
 """A wait for room that lasts longer is told."""
@@ -59,7 +59,7 @@ class RemoteRank:
         self._recipe, self._rank, self._host, self._port = recipe, rank, host, port
         self._folder, self._token = folder, token
 
-    def follow(self) -> None:
+    def serve_rank(self) -> None:
         """Be the rank until the first one says to leave.
 
         Raises:
@@ -71,13 +71,13 @@ class RemoteRank:
         use_interface_towards(self._host)
         try:
             # An actor sees no GPU but its own.
-            follow(self._recipe, rank=self._rank, host=self._host, port=self._port, device=0)
+            serve_rank(self._recipe, rank=self._rank, host=self._host, port=self._port, device=0)
         except BaseException:
             traceback.print_exc()
             raise
 
 
-class GpuTeller:
+class GpuReporter:
     """What runs in the first rank's place for a moment, where the rank itself is not Ray's to start."""
 
     def gpus(self) -> list[str]:
@@ -85,7 +85,7 @@ class GpuTeller:
         return own_gpus()
 
 
-class RayFollower:
+class RayRankHandle:
     """A rank in an actor, which Ray ends when this process does."""
 
     def __init__(
@@ -95,9 +95,9 @@ class RayFollower:
         self._transport = transport
         self._actor = transport.spawn(spec, place)
         self._call = transport.call(self._actor, "follow")
-        self._end: End | None = None
+        self._end: RankExit | None = None
 
-    def ended(self) -> End | None:
+    def ended(self) -> RankExit | None:
         if self._end is None and self._transport.wait([self._call], 0.0):
             self._end = self._how()
         return self._end
@@ -105,18 +105,18 @@ class RayFollower:
     def kill(self) -> None:
         self._transport.kill(self._actor)
 
-    def _how(self) -> End:
+    def _how(self) -> RankExit:
         try:
             self._transport.result(self._call)
         except WorkFailed as error:
-            return End(how=f"an error on host {self.host}", is_lost=False, reason=str(error))
+            return RankExit(how=f"an error on host {self.host}", is_lost=False, reason=str(error))
         except WorkerLost as error:
             kind = str(error).partition(":")[0]
-            return End(how=f"the loss of its process or host {self.host} ({kind})", is_lost=True)
-        return End(how="status 0", is_lost=False)
+            return RankExit(how=f"the loss of its process or host {self.host} ({kind})", is_lost=True)
+        return RankExit(how="status 0", is_lost=False)
 
 
-def open_ray_gang(recipe: Recipe, policy: Policy, folder: Path) -> Gang:
+def open_ray_rank_group(recipe: Recipe, policy: Policy, folder: Path) -> RankGroup:
     """The ranks of a trainer, the first of them this process and the others actors.
 
     Raises:
@@ -141,14 +141,14 @@ def open_ray_gang(recipe: Recipe, policy: Policy, folder: Path) -> Gang:
         token = write_token(folder)
         gpus = float(device == "cuda")
 
-        def start(rank: int, port: int) -> RayFollower:
+        def start(rank: int, port: int) -> RayRankHandle:
             arguments = (recipe, rank, host, port, folder, token)
             spec = WorkerSpec(make=RemoteRank, arguments=arguments, num_gpus=gpus)
             place = places[rank]
             at = host if place.host == here else place.host
-            return RayFollower(transport, spec, place, rank=rank, host=at, log=log_of(folder, rank))
+            return RayRankHandle(transport, spec, place, rank=rank, host=at, log=log_of(folder, rank))
 
-        return Gang(recipe, policy, start, host=host, on_close=opened.close)
+        return RankGroup(recipe, policy, start, host=host, on_close=opened.close)
     except BaseException:
         opened.close()
         raise
@@ -157,7 +157,7 @@ def open_ray_gang(recipe: Recipe, policy: Policy, folder: Path) -> Gang:
 def reserve(ray: Any, recipe: Recipe, on_close: Callable[[Callable[[], None]], Any]) -> list[Bundle]:
     """A place for each rank; `on_close` is told how to give them back."""
     needs = WorkerSpec(make=RemoteRank, num_gpus=float(recipe.model.device == "cuda")).needs
-    ask = Ask(num=recipe.cluster.trainer_ranks, what="trainer ranks", needs=needs, has_one_here=True)
+    ask = ResourceRequest(num=recipe.cluster.trainer_ranks, what="trainer ranks", needs=needs, has_one_here=True)
     if recipe.cluster.address is None and not ask.is_possible(rooms(ray)):
         raise RecipeError(
             f"cluster.trainer_ranks={ask.num} does not fit on this host, and there is no other: "
@@ -178,7 +178,7 @@ def reserve(ray: Any, recipe: Recipe, on_close: Callable[[Callable[[], None]], A
 
 def use_reserved_gpu(policy: Policy, transport: Transport, place: Bundle) -> None:
     """Train on the GPU that is reserved for this process, and on none that Ray may give away."""
-    teller = transport.spawn(WorkerSpec(make=GpuTeller, num_gpus=1.0), place)
+    teller = transport.spawn(WorkerSpec(make=GpuReporter, num_gpus=1.0), place)
     call = transport.call(teller, "gpus")
     deadline = time.monotonic() + GPU_SECONDS
     try:

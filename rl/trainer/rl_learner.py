@@ -23,7 +23,7 @@ from coupled.rl.rollout.engine import request_chunks, roll_out
 from coupled.rl.rollout.parity import check_parity
 from coupled.rl.rollout.sampler import Request, Sampler
 from coupled.rl.trainer.collectives import ALONE, Ranks
-from coupled.rl.trainer.learner import Trained
+from coupled.rl.trainer.learner import Learner
 from coupled.rl.types import Anchor, MaskDraw, Prompt, Rollout, TrainBatch
 
 
@@ -38,7 +38,7 @@ class Update:
     learning_rate: float
 
 
-class Learner(Trained):
+class RLLearner(Learner):
     """Policy, reference and optimizer of one rank. With several ranks, every method is called on all of them."""
 
     def __init__(self, recipe: Recipe, policy: Policy, ranks: Ranks = ALONE) -> None:

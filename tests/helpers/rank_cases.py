@@ -27,9 +27,9 @@ from coupled.rl.model.open import open_policy
 from coupled.rl.recipe.schema import Fit, Recipe
 from coupled.rl.rollout.sampler import Sampler
 from coupled.rl.trainer.collectives import ALONE, Ranks, join
-from coupled.rl.trainer.learner import Trained
-from coupled.rl.trainer.likelihood_learner import FitLearner
-from coupled.rl.trainer.rl_learner import Learner
+from coupled.rl.trainer.learner import Learner
+from coupled.rl.trainer.likelihood_learner import LikelihoodLearner
+from coupled.rl.trainer.rl_learner import RLLearner
 from coupled.rl.types import MaskDraw, TrainBatch
 from helpers.toys import FIRST_LETTER, NUM_TOKENS, make_batch, make_requests
 
@@ -74,7 +74,7 @@ def run_case(case: Case, ranks: Ranks = ALONE) -> dict[str, Any]:
 def _rl_case(case: Case, recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
     """Steps of two updates each; also the reference, and rollouts before and after."""
     policy = open_policy(recipe.model, recipe.seed)
-    learner = Learner(recipe, policy, ranks)
+    learner = RLLearner(recipe, policy, ranks)
     start, first = _begun(case, learner)
     requests = make_requests(case.num_requests)
     before = learner.generate(requests, SAMPLER, seed=0, weight_version=0)
@@ -99,7 +99,7 @@ def _rl_case(case: Case, recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
 def _fit_case(case: Case, recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
     """Steps of one update each; also how many positions of each row were masked."""
     policy = open_policy(recipe.model, recipe.seed)
-    learner = FitLearner(recipe, policy, ranks)
+    learner = LikelihoodLearner(recipe, policy, ranks)
     start, first = _begun(case, learner)
     updates, masked = [], []
     for step in range(first, NUM_STEPS + 1):
@@ -132,19 +132,19 @@ def packed_rows(fit: Fit, step: int) -> list[PackedRow]:
     return [row(number) for number in range(fit.batch_size)]
 
 
-def _begun(case: Case, learner: Trained) -> tuple[dict[str, torch.Tensor], int]:
+def _begun(case: Case, learner: Learner) -> tuple[dict[str, torch.Tensor], int]:
     start = {name: tensor.clone() for name, tensor in learner.trainable_state().items()}
     return start, 1 if case.resumes is None else learner.read(case.resumes)["step"] + 1
 
 
-def _write_if_due(case: Case, learner: Trained, ranks: Ranks, step: int) -> None:
+def _write_if_due(case: Case, learner: Learner, ranks: Ranks, step: int) -> None:
     if case.writes is not None and step == 2:
         folder = case.writes / f"from-{ranks.size}"
         folder.mkdir(parents=True, exist_ok=True)
         learner.write(folder, {"step": step})
 
 
-def _trained(learner: Trained, start: dict[str, torch.Tensor]) -> dict[str, Any]:
+def _trained(learner: Learner, start: dict[str, torch.Tensor]) -> dict[str, Any]:
     mine = learner.policy.trainable_parameters()
     return {
         "start": start,

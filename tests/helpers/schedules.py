@@ -56,7 +56,7 @@ def score_of(sample: str) -> float:
 
 
 @dataclass
-class Trained:
+class Learner:
     """What a step was trained on."""
 
     step: int
@@ -78,7 +78,7 @@ class Run:
     crash_after: tuple[int, ...] = ()
     train_seconds: float = 2.0
     fall_back_at: int = 0
-    trained: list[Trained] = field(default_factory=list)
+    trained: list[Learner] = field(default_factory=list)
     commits: Counter[tuple[str, str, tuple[int, ...]]] = field(default_factory=Counter)
     idle_clock: float = 0.0
 
@@ -149,7 +149,7 @@ class Run:
 
     def train(self, step: int, entries: list[Entry]) -> None:
         self.trained.append(
-            Trained(
+            Learner(
                 step,
                 [entry.unit.version for entry in entries],
                 [str(entry.unit.work) for entry in entries],

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from coupled.rl.errors import DataError, RecipeError, nearest
 from coupled.rl.evaluation.benchmarks import BENCHMARKS, Prompting, data_file, find_benchmarks
-from coupled.rl.evaluation.benchmarks.run import Arm, Plan, evaluate_benchmark, fingerprint, read_evaluation
+from coupled.rl.evaluation.benchmarks.run import Arm, EvaluationPlan, evaluate_benchmark, fingerprint, read_evaluation
 from coupled.rl.evaluation.benchmarks.score import as_interval, compare_rows
 from coupled.rl.evaluation.causal import CausalEngine, CausalModel, is_causal_checkpoint
 from coupled.rl.evaluation.statistics import Comparison
@@ -28,12 +28,12 @@ from coupled.rl.rollout.sampler import sampler_of
 from coupled.rl.run_folder.find import find_checkpoint, recipe_for
 from coupled.sandbox import CachedExecutor
 
-Say = Callable[[str], None]
+Printer = Callable[[str], None]
 PROMPTINGS = ("auto", "chat", "completion")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wish:
+class EvalOptions:
     """What was asked for on the command line. None: see each."""
 
     benchmarks: str
@@ -55,27 +55,27 @@ class Wish:
     overrides: tuple[str, ...] = ()
 
 
-def evaluate_on(path: Path, wish: Wish, say: Say) -> dict[str, Path]:
+def evaluate_on(path: Path, options: EvalOptions, show: Printer) -> dict[str, Path]:
     """Evaluate a checkpoint on every benchmark asked for; returns the folder of each.
 
     Raises:
         CoupledError: unknown benchmark, missing data, no checkpoint, or settings that do not fit.
     """
-    benchmarks = find_benchmarks(wish.benchmarks)
+    benchmarks = find_benchmarks(options.benchmarks)
     for benchmark in benchmarks:
-        data_file(benchmark, wish.data)  # before anything is loaded
+        data_file(benchmark, options.data)  # before anything is loaded
     checkpoint = find_checkpoint(path)
-    recipe = _recipe(checkpoint, wish)
+    recipe = _recipe(checkpoint, options)
     use_threads(recipe)
-    arm = open_arm(checkpoint, recipe, is_autoregressive=wish.is_autoregressive)
-    settings = _plan(recipe, arm, wish)
-    parent = wish.out or _default_out(checkpoint, settings)
-    say(f"{arm.kind} checkpoint {checkpoint}, {settings.prompting} prompts, into {parent}")
+    arm = open_arm(checkpoint, recipe, is_autoregressive=options.is_autoregressive)
+    settings = _plan(recipe, arm, options)
+    parent = options.out or _default_out(checkpoint, settings)
+    show(f"{arm.kind} checkpoint {checkpoint}, {settings.prompting} prompts, into {parent}")
     with closing(CachedExecutor(open_sandbox(recipe))) as executor:
         folders = {}
         for benchmark in benchmarks:
             folders[benchmark.name] = parent / benchmark.name
-            evaluate_benchmark(arm, benchmark, wish.data, settings, executor, folders[benchmark.name], say=say)
+            evaluate_benchmark(arm, benchmark, options.data, settings, executor, folders[benchmark.name], show=show)
     return folders
 
 
@@ -108,13 +108,13 @@ def open_arm(checkpoint: Path, recipe: Recipe, *, is_autoregressive: bool | None
     )
 
 
-def compare(first: Path, second: Path, wish: Wish, say: Say) -> dict[str, Comparison]:
+def compare(first: Path, second: Path, options: EvalOptions, show: Printer) -> dict[str, Comparison]:
     """A paired test on every benchmark that both have been evaluated on; checkpoints are evaluated first.
 
     Raises:
         CoupledError: no benchmark in common, or not the same problems.
     """
-    sides = [_evaluations(path, replace(wish, out=None), say) for path in (first, second)]
+    sides = [_evaluations(path, replace(options, out=None), show) for path in (first, second)]
     common = [name for name in sides[0] if name in sides[1]]
     if not common:
         raise DataError(
@@ -125,7 +125,7 @@ def compare(first: Path, second: Path, wish: Wish, say: Say) -> dict[str, Compar
         (one, first_rows, tasks), (two, second_rows, _) = (read_evaluation(side[name]) for side in sides)
         for setting in ("num_samples", "temperature", "denoising_steps"):
             if one[setting] != two[setting]:
-                say(f"note: {name} was run with {setting} {one[setting]} and {two[setting]}")
+                show(f"note: {name} was run with {setting} {one[setting]} and {two[setting]}")
         base = BENCHMARKS[name].base if name in BENCHMARKS else ""
         found |= compare_rows(first_rows, second_rows, tasks, name=name, base=base)
     return found
@@ -157,63 +157,65 @@ def comparison_table(found: dict[str, Comparison]) -> Table:
     return table
 
 
-def _evaluations(path: Path, wish: Wish, say: Say) -> dict[str, Path]:
+def _evaluations(path: Path, options: EvalOptions, show: Printer) -> dict[str, Path]:
     if (path / "score.json").is_file():
         return {read_evaluation(path)[0]["benchmark"]: path}
     inner = sorted(folder for folder in path.glob("*") if (folder / "score.json").is_file())
     if inner:
         return {read_evaluation(folder)[0]["benchmark"]: folder for folder in inner}
-    if not wish.benchmarks:
+    if not options.benchmarks:
         raise DataError(
             f"{path} holds no evaluation (score.json): give --benchmark to evaluate it as a checkpoint first"
         )
-    return evaluate_on(path, wish, say)
+    return evaluate_on(path, options, show)
 
 
-def _recipe(checkpoint: Path, wish: Wish) -> Recipe:
+def _recipe(checkpoint: Path, options: EvalOptions) -> Recipe:
     try:
-        return recipe_for(checkpoint, wish.recipe, wish.overrides)
+        return recipe_for(checkpoint, options.recipe, options.overrides)
     except RecipeError:
-        if wish.recipe is not None or (checkpoint.resolve().parent.parent / "recipe.yaml").is_file():
+        if options.recipe is not None or (checkpoint.resolve().parent.parent / "recipe.yaml").is_file():
             raise
     # A checkpoint that is no run's: the defaults of recipes, which are the published sampler's canvas and steps.
     values = {"stage": "rl", "model": {"path": str(checkpoint)}, "data": {"path": "none"}}
-    return apply_overrides(validate(values, source="the defaults"), wish.overrides)
+    return apply_overrides(validate(values, source="the defaults"), options.overrides)
 
 
-def _plan(recipe: Recipe, arm: Arm, wish: Wish) -> Plan:
-    if wish.prompting not in PROMPTINGS:
+def _plan(recipe: Recipe, arm: Arm, options: EvalOptions) -> EvaluationPlan:
+    if options.prompting not in PROMPTINGS:
         raise DataError(
-            f"--prompting is one of {', '.join(PROMPTINGS)}; got {wish.prompting!r}; "
-            f"{nearest(wish.prompting, PROMPTINGS)}"
+            f"--prompting is one of {', '.join(PROMPTINGS)}; got {options.prompting!r}; "
+            f"{nearest(options.prompting, PROMPTINGS)}"
         )
-    if wish.num_steps is not None:
-        recipe = apply_overrides(recipe, (f"rollout.denoising_steps={wish.num_steps}",))
-    greedy = wish.num_samples == 1
-    temperature = (0.0 if greedy else recipe.rollout.temperature) if wish.temperature is None else wish.temperature
+    if options.num_steps is not None:
+        recipe = apply_overrides(recipe, (f"rollout.denoising_steps={options.num_steps}",))
+    greedy = options.num_samples == 1
+    temperature = (
+        (0.0 if greedy else recipe.rollout.temperature) if options.temperature is None else options.temperature
+    )
     if temperature == 0 and not greedy:
         raise DataError(
-            f"--samples {wish.num_samples} at temperature 0 would be the same completion every time; give --samples 1, "
-            "or a temperature above 0"
+            f"--samples {options.num_samples} at temperature 0 would be the same completion every time; give "
+            "--samples 1, or a temperature above 0"
         )
-    prompting: Prompting = "chat" if wish.prompting == "chat" else "completion"
-    if wish.prompting == "auto":
+    prompting: Prompting = "chat" if options.prompting == "chat" else "completion"
+    if options.prompting == "auto":
         prompting = "chat" if arm.tokenizer.chat_template else "completion"
     if prompting == "chat" and not arm.tokenizer.chat_template:
         raise DataError("--prompting chat needs a tokenizer with a chat template; this one has none: use completion")
-    return Plan(
+    return EvaluationPlan(
         sampler=replace(
             sampler_of(recipe), temperature=temperature, top_p=recipe.rollout.top_p if temperature else 1.0
         ),
-        num_samples=wish.num_samples,
-        seed=wish.seed,
+        num_samples=options.num_samples,
+        seed=options.seed,
         prompting=prompting,
         batch_size=recipe.rollout.batch_size,
-        limit=wish.limit,
+        limit=options.limit,
     )
 
 
-def _default_out(checkpoint: Path, settings: Plan) -> Path:
+def _default_out(checkpoint: Path, settings: EvaluationPlan) -> Path:
     run = checkpoint.resolve().parent.parent
     parent = run if (run / "recipe.yaml").is_file() else Path()
     sampler = settings.sampler

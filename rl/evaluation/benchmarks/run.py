@@ -59,7 +59,7 @@ class Arm:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan:
+class EvaluationPlan:
     """How a benchmark is run. Example: 10 samples per problem at temperature 0.8, seed 0."""
 
     sampler: Sampler
@@ -75,11 +75,11 @@ def evaluate_benchmark(
     arm: Arm,
     benchmark: Benchmark,
     data: Path,
-    settings: Plan,
+    settings: EvaluationPlan,
     executor: Executor,
     folder: Path,
     *,
-    say: Callable[[str], None] = lambda text: None,
+    show: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
     """Run a benchmark into `folder`, or finish what an interrupted evaluation left there; returns `score.json`.
 
@@ -95,7 +95,7 @@ def evaluate_benchmark(
     if not problems:
         raise DataError(f"none of the problems of {benchmark.name} can be judged: {next(iter(left_out.values()))}")
     for uid, reason in left_out.items():
-        say(f"left out {uid}: {reason}")
+        show(f"left out {uid}: {reason}")
     _open_folder(folder, _identity(arm, benchmark, file, settings, left_out), executor)
     prompts = _prompts(arm, problems, settings)
     _write_prompts(folder, problems, prompts, settings)
@@ -117,7 +117,7 @@ def evaluate_benchmark(
             out.flush()
             rows |= {row["uid"]: row for row in made}
             passed = sum(row["is_pass"] for row in rows.values())
-            say(f"{benchmark.name}: {len(rows)} of {len(requests)} completions, {passed} pass, batch {number}")
+            show(f"{benchmark.name}: {len(rows)} of {len(requests)} completions, {passed} pass, batch {number}")
     ordered = [rows[request.uid] for request in requests]
     score = {
         "benchmark": benchmark.name,
@@ -175,7 +175,7 @@ def _judgeable(problems: Sequence[Problem], tier: str) -> tuple[list[Problem], d
     return kept, left_out
 
 
-def _prompts(arm: Arm, problems: Sequence[Problem], settings: Plan) -> dict[str, tuple[int, ...]]:
+def _prompts(arm: Arm, problems: Sequence[Problem], settings: EvaluationPlan) -> dict[str, tuple[int, ...]]:
     texts = [problem.prompt(settings.prompting) for problem in problems]
     if settings.prompting == "chat":
         texts = [render_prompt(text, arm.tokenizer) for text in texts]
@@ -184,7 +184,7 @@ def _prompts(arm: Arm, problems: Sequence[Problem], settings: Plan) -> dict[str,
 
 
 def _write_prompts(
-    folder: Path, problems: Sequence[Problem], prompts: dict[str, tuple[int, ...]], settings: Plan
+    folder: Path, problems: Sequence[Problem], prompts: dict[str, tuple[int, ...]], settings: EvaluationPlan
 ) -> None:
     rows = [
         {
@@ -213,7 +213,7 @@ def _chunk_rows(
     benchmark: Benchmark,
     by_task: dict[str, Problem],
     chunk: Sequence[Request],
-    settings: Plan,
+    settings: EvaluationPlan,
     judge: Judge,
 ) -> list[dict[str, Any]]:
     room = None if arm.max_positions is None else arm.max_positions - settings.sampler.canvas
@@ -282,7 +282,9 @@ def _row(
     }
 
 
-def _identity(arm: Arm, benchmark: Benchmark, file: Path, settings: Plan, left_out: dict[str, str]) -> dict[str, Any]:
+def _identity(
+    arm: Arm, benchmark: Benchmark, file: Path, settings: EvaluationPlan, left_out: dict[str, str]
+) -> dict[str, Any]:
     return {
         "benchmark": benchmark.name,
         "data": {"file": file.name, "sha256": file_sha256(file), "source": benchmark.download},

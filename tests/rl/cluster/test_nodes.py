@@ -30,10 +30,10 @@ from coupled.rl.model.policy import digest_of
 from coupled.rl.recipe.schema import Cluster, Recipe
 from coupled.rl.rollout.open import open_engine
 from coupled.rl.trainer import ray_ranks
-from coupled.rl.trainer.open import open_learner
-from coupled.rl.trainer.rank_group import Gang
-from coupled.rl.trainer.ray_ranks import RayFollower
-from coupled.rl.trainer.rl_learner import Learner
+from coupled.rl.trainer.open import open_rl_learner
+from coupled.rl.trainer.rank_group import RankGroup
+from coupled.rl.trainer.ray_ranks import RayRankHandle
+from coupled.rl.trainer.rl_learner import RLLearner
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 NUM_UNITS = 24
@@ -97,12 +97,12 @@ def test_a_lost_node_costs_time_and_one_that_comes_back_is_used(nodes: Any, make
 DRIVER = """
 import sys
 from pathlib import Path
-from coupled.rl.trainer.checkpoint import open_policy
-from coupled.rl.trainer.rank_group import open_learner
+from coupled.rl.model.open import open_policy
+from coupled.rl.trainer.open import open_rl_learner
 from coupled.rl.recipe.schema import Recipe
 recipe = Recipe.model_validate_json(sys.argv[1])
-gang = open_learner(recipe, open_policy(recipe.model, 0), Path(sys.argv[2]))
-gang._announce("trainable_state")
+ranks = open_rl_learner(recipe, open_policy(recipe.model, 0), Path(sys.argv[2]))
+ranks._announce("trainable_state")
 print("the others are inside a collective", flush=True)
 sys.stdin.read()
 """
@@ -128,17 +128,17 @@ def test_ranks_on_other_nodes_are_lost_with_them_and_end_with_the_first(
         time.sleep(0.1)
     assert not os.path.exists(f"/proc/{pid}"), "an actor ends with its owner"
 
-    gang = open_learner(recipe, open_policy(recipe.model, 0), tmp_path)
-    assert isinstance(gang, Gang)
+    rank_group = open_rl_learner(recipe, open_policy(recipe.model, 0), tmp_path)
+    assert isinstance(rank_group, RankGroup)
     try:
-        assert isinstance(gang._followers[0], RayFollower)
-        state = gang.trainable_state()
+        assert isinstance(rank_group._handles[0], RayRankHandle)
+        state = rank_group.trainable_state()
         nodes.remove_node(node_of_rank(nodes, 1), allow_graceful=False)
         with pytest.raises(RankLostError, match="rank 1 of the trainer ended with the loss of its process or host"):
-            ask_until_it_fails(gang)
+            ask_until_it_fails(rank_group)
         assert digest_of(state) == digest_of(open_policy(recipe.model, 0).trainable_state())
     finally:
-        gang.close()
+        rank_group.close()
 
 
 def node_of_rank(nodes: Any, rank: int) -> Any:
@@ -150,11 +150,11 @@ def node_of_rank(nodes: Any, rank: int) -> Any:
     return next(node for node in nodes.worker_nodes if node.node_id == places[rank])
 
 
-def ask_until_it_fails(gang: Gang) -> None:
+def ask_until_it_fails(rank_group: RankGroup) -> None:
     """The actors of a node that is gone answer for a moment longer."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        gang.trainable_state()
+        rank_group.trainable_state()
 
 
 def test_what_there_is_no_room_for_is_told_with_a_table_in_time(
@@ -168,7 +168,7 @@ def test_what_there_is_no_room_for_is_told_with_a_table_in_time(
     with pytest.raises(
         ClusterError, match=r"(?s)no room for 40 trainer ranks within 1 s: .*too few.*asked: 40 .*here\)"
     ):
-        open_learner(recipe, policy, tmp_path)
+        open_rl_learner(recipe, policy, tmp_path)
     assert time.monotonic() - started < 30
     assert "waiting up to 1 s for room. asked: 40 trainer ranks of 1 CPU each" in capsys.readouterr().err
     rollout = recipe.rollout.model_copy(update={"workers": "ray"})
@@ -176,7 +176,7 @@ def test_what_there_is_no_room_for_is_told_with_a_table_in_time(
     cluster = recipe.cluster.model_copy(update={"gpus_per_worker": 0.5})
     recipe = recipe.model_copy(update={"rollout": rollout, "cluster": cluster})
     with pytest.raises(ClusterError, match=r"(?s)0 of 2 rollout workers.*asked: 1 rollout workers of 1 CPU, 0\.5 GPU "):
-        open_engine(recipe, Learner(recipe, policy), tmp_path)
+        open_engine(recipe, RLLearner(recipe, policy), tmp_path)
 
 
 def test_the_doctor_has_a_line_for_each_host(nodes: Any) -> None:

@@ -436,7 +436,7 @@ def test_asking_for_more_steps_than_there_are_scores_them_all() -> None:
 
 
 def test_a_trajectory_without_commit_steps_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"commit_step=None; make it with coupled\.rl\.batch\.collate"):
+    with pytest.raises(ValueError, match=r"commit_step=None; make it with coupled\.rl\.objective\.batch\.collate"):
         draw_masks(toy_batch(YS, 1), Estimator(name="trajectory"), KEY)
 
 

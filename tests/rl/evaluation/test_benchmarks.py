@@ -15,7 +15,7 @@ from coupled.reward import Judge, plan
 from coupled.rl.errors import CoupledError, DataError
 from coupled.rl.evaluation.benchmarks import BENCHMARKS, Benchmark, data_file, find_benchmarks, load_problems
 from coupled.rl.evaluation.benchmarks.programs import chat_program, continued_program
-from coupled.rl.evaluation.benchmarks.run import LIMITS, Arm, Plan, evaluate_benchmark, read_evaluation
+from coupled.rl.evaluation.benchmarks.run import LIMITS, Arm, EvaluationPlan, evaluate_benchmark, read_evaluation
 from coupled.rl.evaluation.benchmarks.score import compare_rows, pass_at, passes_by_task, score_of
 from coupled.rl.model.policy import Policy
 from coupled.rl.rollout.denoise import completion_length
@@ -345,7 +345,7 @@ def arm_of(engine: Scripted, **others: Any) -> Arm:
     return Arm(engine=engine, tokenizer=build_tokenizer(), **(values | others))
 
 
-SETTINGS = Plan(
+SETTINGS = EvaluationPlan(
     sampler=Sampler(canvas=4, denoising_steps=4, temperature=1.0), num_samples=2, prompting="completion", batch_size=3
 )
 
@@ -427,7 +427,7 @@ def test_what_the_sandbox_failed_on_is_done_again_next_time(
     ],
 )
 def test_a_folder_of_another_evaluation_is_not_continued(
-    benchmark: Benchmark, executor: Executor, tmp_path: Path, arm: dict[str, Any], settings: Plan, names: str
+    benchmark: Benchmark, executor: Executor, tmp_path: Path, arm: dict[str, Any], settings: EvaluationPlan, names: str
 ) -> None:
     out = tmp_path / "out"
     evaluate_benchmark(arm_of(Scripted(right_for_even)), benchmark, tmp_path, SETTINGS, executor, out)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from coupled.reward import Task, plan, stdio_test
-from coupled.rl.judging import grader as grading
+from coupled.rl.judging import local_sandbox
 from coupled.rl.judging.open import open_grader
 from coupled.rl.recipe.read import load_recipe
 from coupled.sandbox import CallResult, Execution, Isolation, Job, Limits, Outcome, SandboxUnavailable
@@ -46,7 +46,7 @@ class Elsewhere:
 
 
 def test_tests_that_a_server_cannot_run_are_refused_when_the_grader_is_opened(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grading, "RemoteExecutor", Elsewhere)
+    monkeypatch.setattr(local_sandbox, "RemoteExecutor", Elsewhere)
     recipe = load_recipe(QUICKSTART, REMOTE)
     assert plan(CLASSES).tier == "T1"
     with pytest.raises(SandboxUnavailable, match=r"(?s)1 of 2 tasks cannot be judged here.*job 'classes'.*remedy"):
@@ -74,7 +74,7 @@ def test_programs_that_were_begun_are_scored_as_if_they_had_not_been_and_run_onc
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     opened: list[Adds] = []
-    monkeypatch.setattr(grading, "RemoteExecutor", lambda *a, **k: opened.append(Adds(*a, **k)) or opened[-1])
+    monkeypatch.setattr(local_sandbox, "RemoteExecutor", lambda *a, **k: opened.append(Adds(*a, **k)) or opened[-1])
     other = replace(CALLS, uid="other", hidden_tests=("assert f(1) == 2", "assert f(2) == 4"))
     tasks = [CALLS, other, CALLS, other]
     texts = [f"```python\ndef f(x): return x + {n}\n```" for n in (1, 1, 2, 2)]
@@ -102,7 +102,7 @@ class SlowAtFirst(Adds):
 
 
 def test_equal_completions_have_equal_verdicts_also_in_batches_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grading, "RemoteExecutor", SlowAtFirst)
+    monkeypatch.setattr(local_sandbox, "RemoteExecutor", SlowAtFirst)
     text = "```python\ndef f(x): return x + 1\n```"
     with contextlib.closing(open_grader(load_recipe(QUICKSTART, REMOTE), [CALLS])) as grader:
         for uid in ("a", "b"):
@@ -114,7 +114,7 @@ def test_equal_completions_have_equal_verdicts_also_in_batches_of_their_own(monk
 
 
 def test_what_went_wrong_ahead_is_raised_when_the_scores_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grading, "RemoteExecutor", Elsewhere)
+    monkeypatch.setattr(local_sandbox, "RemoteExecutor", Elsewhere)
     with contextlib.closing(open_grader(load_recipe(QUICKSTART, REMOTE), [CALLS])) as grader:
         grader.begin(["a"], [CALLS], ["```python\ndef f(x): return 1\n```"])
         with pytest.raises(AssertionError, match="nothing runs"):

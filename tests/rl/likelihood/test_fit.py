@@ -11,11 +11,11 @@ from helpers.toys import MakePolicy
 
 from coupled.rl.errors import DataError
 from coupled.rl.fit import fit
-from coupled.rl.likelihood.batch import FitBatch, PackedRow, collate
+from coupled.rl.likelihood.batch import LikelihoodBatch, PackedRow, collate
 from coupled.rl.likelihood.samples import Example
 from coupled.rl.model.loading import load_policy
 from coupled.rl.recipe.schema import Adapter, Fit
-from coupled.rl.run_folder.folder import RunDir, read_rows
+from coupled.rl.run_folder.folder import RunFolder, read_rows
 
 EXAMPLES = [
     Example(prompt_ids=(4, 5, 6), response_ids=(7, 8, 1)),
@@ -83,15 +83,15 @@ def test_training_lowers_the_loss_and_an_interrupted_run_ends_with_the_same_weig
     assert rows[-1].get("skipped/an empty text") == 1 or window
     if not options or options.get("objective") == "autoregressive":  # the others are noisier than what four steps gain
         assert rows[-1]["loss"] < rows[0]["loss"]  # type: ignore[operator]
-    commit = RunDir.commit
+    commit = RunFolder.commit
 
-    def interrupted(self: RunDir, step: int, write: object) -> Path:
+    def interrupted(self: RunFolder, step: int, write: object) -> Path:
         if step == 3:
             raise KeyboardInterrupt
         return commit(self, step, write)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patched:
-        patched.setattr(RunDir, "commit", interrupted)
+        patched.setattr(RunFolder, "commit", interrupted)
         with pytest.raises(KeyboardInterrupt):
             fit(recipe)
     resumed = fit(recipe, "auto")
@@ -106,22 +106,22 @@ def test_a_resumed_run_reads_on_where_the_last_checkpoint_stopped(
     recipe = sft_recipe(tmp_path, tiny_policy(), {"batch_size": 3}, 2)
     seen: list[tuple[tuple[int, ...], ...]] = []
 
-    def remembered(rows: Sequence[PackedRow], *rest: Any) -> FitBatch:
+    def remembered(rows: Sequence[PackedRow], *rest: Any) -> LikelihoodBatch:
         seen.append(tuple(example.prompt_ids for row in rows for example in row))
         return collate(rows, *rest)
 
     monkeypatch.setattr("coupled.rl.fit.collate", remembered)
     fit(recipe)
     whole, seen[:] = list(seen), []
-    commit = RunDir.commit
+    commit = RunFolder.commit
 
-    def interrupted(self: RunDir, step: int, write: object) -> Path:
+    def interrupted(self: RunFolder, step: int, write: object) -> Path:
         if step == 3:
             raise KeyboardInterrupt
         return commit(self, step, write)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patched:
-        patched.setattr(RunDir, "commit", interrupted)
+        patched.setattr(RunFolder, "commit", interrupted)
         with pytest.raises(KeyboardInterrupt):
             fit(recipe)
     fit(recipe, "auto")
@@ -162,7 +162,7 @@ def test_a_run_that_stopped_before_its_first_checkpoint_logs_each_step_once(
 ) -> None:
     recipe = sft_recipe(tmp_path, tiny_policy(), checkpoint={"every": 4})
     with monkeypatch.context() as patched:
-        patched.setattr(RunDir, "commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(RunFolder, "commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             fit(recipe)
     path = tmp_path / "runs/run-001/metrics.jsonl"

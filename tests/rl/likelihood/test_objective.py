@@ -10,7 +10,7 @@ import torch
 from helpers.toys import NUM_TOKENS, MakePolicy
 from torch import Tensor
 
-from coupled.rl.likelihood.batch import FitBatch, PackedRow, collate
+from coupled.rl.likelihood.batch import LikelihoodBatch, PackedRow, collate
 from coupled.rl.likelihood.objective import Noise, attention_of_step, block_length_of, draw_noise, fit_loss, units_of
 from coupled.rl.likelihood.samples import Example
 from coupled.rl.model.policy import Policy
@@ -67,7 +67,7 @@ def plain_sample(policy: Policy, fit: Fit, ids: list[int], masked: list[bool]) -
     return found
 
 
-def plain_loss(policy: Policy, fit: Fit, batch: FitBatch, noise: Noise, num: int) -> Tensor:
+def plain_loss(policy: Policy, fit: Fit, batch: LikelihoodBatch, noise: Noise, num: int) -> Tensor:
     total = torch.zeros(())
     canvas = noise.masked.shape[1]
     for row in range(len(batch.ids)):

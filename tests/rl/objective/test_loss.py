@@ -20,7 +20,7 @@ from coupled.rl.objective.loss import add_sums, coupled_grpo_loss, kl_estimate, 
 from coupled.rl.recipe.schema import Estimator, Loss, Recipe
 from coupled.rl.rollout.workers import inline_engine
 from coupled.rl.run import Run
-from coupled.rl.run_folder.folder import RunDir
+from coupled.rl.run_folder.folder import RunFolder
 from coupled.rl.trainer import learner as trained_module
 from coupled.rl.types import Anchor, TrainBatch
 
@@ -185,7 +185,7 @@ def moved(policy: Policy, batch: TrainBatch, estimator: Estimator) -> Anchor:
 
 def open_toy_run(recipe: Recipe, policy: Policy, folder: Path) -> Run:
     grader = Grader.__new__(Grader)
-    return Run(recipe, policy, [], [], grader, RunDir(folder, keep=1), inline_engine(policy, 4))
+    return Run(recipe, policy, [], [], grader, RunFolder(folder, keep=1), inline_engine(policy, 4))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 6])

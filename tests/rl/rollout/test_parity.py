@@ -28,7 +28,7 @@ from coupled.rl.rollout.parity import (
 from coupled.rl.rollout.sampler import Sampler
 from coupled.rl.rollout.workers import inline_engine
 from coupled.rl.run import Run
-from coupled.rl.run_folder.folder import RunDir
+from coupled.rl.run_folder.folder import RunFolder
 from coupled.rl.types import Prompt, Rollout
 
 TEMPERATURE = 0.7
@@ -267,7 +267,7 @@ def toy_run(policy: Policy, engine_policy: Policy, folder: Path, **sections: obj
     prompts = [prompt_of(tuple(range(4, 4 + n))) for n in (3, 6, 1, 9, 4)]
     # An engine that does not hold the trainer's policy, as one outside this process would not.
     engine = inline_engine(engine_policy, 4)
-    return Run(recipe, policy, prompts, [], Grader.__new__(Grader), RunDir(folder, keep=1), engine)
+    return Run(recipe, policy, prompts, [], Grader.__new__(Grader), RunFolder(folder, keep=1), engine)
 
 
 def test_a_run_checks_its_engine_before_it_trains(

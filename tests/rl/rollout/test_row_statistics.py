@@ -193,7 +193,7 @@ def test_a_kernel_that_fails_or_differs_is_left_aside_and_said_once(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setitem(sys.modules, "coupled.rl.rollout.row_statistics_triton", Broken(found))
-    monkeypatch.setattr(coupled.rl, "row_statistics_triton", Broken(found), raising=False)
+    monkeypatch.setattr(coupled.rl.rollout, "row_statistics_triton", Broken(found), raising=False)
     device = torch.device("cuda", 99)
     _has_kernel.cache_clear()
     with pytest.warns(UserWarning, match=told):

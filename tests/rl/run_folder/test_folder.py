@@ -18,11 +18,11 @@ from coupled.rl.model.policy import Policy
 from coupled.rl.recipe.schema import Optimizer, Recipe
 from coupled.rl.run_folder.folder import (
     MANIFEST,
-    RunDir,
+    RunFolder,
     atomic_write,
     broken_files,
     committed_checkpoints,
-    open_run_dir,
+    open_run_folder,
     read_rows,
     read_run_recipe,
     run_folders,
@@ -32,8 +32,8 @@ from coupled.rl.trainer.optimizer import apply_step, make_optimizer
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> RunDir:
-    return RunDir(tmp_path, keep=2)
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path, keep=2)
 
 
 def write_number(number: int) -> Callable[[Path], None]:
@@ -52,7 +52,7 @@ def recipe_in(folder: Path, **fields: object) -> Recipe:
 # --- checkpoints --------------------------------------------------------------------------------------------------
 
 
-def test_a_commit_makes_a_whole_folder_named_after_the_step(folder: RunDir) -> None:
+def test_a_commit_makes_a_whole_folder_named_after_the_step(folder: RunFolder) -> None:
     assert folder.latest() is None
     made = folder.commit(3, write_number(3))
     assert made == folder.path / "checkpoints/step_000003"
@@ -64,7 +64,7 @@ def test_a_commit_makes_a_whole_folder_named_after_the_step(folder: RunDir) -> N
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("lost"), OSError(errno.ENOSPC, "no space left")])
 def test_a_commit_that_fails_leaves_no_step_and_the_earlier_one_whole(
-    folder: RunDir, error: BaseException | type[BaseException]
+    folder: RunFolder, error: BaseException | type[BaseException]
 ) -> None:
     earlier = folder.commit(1, write_number(1))
 
@@ -83,7 +83,7 @@ def test_a_commit_that_fails_leaves_no_step_and_the_earlier_one_whole(
     assert not list(folder.checkpoints.glob(".partial*"))
 
 
-def test_the_step_does_not_exist_while_it_is_being_written(folder: RunDir) -> None:
+def test_the_step_does_not_exist_while_it_is_being_written(folder: RunFolder) -> None:
     seen: list[list[Path]] = []
 
     def write(to: Path) -> None:
@@ -94,7 +94,7 @@ def test_the_step_does_not_exist_while_it_is_being_written(folder: RunDir) -> No
     assert seen == [[]]
 
 
-def test_a_full_disk_is_told_with_its_remedy(folder: RunDir) -> None:
+def test_a_full_disk_is_told_with_its_remedy(folder: RunFolder) -> None:
     def fail(to: Path) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -106,7 +106,7 @@ def test_a_full_disk_is_told_with_its_remedy(folder: RunDir) -> None:
 
 
 def test_a_disk_that_fills_up_under_the_real_writer_is_told_with_its_remedy(
-    folder: RunDir, tiny_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
+    folder: RunFolder, tiny_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch and safetensors raise errors of their own when a write fails."""
     policy = tiny_policy()
@@ -121,20 +121,20 @@ def test_a_disk_that_fills_up_under_the_real_writer_is_told_with_its_remedy(
     assert folder.latest() is None
 
 
-def test_only_the_newest_checkpoints_are_kept(folder: RunDir) -> None:
+def test_only_the_newest_checkpoints_are_kept(folder: RunFolder) -> None:
     for step in (1, 2, 9, 10, 100):
         folder.commit(step, write_number(step))
     assert [p.name for p in committed_checkpoints(folder.checkpoints)] == ["step_000010", "step_000100"]
     assert folder.latest() == folder.checkpoints / "step_000100"
 
 
-def test_a_step_can_be_committed_again(folder: RunDir) -> None:
+def test_a_step_can_be_committed_again(folder: RunFolder) -> None:
     folder.commit(1, write_number(1))
     folder.commit(1, write_number(5))
     assert (folder.checkpoints / "step_000001/weights").read_text() == "5"
 
 
-def test_unfinished_checkpoints_are_never_the_latest(folder: RunDir) -> None:
+def test_unfinished_checkpoints_are_never_the_latest(folder: RunFolder) -> None:
     made = folder.commit(1, write_number(1))
     for name in (".partial-step_000002", "step_000003.tmp", "step_x", "other"):
         (folder.checkpoints / name).mkdir()
@@ -144,7 +144,7 @@ def test_unfinished_checkpoints_are_never_the_latest(folder: RunDir) -> None:
 # --- logs ---------------------------------------------------------------------------------------------------------
 
 
-def test_rows_are_read_back_as_they_were_logged(folder: RunDir) -> None:
+def test_rows_are_read_back_as_they_were_logged(folder: RunFolder) -> None:
     rows = [{"step": 1, "reward": 0.5, "text": "a\u2028b"}, {"step": 2, "reward": 0.25, "text": ""}]
     for row in rows:
         folder.log(row)
@@ -154,7 +154,7 @@ def test_rows_are_read_back_as_they_were_logged(folder: RunDir) -> None:
     assert list((folder.path / "tensorboard").iterdir())
 
 
-def test_a_last_line_that_a_crash_cut_off_is_left_out(folder: RunDir) -> None:
+def test_a_last_line_that_a_crash_cut_off_is_left_out(folder: RunFolder) -> None:
     path = folder.path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "rew')
     assert read_rows(path) == [{"step": 1}, {"step": 2}]
@@ -162,7 +162,7 @@ def test_a_last_line_that_a_crash_cut_off_is_left_out(folder: RunDir) -> None:
     assert read_rows(path) == [{"step": 1}], "a number may have been cut, too: 2 may have been 25"
 
 
-def test_what_was_logged_beyond_the_checkpoint_is_forgotten(folder: RunDir) -> None:
+def test_what_was_logged_beyond_the_checkpoint_is_forgotten(folder: RunFolder) -> None:
     (folder.path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"st')
     (folder.path / "evaluation.jsonl").write_text('{"step": 0}\n{"step": 3}\n')
     (folder.path / "rollouts").mkdir()
@@ -177,7 +177,7 @@ def test_what_was_logged_beyond_the_checkpoint_is_forgotten(folder: RunDir) -> N
     ]
 
 
-def test_completions_that_could_not_be_scored_do_not_stop_a_resumption(folder: RunDir) -> None:
+def test_completions_that_could_not_be_scored_do_not_stop_a_resumption(folder: RunFolder) -> None:
     (folder.path / "rollouts").mkdir()
     for name in ("step_000001.parquet", "step_000002.unscored.parquet"):
         (folder.path / "rollouts" / name).touch()
@@ -186,7 +186,7 @@ def test_completions_that_could_not_be_scored_do_not_stop_a_resumption(folder: R
     assert "step_000001.parquet" in left
 
 
-def test_forgetting_in_an_empty_folder_is_harmless(folder: RunDir) -> None:
+def test_forgetting_in_an_empty_folder_is_harmless(folder: RunFolder) -> None:
     folder.forget_after(0)
     assert folder.rows() == []
 
@@ -213,44 +213,44 @@ def test_a_file_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_run_folders_are_numbered_and_hold_their_recipe(tmp_path: Path) -> None:
     recipe = recipe_in(tmp_path / "runs", name="quick")
-    made = [open_run_dir(recipe).path for _ in range(3)]
+    made = [open_run_folder(recipe).path for _ in range(3)]
     assert [p.name for p in made] == ["quick-001", "quick-002", "quick-003"]
     assert read_run_recipe(made[0]) == recipe
     (tmp_path / "runs/quick-010").mkdir()
     (tmp_path / "runs/quick-start-099").mkdir()
     (tmp_path / "runs/quick-old").mkdir()
-    assert open_run_dir(recipe).path.name == "quick-011", "numbers of other runs do not count"
-    assert open_run_dir(recipe_in(tmp_path / "runs", name="other")).path.name == "other-001"
+    assert open_run_folder(recipe).path.name == "quick-011", "numbers of other runs do not count"
+    assert open_run_folder(recipe_in(tmp_path / "runs", name="other")).path.name == "other-001"
 
 
 def test_two_runs_that_start_in_the_same_moment_get_two_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe = recipe_in(tmp_path)
-    first = open_run_dir(recipe).path
+    first = open_run_folder(recipe).path
     with monkeypatch.context() as patched:
         patched.setattr(Path, "glob", lambda self, pattern: iter(()))
-        second = open_run_dir(recipe).path
+        second = open_run_folder(recipe).path
     assert (first.name, second.name) == ("run-001", "run-002")
 
 
 def test_resume_auto_takes_the_newest_run_or_starts_one(tmp_path: Path) -> None:
     recipe = recipe_in(tmp_path)
-    first = open_run_dir(recipe, "auto").path
+    first = open_run_folder(recipe, "auto").path
     assert first.name == "run-001"
-    assert open_run_dir(recipe, "auto").path == first
-    second = open_run_dir(recipe, "never").path
-    assert open_run_dir(recipe, "auto").path == second
-    assert open_run_dir(recipe, str(first)).path == first
+    assert open_run_folder(recipe, "auto").path == first
+    second = open_run_folder(recipe, "never").path
+    assert open_run_folder(recipe, "auto").path == second
+    assert open_run_folder(recipe, str(first)).path == first
 
 
 def test_every_start_records_what_it_is_done_with(tmp_path: Path) -> None:
     recipe = recipe_in(tmp_path)
-    run = open_run_dir(recipe)
+    run = open_run_folder(recipe)
     run.commit(4, write_number(4))
     with (run.path / "environment.jsonl").open("a") as log:
         log.write('{"step": 9, "cut')
-    open_run_dir(recipe, "auto")
+    open_run_folder(recipe, "auto")
     first, second = read_rows(run.path / "environment.jsonl")
     assert (first["step"], second["step"]) == (0, 4)
     assert first["versions"]["torch"] == torch.__version__
@@ -260,22 +260,22 @@ def test_every_start_records_what_it_is_done_with(tmp_path: Path) -> None:
 
 
 def test_resuming_with_another_recipe_names_what_differs(tmp_path: Path) -> None:
-    open_run_dir(recipe_in(tmp_path))
+    open_run_folder(recipe_in(tmp_path))
     other = recipe_in(tmp_path, seed=5, optimizer={"learning_rate": 0.5})
     with pytest.raises(CheckpointError, match=r"another recipe: seed, optimizer differ\. .*resume=never"):
-        open_run_dir(other, "auto")
-    assert open_run_dir(other, "never").path.name == "run-002"
+        open_run_folder(other, "auto")
+    assert open_run_folder(other, "never").path.name == "run-002"
 
 
 def test_resuming_may_change_threads_ranks_and_checkpoint_frequency(tmp_path: Path) -> None:
-    first = open_run_dir(recipe_in(tmp_path)).path
+    first = open_run_folder(recipe_in(tmp_path)).path
     changed = recipe_in(tmp_path, num_threads=3, checkpoint={"every": 5, "keep": 7}, cluster={"trainer_ranks": 4})
-    assert open_run_dir(changed, "auto").path == first
+    assert open_run_folder(changed, "auto").path == first
 
 
 def test_resuming_from_what_is_not_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds no recipe\.yaml"):
-        open_run_dir(recipe_in(tmp_path), str(tmp_path / "nowhere"))
+        open_run_folder(recipe_in(tmp_path), str(tmp_path / "nowhere"))
 
 
 # --- what a checkpoint holds --------------------------------------------------------------------------------------
@@ -335,7 +335,7 @@ def write_weights(to: Path) -> None:
     (to / "weights").write_text("whole")
 
 
-def test_the_manifest_names_every_file_and_a_damaged_checkpoint_is_passed_over(folder: RunDir) -> None:
+def test_the_manifest_names_every_file_and_a_damaged_checkpoint_is_passed_over(folder: RunFolder) -> None:
     folder.commit(1, write_weights, {"exactness": "E2"})
     newest = folder.commit(2, write_weights)
     about = json.loads((folder.checkpoints / "step_000001" / MANIFEST).read_text())
@@ -354,9 +354,9 @@ def test_the_manifest_names_every_file_and_a_damaged_checkpoint_is_passed_over(f
 
 def test_a_process_that_was_replaced_cannot_commit(tmp_path: Path) -> None:
     recipe = recipe_in(tmp_path)
-    zombie = open_run_dir(recipe)
+    zombie = open_run_folder(recipe)
     zombie.commit(1, write_weights)
-    heir = open_run_dir(recipe, resume=str(zombie.path))
+    heir = open_run_folder(recipe, resume=str(zombie.path))
     with pytest.raises(FencedError, match=r"process 2 has taken over .* since this one, process 1"):
         zombie.commit(2, write_weights)
     heir.commit(2, write_weights)
@@ -365,8 +365,8 @@ def test_a_process_that_was_replaced_cannot_commit(tmp_path: Path) -> None:
 
 def test_a_process_that_was_replaced_cannot_log_a_step_a_second_time(tmp_path: Path) -> None:
     recipe = recipe_in(tmp_path)
-    zombie = open_run_dir(recipe)
-    heir = open_run_dir(recipe, resume=str(zombie.path))
+    zombie = open_run_folder(recipe)
+    heir = open_run_folder(recipe, resume=str(zombie.path))
     heir.log({"step": 1})
     with pytest.raises(FencedError, match="process 2 has taken over"):
         zombie.log({"step": 1})
@@ -375,11 +375,11 @@ def test_a_process_that_was_replaced_cannot_log_a_step_a_second_time(tmp_path: P
 
 def test_a_process_that_is_replaced_while_it_writes_cannot_commit(tmp_path: Path) -> None:
     recipe = recipe_in(tmp_path)
-    zombie = open_run_dir(recipe)
+    zombie = open_run_folder(recipe)
 
     def write(to: Path) -> None:
         write_weights(to)
-        open_run_dir(recipe, resume=str(zombie.path))
+        open_run_folder(recipe, resume=str(zombie.path))
 
     with pytest.raises(FencedError):
         zombie.commit(1, write)
@@ -387,7 +387,7 @@ def test_a_process_that_is_replaced_while_it_writes_cannot_commit(tmp_path: Path
 
 
 def test_rows_that_a_full_disk_does_not_take_are_written_when_it_does(
-    folder: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

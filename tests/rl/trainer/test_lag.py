@@ -17,7 +17,7 @@ from coupled.rl.model.policy import Policy, digest_of
 from coupled.rl.rollout.sampler import Request, sampler_of
 from coupled.rl.rollout.workers import ClusterEngine, inline_engine
 from coupled.rl.run import Run
-from coupled.rl.run_folder.folder import RunDir
+from coupled.rl.run_folder.folder import RunFolder
 from coupled.rl.types import Group, Prompt, Rollout
 
 
@@ -28,7 +28,7 @@ def toy_run(policy: Policy, folder: Path, **sections: object) -> Run:
     prompts = [Prompt(task=task, token_ids=(4, 5, 6)) for task in tasks]
     engine = inline_engine(policy, 4)
     engine._coordinator.admission.lag = 1
-    return Run(recipe, policy, prompts, [], Grader.__new__(Grader), RunDir(folder, keep=1), engine)
+    return Run(recipe, policy, prompts, [], Grader.__new__(Grader), RunFolder(folder, keep=1), engine)
 
 
 def test_mismatch_is_the_k3_estimate_over_valid_tokens(tiny_policy: MakePolicy, tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from coupled.rl.errors import RankError
 from coupled.rl.fit import fit
 from coupled.rl.model.loading import load_policy
 from coupled.rl.recipe.schema import Recipe
-from coupled.rl.run_folder.folder import RunDir
-from coupled.rl.trainer.rank_group import FollowerProcess
+from coupled.rl.run_folder.folder import RunFolder
+from coupled.rl.trainer.rank_group import ProcessRankHandle
 
 pytestmark = pytest.mark.slow
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -168,22 +168,22 @@ def test_a_run_that_loses_a_rank_names_it_and_is_resumed_by_any_number(
     alone = sft_recipe(tmp_path, model, {"micro_batch_size": 2})
     pair = sft_recipe(tmp_path, model, {"micro_batch_size": 2}, name="pair", cluster={"trainer_ranks": 2})
     whole = fit(alone)
-    started: list[FollowerProcess] = []
-    commit = RunDir.commit
+    started: list[ProcessRankHandle] = []
+    commit = RunFolder.commit
 
-    def started_and_kept(*arguments: Any) -> FollowerProcess:
-        started.append(FollowerProcess(*arguments))
+    def started_and_kept(*arguments: Any) -> ProcessRankHandle:
+        started.append(ProcessRankHandle(*arguments))
         return started[-1]
 
-    def killed_after_two_steps(self: RunDir, step: int, write: Any) -> Path:
+    def killed_after_two_steps(self: RunFolder, step: int, write: Any) -> Path:
         folder = commit(self, step, write)
         if step == 2:
             os.kill(started[-1].pid, signal.SIGKILL)
         return folder
 
     with monkeypatch.context() as patched:
-        patched.setattr("coupled.rl.trainer.rank_group.FollowerProcess", started_and_kept)
-        patched.setattr(RunDir, "commit", killed_after_two_steps)
+        patched.setattr("coupled.rl.trainer.rank_group.ProcessRankHandle", started_and_kept)
+        patched.setattr(RunFolder, "commit", killed_after_two_steps)
         with pytest.raises(RankError, match=r"rank 1 of the trainer ended with signal 9 in 'fit'.*logs/rank_1\.log"):
             fit(pair)
     resumed = fit(pair, "auto")

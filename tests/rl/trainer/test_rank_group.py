@@ -25,18 +25,18 @@ from coupled.rl.model.policy import digest_of
 from coupled.rl.recipe.schema import Recipe
 from coupled.rl.rollout.engine import InlineEngine
 from coupled.rl.rollout.sampler import Sampler
-from coupled.rl.rollout.workers import gang_engine
+from coupled.rl.rollout.workers import rank_group_engine
 from coupled.rl.trainer.collectives import Ranks
-from coupled.rl.trainer.open import open_learner
+from coupled.rl.trainer.open import open_rl_learner
 from coupled.rl.trainer.rank_group import (
-    FollowerProcess,
-    Gang,
+    ProcessRankHandle,
+    RankGroup,
     abort_collectives,
     abort_when_one_ends,
     refuse_too_few_devices,
 )
-from coupled.rl.trainer.rank_protocol import End, error_key, ready
-from coupled.rl.trainer.rl_learner import Learner
+from coupled.rl.trainer.rank_protocol import RankExit, error_key, ready
+from coupled.rl.trainer.rl_learner import RLLearner
 
 pytestmark = pytest.mark.slow
 SAMPLER = Sampler(canvas=6, denoising_steps=6, temperature=1.0)
@@ -56,11 +56,11 @@ class Opened:
 
     def __init__(self, recipe: Recipe, folder: Path) -> None:
         self.recipe = recipe
-        self.others: list[FollowerProcess] = []
-        self.gang = Gang(recipe, open_policy(recipe.model, recipe.seed), self._start)
+        self.others: list[ProcessRankHandle] = []
+        self.rank_group = RankGroup(recipe, open_policy(recipe.model, recipe.seed), self._start)
 
-    def _start(self, rank: int, port: int) -> FollowerProcess:
-        self.others.append(FollowerProcess(self.recipe, rank, port, Path(self.recipe.output_dir)))
+    def _start(self, rank: int, port: int) -> ProcessRankHandle:
+        self.others.append(ProcessRankHandle(self.recipe, rank, port, Path(self.recipe.output_dir)))
         return self.others[-1]
 
 
@@ -87,22 +87,22 @@ def test_a_gang_does_what_a_learner_does_and_a_killed_rank_ends_it_with_its_name
     checkpoint: Path, tmp_path: Path
 ) -> None:
     pair = opened(checkpoint, tmp_path)
-    gang, other = pair.gang, pair.others[0]
+    rank_group, other = pair.rank_group, pair.others[0]
     try:
-        alone = Learner(pair.recipe, open_policy(pair.recipe.model, 0))
+        alone = RLLearner(pair.recipe, open_policy(pair.recipe.model, 0))
         batch = make_batch(seed=1)
         draw = draw_masks(batch, pair.recipe.estimator, (0, "mask", 1, 0))
-        done = gang.update(1, batch, draw, gang.anchor(batch, draw, is_first=True))
+        done = rank_group.update(1, batch, draw, rank_group.anchor(batch, draw, is_first=True))
         expected = alone.update(1, batch, draw, alone.anchor(batch, draw, is_first=True))
         assert done.sums["loss"] == pytest.approx(expected.sums["loss"], abs=1e-6)
         assert done.grad_norm == pytest.approx(expected.grad_norm, abs=1e-6)
-        state = gang.trainable_state()
+        state = rank_group.trainable_state()
         for name, tensor in alone.trainable_state().items():
             assert (state[name] - tensor).abs().max() < 1e-6
 
-        engine, plain = gang_engine(gang), InlineEngine(alone.policy, 2)
+        engine, plain = rank_group_engine(rank_group), InlineEngine(alone.policy, 2)
         for each in (engine, plain):
-            each.load_weights(gang, 1)
+            each.load_weights(rank_group, 1)
         requests = make_requests(5)
         assert len(engine._batches(requests, SAMPLER, 0)) == 1, (
             "the ranks share out all of them, whatever their lengths"
@@ -114,36 +114,36 @@ def test_a_gang_does_what_a_learner_does_and_a_killed_rank_ends_it_with_its_name
 
         (tmp_path / "full").write_text("no folder can be made here")
         with pytest.raises(OSError, match="full"):
-            gang.write(tmp_path / "full", {"step": 1})
-        anchor = gang.anchor(batch, draw, is_first=True)
+            rank_group.write(tmp_path / "full", {"step": 1})
+        anchor = rank_group.anchor(batch, draw, is_first=True)
         started = time.monotonic()
         os.kill(other.pid, signal.SIGKILL)
         with pytest.raises(
             RankError, match=r"rank 1 of the trainer ended with signal 9 in 'update'.*rank_1\.log"
         ) as lost:
-            gang.update(2, batch, draw, anchor)
+            rank_group.update(2, batch, draw, anchor)
         assert time.monotonic() - started < 30
         assert lost.value.exit_code == 75
         with pytest.raises(RankError, match="has lost a rank before"):
-            gang.sync_reference(2)
+            rank_group.sync_reference(2)
     finally:
-        gang.close()
+        rank_group.close()
     assert not is_alive(other.pid)
 
 
 def test_a_rank_that_stands_still_is_waited_for_until_the_deadline_and_named(checkpoint: Path, tmp_path: Path) -> None:
     pair = opened(checkpoint, tmp_path)
-    gang, other = pair.gang, pair.others[0]
+    rank_group, other = pair.rank_group, pair.others[0]
     try:
-        gang.sync_reference(1)
+        rank_group.sync_reference(1)
         # Not in the recipe: starting takes longer than this test should.
         set_timeout(timedelta(seconds=3), dist.group.WORLD)
-        gang._timeout = 3
+        rank_group._timeout = 3
         os.kill(other.pid, signal.SIGSTOP)
         with pytest.raises(RankError, match=r"waited 3 s for each other in 'trainable_state'; not done: rank 1 \("):
-            gang.trainable_state()
+            rank_group.trainable_state()
     finally:
-        gang.close()
+        rank_group.close()
     assert not is_alive(other.pid)
 
 
@@ -156,7 +156,7 @@ def test_replicas_that_begin_differently_are_refused(tiny_policy: MakePolicy) ->
         def gather(self, item: str) -> list[str]:
             return [item, digest_of(other)]
 
-    learner = Learner.__new__(Learner)
+    learner = RLLearner.__new__(RLLearner)
     learner.policy, learner._shards = tiny_policy(), None
     with pytest.raises(RankError, match="the same adapters; those of rank 1 differ"):
         ready(learner, Heard(size=2))
@@ -167,9 +167,9 @@ class Ended:
 
     def __init__(self, rank: int, how: str, looks: int = 0, host: str = "127.0.0.1") -> None:
         self.rank, self.host, self.log = rank, host, f"rank_{rank}.log"
-        self._end, self._looks = End(how=how, is_lost=how.startswith("signal")), looks
+        self._end, self._looks = RankExit(how=how, is_lost=how.startswith("signal")), looks
 
-    def ended(self) -> End | None:
+    def ended(self) -> RankExit | None:
         self._looks -= 1
         return self._end if self._looks < 0 else None
 
@@ -200,20 +200,20 @@ class Ended:
 def test_the_rank_that_ended_first_is_named_and_resuming_is_for_those_that_were_lost(
     how: str, reasons: dict[int, str], named: str, exit_code: int
 ) -> None:
-    gang = Gang.__new__(Gang)
-    gang._followers = [Ended(1, "status 1"), Ended(3, how, looks=3)]
-    gang._store = dist.HashStore()
+    rank_group = RankGroup.__new__(RankGroup)
+    rank_group._handles = [Ended(1, "status 1"), Ended(3, how, looks=3)]
+    rank_group._store = dist.HashStore()
     for rank, reason in reasons.items():
-        gang._store.set(error_key(rank), reason)
+        rank_group._store.set(error_key(rank), reason)
     with pytest.raises(RankError, match=named) as caught:
-        gang._refuse_ended("update")
+        rank_group._refuse_ended("update")
     assert caught.value.exit_code == exit_code
 
 
 def test_collectives_are_aborted_when_a_rank_ends_and_only_then() -> None:
     aborted: list[int] = []
-    followers = [Ended(1, "status 0", looks=9), Ended(2, "signal 9", looks=2)]
-    abort_when_one_ends(followers, threading.Event(), lambda lost: aborted.append(lost.rank))
+    handles = [Ended(1, "status 0", looks=9), Ended(2, "signal 9", looks=2)]
+    abort_when_one_ends(handles, threading.Event(), lambda lost: aborted.append(lost.rank))
     assert aborted == [2]
     closed = threading.Event()
     closed.set()
@@ -252,12 +252,12 @@ def test_a_rank_that_cannot_load_the_model_says_why(checkpoint: Path, tmp_path: 
     policy = open_policy(here.model, 0)
     started = []
 
-    def start(rank: int, port: int) -> FollowerProcess:
-        started.append(FollowerProcess(there, rank, port, tmp_path))
+    def start(rank: int, port: int) -> ProcessRankHandle:
+        started.append(ProcessRankHandle(there, rank, port, tmp_path))
         return started[-1]
 
     with pytest.raises(RankError, match=r"rank 1 .* ended with status 1 in 'start': CheckpointError: .*nowhere"):
-        Gang(here, policy, start)
+        RankGroup(here, policy, start)
     assert not is_alive(started[0].pid)
 
 
@@ -271,23 +271,23 @@ def nobody_home() -> Iterator[int]:
 def test_a_rank_ends_when_the_process_that_started_it_is_gone(
     checkpoint: Path, tmp_path: Path, nobody_home: int
 ) -> None:
-    follower = FollowerProcess(recipe_of(checkpoint), 1, nobody_home, tmp_path)
+    handle = ProcessRankHandle(recipe_of(checkpoint), 1, nobody_home, tmp_path)
     try:
-        assert follower._process.stdin is not None
-        follower._process.stdin.close()  # as the kernel does for a killed process
+        assert handle._process.stdin is not None
+        handle._process.stdin.close()  # as the kernel does for a killed process
         deadline = time.monotonic() + 60
-        while follower.ended() is None and time.monotonic() < deadline:
+        while handle.ended() is None and time.monotonic() < deadline:
             time.sleep(0.1)
-        assert follower.ended() == End(how="status 3", is_lost=False)
+        assert handle.ended() == RankExit(how="status 3", is_lost=False)
         assert "the process of the first rank has ended" in (tmp_path / "rank_1.log").read_text()
     finally:
-        follower.kill()
+        handle.kill()
 
 
 def test_one_rank_is_the_process_itself(checkpoint: Path, tmp_path: Path) -> None:
     recipe = recipe_of(checkpoint, trainer_ranks=1)
-    learner = open_learner(recipe, open_policy(recipe.model, 0), tmp_path)
-    assert isinstance(learner, Learner)
+    learner = open_rl_learner(recipe, open_policy(recipe.model, 0), tmp_path)
+    assert isinstance(learner, RLLearner)
     assert not dist.is_initialized()
     assert not (tmp_path / "logs").exists()
 

@@ -23,8 +23,8 @@ from coupled.rl.recipe.schema import Recipe
 from coupled.rl.rollout.sampler import Sampler
 from coupled.rl.rollout.workers import ObjectCarrier, RolloutWorker
 from coupled.rl.trainer import ray_ranks
-from coupled.rl.trainer.open import open_learner
-from coupled.rl.trainer.rank_group import Gang
+from coupled.rl.trainer.open import open_rl_learner
+from coupled.rl.trainer.rank_group import RankGroup
 
 SAMPLER = Sampler(canvas=6, denoising_steps=6, temperature=1.0)
 
@@ -53,28 +53,28 @@ def ray(checkpoint: Path) -> Iterator[Any]:
     close_ray()
 
 
-def opened(recipe: Recipe, folder: Path) -> Gang:
-    gang = open_learner(recipe, open_policy(recipe.model, recipe.seed), folder)
-    assert isinstance(gang, Gang)
-    return gang
+def opened(recipe: Recipe, folder: Path) -> RankGroup:
+    rank_group = open_rl_learner(recipe, open_policy(recipe.model, recipe.seed), folder)
+    assert isinstance(rank_group, RankGroup)
+    return rank_group
 
 
 def one_step(recipe: Recipe, folder: Path) -> dict[str, Any]:
     """An update of all weights, which the ranks hold shares of, and rollouts under what it gives."""
-    gang = opened(recipe, folder)
+    rank_group = opened(recipe, folder)
     try:
         batch = make_batch(seed=1)
         draw = draw_masks(batch, recipe.estimator, (0, "mask", 1, 0))
-        done = gang.update(1, batch, draw, gang.anchor(batch, draw, is_first=True))
-        made = gang.generate(make_requests(6), SAMPLER, seed=0, weight_version=1)
+        done = rank_group.update(1, batch, draw, rank_group.anchor(batch, draw, is_first=True))
+        made = rank_group.generate(make_requests(6), SAMPLER, seed=0, weight_version=1)
         return {
             "sums": done.sums,
             "norm": done.grad_norm,
-            "weights": digest_of(gang.trainable_state()),
+            "weights": digest_of(rank_group.trainable_state()),
             "rollouts": [(r.uid, r.canvas_ids.tolist(), r.commit_logp.tolist()) for r in made],
         }
     finally:
-        gang.close()
+        rank_group.close()
 
 
 def pid_in(log: Path) -> int:
@@ -104,16 +104,16 @@ def test_ranks_in_actors_do_what_ranks_in_processes_do_bit_for_bit(ray: Any, che
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_killed_actor_is_named_and_one_that_fails_says_why(ray: Any, checkpoint: Path, tmp_path: Path) -> None:
-    gang = opened(recipe_of(checkpoint), tmp_path)
+    rank_group = opened(recipe_of(checkpoint), tmp_path)
     try:
-        state = gang.trainable_state()
+        state = rank_group.trainable_state()
         os.kill(pid_in(tmp_path / "logs" / "rank_1.log"), signal.SIGKILL)
         named = r"rank 1 of the trainer ended with the loss of its process or host .*_state'.*rank_1\.log\. Continue"
         with pytest.raises(RankLostError, match=named) as lost:
-            gang.trainable_state()
+            rank_group.trainable_state()
         assert lost.value.exit_code == 75
     finally:
-        gang.close()
+        rank_group.close()
     sent = ObjectCarrier(ray).send(state, 1)
     worker = RolloutWorker(recipe_of(checkpoint))
     assert worker.load(1, ray.get(sent, timeout=60)) == digest_of(state), "what the shares add up to"
