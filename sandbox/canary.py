@@ -175,15 +175,27 @@ def _answers(worker: W, like: Job, run: Callable[[W, Job], Execution]) -> bool |
 
 
 def canary(like: Job) -> tuple[Job, list[object]]:
-    """Return a new program with the values it must give, of the kind of `like` and under limits like its."""
+    """Return a new program with the values it must give, of the kind of `like` and under limits like its.
+
+    No value is 0 or empty, and the values of one canary differ: a worker that knows neither program nor arguments
+    and gives the same answer to everything is never right.
+    """
     limits = _roomy(like.limits)
     if like.stdin_cases:
         source, text, expected = _draw.choice((_read_sum, _read_words))()
         return Job(uid=like.uid, source=source, stdin_cases=(text,), limits=limits, profile=like.profile), [expected]
-    source, name, cases = _draw.choice((_filtered_sum, _sorted_pairs, _letters, _divisor))()
+    while True:
+        source, name, cases = _draw.choice((_filtered_sum, _sorted_pairs, _letters, _divisor))()
+        if _are_telling([value for _, value in cases]):
+            break
     calls = tuple(Call(function=name, args=args) for args, _ in cases)
     job = Job(uid=like.uid, source=source, calls=calls, limits=limits, profile=like.profile)
     return job, [value for _, value in cases]
+
+
+def _are_telling(values: list[object]) -> bool:
+    """Return whether no value could be given by chance: none is empty or 0, and they are not all the same."""
+    return all(values) and any(value != values[0] for value in values)
 
 
 def _roomy(limits: Limits) -> Limits:
@@ -238,7 +250,8 @@ def _letters() -> tuple[str, str, Cases]:
 def {name}(text):
     return {{letter: n for letter, n in Counter(text).items() if n >= {least}}}
 """
-    rows = [_text() for _ in range(_draw.randint(2, 4))]
+    # Without the letter that is there often enough, a short text would have none, and the answer would be {}.
+    rows = [_text() + _draw.choice("abcdefghij") * least for _ in range(_draw.randint(2, 4))]
     return source, name, [((row,), {x: row.count(x) for x in row if row.count(x) >= least}) for row in rows]
 
 
@@ -268,6 +281,6 @@ def _read_sum() -> tuple[str, str, str]:
 
 
 def _read_words() -> tuple[str, str, str]:
-    lines = [_text() for _ in range(_draw.randint(2, 5))]
+    lines = [_text() + _draw.choice("abcdefghij") for _ in range(_draw.randint(2, 5))]
     source = "import sys\nfor line in sys.stdin:\n    print(line.rstrip('\\n')[::-1].upper())\n"
     return source, "".join(f"{line}\n" for line in lines), "".join(f"{line[::-1].upper()}\n" for line in lines)
