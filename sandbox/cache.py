@@ -22,9 +22,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from coupled.sandbox import codec
-from coupled.sandbox.executor import Executor
-from coupled.sandbox.types import Execution, Isolation, Job, Outcome
+from coupled.sandbox.jail import codec
+from coupled.sandbox.types import Execution, Executor, Isolation, Job, Outcome
 
 KEPT = frozenset({Outcome.OK, Outcome.LOAD_ERROR, Outcome.CRASH, Outcome.OUTPUT_LIMIT, Outcome.PROTOCOL})
 """Outcomes that a program brings about by itself, whenever and wherever it runs."""

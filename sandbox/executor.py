@@ -1,9 +1,9 @@
 """Runs jobs on a pool of workers, in the best tier that this machine proves to hold.
 
 `open_executor()` tries `namespaces`, then `landlock`: a tier is taken when its workers start and the self-check (see
-`check`) finds every hostile probe stopped by what should stop it; that costs a second or two, once per process. When
-neither holds, SandboxUnavailable names both reasons and what would help. There is no silent step down: tier `process`
-opens only when it is asked for by name, and warns.
+`self_check`) finds every hostile probe stopped by what should stop it; that costs a second or two, once per process.
+When neither holds, SandboxUnavailable names both reasons and what would help. There is no silent step down: tier
+`process` opens only when it is asked for by name, and warns.
 
 What each tier covers:
 
@@ -34,13 +34,12 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 from coupled.sandbox import worker as workers
-from coupled.sandbox.check import self_check
 from coupled.sandbox.outcome import Reading, encode_job, read_calls, read_stdio
 from coupled.sandbox.pool import Pool
 from coupled.sandbox.relay import run_tests
+from coupled.sandbox.self_check import run_self_check
 from coupled.sandbox.types import CallResult, Execution, Isolation, Job, Outcome, SandboxUnavailable, Usage
 from coupled.sandbox.worker import Worker, WorkerDied
 
@@ -51,22 +50,6 @@ _PAUSE_SECONDS = 0.5
 _open: weakref.WeakSet[LocalExecutor] = weakref.WeakSet()
 _held: set[tuple[object, ...]] = set()
 """Which tiers passed the self-check in this process, each with what could change that."""
-
-
-class Executor(Protocol):
-    """Runs untrusted programs. Fails closed: an executor that exists isolates as `isolation` says."""
-
-    def run(self, jobs: Sequence[Job]) -> list[Execution]:
-        """Return one execution per job, in the order of the jobs, whatever the programs do."""
-        ...
-
-    def isolation(self) -> Isolation:
-        """Return what holds a program on this machine."""
-        ...
-
-    def close(self) -> None:
-        """End all workers and what they run."""
-        ...
 
 
 class LocalExecutor(Pool[Worker]):
@@ -223,7 +206,7 @@ def _open_checked(tier: str, num_workers: int, preload: Sequence[str]) -> LocalE
     if key not in _held:
         # A worker of its own: what one probe leaves behind, the next must not find.
         with LocalExecutor(tier) as executor:
-            failed = [check for check in self_check(executor) if not check.held]
+            failed = [check for check in run_self_check(executor) if not check.held]
         if failed:
             told = "; ".join(f"{check.name}: {check.detail}" for check in failed)
             raise SandboxUnavailable(f"tier {tier!r} does not hold on this machine: {told}")

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from coupled.sandbox import codec
+from coupled.sandbox.jail import codec
 from coupled.sandbox.types import CallResult, Job, Limits, Outcome, Raised
 from coupled.sandbox.worker import LOCKED, Finished
 

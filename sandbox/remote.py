@@ -1,6 +1,6 @@
 """Tier `remote`: programs run on a server that speaks SandboxFusion's HTTP interface; values come back.
 
-A request carries one program. For calls that is a runner (`remote_runner.py` with `codec.py` and `child.py`): it
+A request carries one program. For calls that is a runner (`jail/remote_runner.py` with `codec.py` and `child.py`): it
 limits its own processor time and memory, loads the program and prints one reply per call behind a marker drawn
 for that request. For stdin it is the same runner around the program as `__main__`. The comparison stays on this
 host, so nothing the program prints can be better than the right answer.
@@ -35,7 +35,7 @@ from coupled.sandbox.pool import REMOTE, Pool
 from coupled.sandbox.types import Call, Execution, Isolation, Job, Limits, Outcome, SandboxUnavailable
 from coupled.sandbox.worker import LOCKED, Finished, Worker, WorkerDied
 
-_HERE = Path(__file__).parent
+_JAIL = Path(__file__).parent / "jail"
 _BACKOFF_SECONDS = 0.5
 """Before a request is sent again; doubled each time."""
 _GRACE_SECONDS = 30.0
@@ -201,9 +201,9 @@ def runner(job: str, limits: Limits, marker: str, *, has_stdin: bool) -> str:
         "cpu_seconds": limits.cpu_seconds,
         "memory_mb": limits.memory_mb,
         "file_kb": limits.file_kb,
-        "sources": {name: (_HERE / f"{name}.py").read_text("utf-8") for name in ("codec", "child")},
+        "sources": {name: (_JAIL / f"{name}.py").read_text("utf-8") for name in ("codec", "child")},
     }
-    code = (_HERE / "remote_runner.py").read_text("utf-8")
+    code = (_JAIL / "remote_runner.py").read_text("utf-8")
     return code.replace("GIVEN: Any = None", f"GIVEN: Any = {given!a}", 1)
 
 

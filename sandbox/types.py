@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 PROFILES = ("strict", "compat")
 
@@ -210,3 +211,19 @@ class Isolation:
     """The host's paths that a program can read."""
     notes: tuple[str, ...] = ()
     """Why something did not take effect, one line each."""
+
+
+class Executor(Protocol):
+    """Runs untrusted programs. Fails closed: an executor that exists isolates as `isolation` reports."""
+
+    def run(self, jobs: Sequence[Job]) -> list[Execution]:
+        """Return one execution per job, in the order of the jobs, whatever the programs do."""
+        ...
+
+    def isolation(self) -> Isolation:
+        """Return the isolation of a program on this machine."""
+        ...
+
+    def close(self) -> None:
+        """End all workers and what they run."""
+        ...

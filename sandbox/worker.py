@@ -21,13 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from coupled.sandbox.remedy import remedy
+from coupled.sandbox.diagnosis import remedy
 from coupled.sandbox.types import Isolation, Limits, SandboxUnavailable, Usage
 
 LOCKED = 0x55
 """First byte on the result socket: the lock-down is done and no byte of the program has been read."""
 
-_ZYGOTE = Path(__file__).with_name("zygote.py")
+_ZYGOTE = Path(__file__).parent / "jail" / "zygote.py"
 _START_SECONDS = 30.0
 _LINGER_SECONDS = 0.02
 """How long a program that has closed its result socket may take to end on its own."""

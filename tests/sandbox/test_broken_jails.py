@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from coupled.sandbox import Limits, LocalExecutor, SandboxUnavailable, self_check
-from coupled.sandbox import check as check_module
+from coupled.sandbox import Limits, LocalExecutor, SandboxUnavailable, run_self_check
 from coupled.sandbox import executor as executor_module
+from coupled.sandbox import self_check as check_module
 from coupled.sandbox import worker as worker_module
 
-SANDBOX = Path(__file__).parents[2] / "sandbox"
+JAIL = Path(__file__).parents[2] / "sandbox/jail"
 PARTS = ("zygote", "child", "codec", "confine", "seccomp", "landlock")
 BEFORE_PACKAGES = "    for path in packages:\n        here"
 NPROC = '_num_tasks(here, limits["max_processes"])'
@@ -87,7 +87,7 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Break:
     def check(tier: str, changes: list[tuple[str, str]]) -> set[str]:
         left = list(changes)
         for part in PARTS:
-            source = (SANDBOX / f"{part}.py").read_text()
+            source = (JAIL / f"{part}.py").read_text()
             for change in changes:
                 if change[0] in source:
                     assert source.count(change[0]) == 1, f"not clear which {change[0]!r} is meant"
@@ -97,7 +97,7 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Break:
         assert left == [], "the measure is not where this test looks for it"
         monkeypatch.setattr(worker_module, "_ZYGOTE", tmp_path / "zygote.py")
         with LocalExecutor(tier) as executor:
-            return {check.name for check in self_check(executor) if not check.held}
+            return {check.name for check in run_self_check(executor) if not check.held}
 
     return check
 
@@ -140,7 +140,7 @@ def test_the_self_check_notices_that_wall_time_is_not_limited(
 
     monkeypatch.setattr(worker_module.Worker, "_attend", patient)
     monkeypatch.setattr(check_module, "_SLEEP", check_module._SLEEP.replace("600", "3"))  # or it would be long
-    assert {check.name for check in self_check(executor) if not check.held} == {"sleep"}
+    assert {check.name for check in run_self_check(executor) if not check.held} == {"sleep"}
 
 
 def test_the_self_check_notices_groups_of_the_host(broken: Break, executor: LocalExecutor) -> None:
@@ -188,7 +188,7 @@ def test_a_tier_that_fails_its_self_check_is_not_opened_and_the_next_one_is_trie
     tmp_path: Path, open_python: str, monkeypatch: pytest.MonkeyPatch, executor: LocalExecutor
 ) -> None:
     for part in PARTS:
-        shutil.copy(SANDBOX / f"{part}.py", tmp_path)
+        shutil.copy(JAIL / f"{part}.py", tmp_path)
     source = (tmp_path / "confine.py").read_text()
     (tmp_path / "confine.py").write_text(source.replace("size=64m,", "size=1g,"))
     monkeypatch.setattr(worker_module, "_ZYGOTE", tmp_path / "zygote.py")

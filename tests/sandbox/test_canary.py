@@ -25,7 +25,7 @@ from coupled.sandbox import (
     canary,
     open_executor,
 )
-from coupled.sandbox.codec import encode
+from coupled.sandbox.jail.codec import encode
 from coupled.sandbox.worker import Finished, Worker
 
 POISON = "poison = 1\ndef f(x): return x"

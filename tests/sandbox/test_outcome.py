@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from coupled.sandbox import Call, Job, Limits, Outcome, outcome
-from coupled.sandbox.codec import decode
+from coupled.sandbox.jail.codec import decode
 from coupled.sandbox.outcome import read_calls, read_stdio
 from coupled.sandbox.worker import Finished
 

@@ -31,7 +31,7 @@ from coupled.sandbox import (
 )
 from coupled.sandbox import executor as executor_module
 from coupled.sandbox import worker as worker_module
-from coupled.sandbox import zygote as zygote_module
+from coupled.sandbox.jail import zygote as zygote_module
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -283,20 +283,19 @@ def test_no_descriptor_leaks_when_an_input_cannot_be_made(monkeypatch: pytest.Mo
 
 
 def test_a_zygote_that_dies_after_its_hello_is_unavailable_and_not_started_for_ever(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own_temporary_files: Path
 ) -> None:
     for name in ("zygote", "child", "codec", "confine", "seccomp", "landlock"):
-        shutil.copy(REPOSITORY / "sandbox" / f"{name}.py", tmp_path)
+        shutil.copy(REPOSITORY / "sandbox/jail" / f"{name}.py", tmp_path)
     source = (tmp_path / "zygote.py").read_text()
     hello = "    control.send(json.dumps(hello).encode())\n"
     assert hello in source
     (tmp_path / "zygote.py").write_text(source.replace(hello, f"{hello}    os._exit(3)\n"))
     monkeypatch.setattr(worker_module, "_ZYGOTE", tmp_path / "zygote.py")
     monkeypatch.setattr(executor_module, "_held", set())
-    before = set(Path(tempfile.gettempdir()).glob("coupled-sandbox-*"))
     with pytest.raises(SandboxUnavailable, match=r"(?s)'namespaces'.*'landlock'.*remedy: "):
         open_executor()
-    assert set(Path(tempfile.gettempdir()).glob("coupled-sandbox-*")) == before
+    assert not list(own_temporary_files.glob("coupled-sandbox-*"))
 
 
 def test_a_zygote_that_falls_silent_is_no_program_s_fault(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -440,8 +439,7 @@ executor.run([Job(uid="a", source="while True: pass", calls=(), limits=Limits(cp
 """
 
 
-def test_when_the_host_is_killed_its_zygotes_and_their_programs_go_too() -> None:
-    before = set(Path(tempfile.gettempdir()).glob("coupled-sandbox-*"))
+def test_when_the_host_is_killed_its_zygotes_and_their_programs_go_too(own_temporary_files: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", _HOST], stdout=subprocess.PIPE, start_new_session=True) as host:
         assert host.stdout is not None
         zygote = int(host.stdout.readline())
@@ -456,18 +454,17 @@ def test_when_the_host_is_killed_its_zygotes_and_their_programs_go_too() -> None
         left = [pid for pid in family if _is_alive(pid)]
         os.killpg(host.pid, signal.SIGKILL)  # the innocent fork
     assert left == []
-    assert set(Path(tempfile.gettempdir()).glob("coupled-sandbox-*")) == before
+    assert not list(own_temporary_files.glob("coupled-sandbox-*"))
 
 
-def test_close_ends_every_process_and_removes_every_directory() -> None:
-    before = set(Path(tempfile.gettempdir()).glob("coupled-sandbox-*"))
+def test_close_ends_every_process_and_removes_every_directory(own_temporary_files: Path) -> None:
     executor = open_executor(num_workers=2)
     family = [pid for worker in executor._workers if worker._process for pid in (worker._process.pid,)]
     family += [below for pid in family for below in _descendants(pid)]
     executor.close()
     executor.close()
     assert not any(map(_is_alive, family))
-    assert set(Path(tempfile.gettempdir()).glob("coupled-sandbox-*")) == before
+    assert not list(own_temporary_files.glob("coupled-sandbox-*"))
     with pytest.raises(RuntimeError, match="open another"):
         executor.run([job("a")])
 
@@ -504,7 +501,7 @@ def test_other_systems_than_linux_are_refused_with_a_remedy(monkeypatch: pytest.
 
 def test_a_worker_that_cannot_lock_programs_down_is_not_opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("zygote", "child", "codec", "confine", "seccomp", "landlock"):
-        shutil.copy(REPOSITORY / "sandbox" / f"{name}.py", tmp_path)
+        shutil.copy(REPOSITORY / "sandbox/jail" / f"{name}.py", tmp_path)
     source = (tmp_path / "confine.py").read_text()
     broken = source.replace("    _drop_capabilities()\n", "    raise PermissionError('no capset here')\n", 1)
     assert broken != source
@@ -564,7 +561,7 @@ with opened as executor:
         "tree": go(executor, "[(os.mkdir('d'), os.chdir('d')) for _ in range(1500)]; return 1").outcome,
         "after": go(executor, "return os.listdir('.')").results[0].value,
         "limited": sorted({"infinite loop", "sleep", "memory hog", "many descriptors", "privileges", "thread bomb"}
-            - {check.name for check in self_check(executor) if check.held}),
+            - {check.name for check in run_self_check(executor) if check.held}),
     }
 found["warned"] = ["does not contain a hostile program" in str(warning.message) for warning in said]
 found["left"] = [str(p) for p in pathlib.Path(tempfile.gettempdir()).glob("coupled-sandbox-*")]

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from coupled.sandbox import Call, Job, Limits, LocalExecutor, Outcome, SandboxUnavailable, open_executor
-from coupled.sandbox import seccomp as seccomp_module
 from coupled.sandbox import worker as worker_module
+from coupled.sandbox.jail import seccomp as seccomp_module
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -23,7 +23,7 @@ REPOSITORY = Path(__file__).parents[2]
 _CONTAINED = """
 import errno, json, sys
 from coupled.sandbox import *
-from coupled.sandbox import seccomp, worker
+from coupled.sandbox.jail import seccomp
 denied = json.loads(sys.argv[1])
 def rules():
     for call, number, tests in denied:
@@ -96,7 +96,7 @@ def test_without_the_filter_library_no_tier_that_needs_it_opens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for part in ("zygote", "child", "codec", "confine", "seccomp", "landlock"):
-        source = (REPOSITORY / "sandbox" / f"{part}.py").read_text()
+        source = (REPOSITORY / "sandbox/jail" / f"{part}.py").read_text()
         (tmp_path / f"{part}.py").write_text(source.replace("libseccomp.so.2", "libseccomp-is-not-here.so.2"))
     monkeypatch.setattr(worker_module, "_ZYGOTE", tmp_path / "zygote.py")
     for tier in ("namespaces", "landlock", "auto"):

@@ -18,12 +18,9 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from coupled.sandbox.types import Call, Execution, Isolation, Job, Limits, Outcome
-
-if TYPE_CHECKING:
-    from coupled.sandbox.executor import Executor
+from coupled.sandbox.types import Call, Execution, Executor, Isolation, Job, Limits, Outcome
 
 _LIMITS = Limits(
     cpu_seconds=1, wall_seconds=20.0, memory_mb=256, file_kb=1024, output_kb=256, max_files=32, max_processes=8
@@ -179,7 +176,7 @@ class _Probe(NamedTuple):
     profile: str = "strict"
 
 
-def self_check(executor: Executor) -> list[Check]:
+def run_self_check(executor: Executor) -> list[Check]:
     """Run an honest program, some two dozen hostile ones and the honest one again; return what held.
 
     Give it an executor of one worker. The probes listen on 127.0.0.1 and put a directory with a file where temporary
