@@ -2,7 +2,7 @@
 
 The key is everything that a program can depend on: its source and setup, the calls or inputs, the limits, the
 tier and the interpreter's version. Kept are only outcomes that the program brings about by itself (`KEPT`): a
-time-out, a kill, a dead supervisor or a failure of the sandbox may turn out otherwise the next time.
+time-out, a kill, a dead worker or a failure of the sandbox may turn out otherwise the next time.
 
 A program may still be unlike itself: it can read the clock, `os.urandom` or the address of an object (`random`
 and the hash of text are seeded by the sandbox). Then the first answer stays. That is meant: of two completions

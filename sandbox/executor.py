@@ -35,13 +35,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from coupled.sandbox import worker as workers
+from coupled.sandbox import zygote_process
 from coupled.sandbox.outcome import Reading, encode_job, read_calls, read_stdio
 from coupled.sandbox.pool import Pool
 from coupled.sandbox.relay import run_tests
 from coupled.sandbox.self_check import run_self_check
 from coupled.sandbox.types import CallResult, Execution, Isolation, Job, Outcome, SandboxUnavailable, Usage
-from coupled.sandbox.worker import Worker, WorkerDied
+from coupled.sandbox.worker import Worker
+from coupled.sandbox.zygote_process import WorkerDied
 
 _NUM_RETRIES = 2
 _NUM_STARTS = 3
@@ -170,7 +171,7 @@ def open_executor(tier: str = "auto", *, num_workers: int = 1, preload: Sequence
 
 
 def _open_best(*, num_workers: int, preload: Sequence[str]) -> LocalExecutor:
-    workers.find_packages(preload)  # a missing package is no reason to try another tier
+    zygote_process.find_packages(preload)  # a missing package is no reason to try another tier
     refused: list[str] = []
     for open_tier in (_open_namespaces, _open_landlock):
         try:
@@ -202,7 +203,7 @@ def _open_process(*, num_workers: int, preload: Sequence[str]) -> LocalExecutor:
 def _open_checked(tier: str, num_workers: int, preload: Sequence[str]) -> LocalExecutor:
     """Open a tier that has passed the self-check in this process, or passes it now."""
     boot = Path("/proc/sys/kernel/random/boot_id")
-    key = (tier, boot.read_text() if boot.exists() else "", os.geteuid(), workers.PYTHON)
+    key = (tier, boot.read_text() if boot.exists() else "", os.geteuid(), zygote_process.PYTHON)
     if key not in _held:
         # A worker of its own: what one probe leaves behind, the next must not find.
         with LocalExecutor(tier) as executor:

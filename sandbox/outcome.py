@@ -7,9 +7,9 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from coupled.sandbox.conversation import LOCKED, Finished
 from coupled.sandbox.jail import codec
 from coupled.sandbox.types import CallResult, Job, Limits, Outcome, Raised
-from coupled.sandbox.worker import LOCKED, Finished
 
 MAX_RUN_PARTS = 4_000_000
 """Brackets and commas in all replies of one run: a few hundred MiB of values at the worst."""

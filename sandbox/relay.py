@@ -11,10 +11,11 @@ import json
 from dataclasses import replace
 from typing import Any
 
+from coupled.sandbox.conversation import Conversation, Finished
 from coupled.sandbox.jail import codec
 from coupled.sandbox.outcome import Breach, Budget, Reading, load_failure, not_started, silence
 from coupled.sandbox.types import CallResult, Job, Outcome, TestProgram, Usage
-from coupled.sandbox.worker import Conversation, Finished, Worker
+from coupled.sandbox.worker import Worker
 
 
 class _Over(Exception):

@@ -30,10 +30,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from coupled.sandbox.conversation import LOCKED, Finished
 from coupled.sandbox.executor import run_job
 from coupled.sandbox.pool import REMOTE, Pool
 from coupled.sandbox.types import Call, Execution, Isolation, Job, Limits, Outcome, SandboxUnavailable
-from coupled.sandbox.worker import LOCKED, Finished, Worker, WorkerDied
+from coupled.sandbox.worker import Worker
+from coupled.sandbox.zygote_process import WorkerDied
 
 _JAIL = Path(__file__).parent / "jail"
 _BACKOFF_SECONDS = 0.5

@@ -28,7 +28,7 @@ class Outcome(enum.StrEnum):
     CRASH = "crash"
     """It died of a signal of its own, or, reading stdin, ended with a status other than 0."""
     VIOLATION = "violation"
-    """It did what a program here must not do: a forbidden system call, or an attack on its supervisor."""
+    """It did what a program here must not do: a forbidden system call, or an attack on its worker."""
     OUTPUT_LIMIT = "output_limit"
     PROTOCOL = "protocol"
     """It wrote something else than the replies that were asked for; its replies are thrown away."""
@@ -202,7 +202,7 @@ class Isolation:
     """`private root (...)`, or `host (...)`: what the host lets that user read can be read."""
     processes: str
     """How processes of the program are stopped: `own pid namespace`, `none can be started`, or `killed by the
-    supervisor`."""
+    worker`."""
     has_own_ipc: bool
     """False: System V shared memory is the host's."""
     has_filter: bool

@@ -25,7 +25,17 @@ from attacks.record import Program
 from canaries import Canaries
 
 from coupled.reward import Judge, Judgement, Status, Task, arguments_test, stdio_test
-from coupled.sandbox import TIERS, Call, Execution, Executor, Job, Limits, SandboxUnavailable, open_executor, worker
+from coupled.sandbox import (
+    TIERS,
+    Call,
+    Execution,
+    Executor,
+    Job,
+    Limits,
+    SandboxUnavailable,
+    open_executor,
+    zygote_process,
+)
 
 PROGRAMS = [
     pytest.param(category, program, id=f"{category}: {program.name}")
@@ -139,9 +149,9 @@ class Arena:
         self.canaries = self._watch()
 
     def _watch(self) -> Canaries:
-        process = self.executor._workers[0]._process
-        assert process is not None
-        return Canaries(int(self.executor.isolation().user.split()[1]), process.pid)
+        pid = self.executor._workers[0].pid
+        assert pid is not None
+        return Canaries(int(self.executor.isolation().user.split()[1]), pid)
 
     def watch_afresh(self) -> None:
         self.canaries.close()
@@ -196,7 +206,7 @@ def arena(request: pytest.FixtureRequest) -> Iterator[Arena]:
     with pytest.MonkeyPatch.context() as patch:
         if request.param != "namespaces":
             # There programs read the interpreter where it lies; in `namespaces` it is shown to them.
-            patch.setattr(worker, "PYTHON", request.getfixturevalue("open_python"))
+            patch.setattr(zygote_process, "PYTHON", request.getfixturevalue("open_python"))
         try:
             arena = Arena(request.param)
         except SandboxUnavailable as error:

@@ -25,8 +25,9 @@ from coupled.sandbox import (
     canary,
     open_executor,
 )
+from coupled.sandbox.conversation import Finished
 from coupled.sandbox.jail.codec import encode
-from coupled.sandbox.worker import Finished, Worker
+from coupled.sandbox.worker import Worker
 
 POISON = "poison = 1\ndef f(x): return x"
 
@@ -160,10 +161,10 @@ def test_results_of_a_worker_that_died_before_its_canary_are_made_anew(
     def dying(worker: Worker, body: bytes, *rest: object) -> Finished:
         finished = run(worker, body, *rest)  # type: ignore[arg-type]
         if b"last" in body and not killed:
-            assert worker._process is not None
-            killed.append(worker._process.pid)
-            os.kill(killed[0], signal.SIGKILL)
-            worker._process.wait()
+            assert worker.pid is not None
+            killed.append(worker.pid)
+            os.kill(worker.pid, signal.SIGKILL)
+            os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
         return finished
 
     monkeypatch.setattr(Worker, "run", dying)

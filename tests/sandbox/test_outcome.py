@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from coupled.sandbox import Call, Job, Limits, Outcome, outcome
+from coupled.sandbox.conversation import Finished
 from coupled.sandbox.jail.codec import decode
 from coupled.sandbox.outcome import read_calls, read_stdio
-from coupled.sandbox.worker import Finished
 
 JOB = Job(
     uid="j", source="", calls=(Call(function="f"), Call(function="f")), limits=Limits(cpu_seconds=2, wall_seconds=6)

@@ -5,8 +5,16 @@ import json
 
 import pytest
 
-from coupled.sandbox import CallResult, Execution, Isolation, Job, LocalExecutor, Outcome, run_self_check
-from coupled.sandbox import worker as worker_module
+from coupled.sandbox import (
+    CallResult,
+    Execution,
+    Isolation,
+    Job,
+    LocalExecutor,
+    Outcome,
+    run_self_check,
+    zygote_process,
+)
 from coupled.sandbox.self_check import _foreign_mounts
 
 EVERYWHERE = [
@@ -31,7 +39,7 @@ def test_every_probe_is_stopped_by_namespaces(executor: LocalExecutor) -> None:
 
 
 def test_every_probe_is_stopped_by_landlock(open_python: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_module, "PYTHON", open_python)
+    monkeypatch.setattr(zygote_process, "PYTHON", open_python)
     with LocalExecutor("landlock") as executor:
         checks = run_self_check(executor)
     assert not [check for check in checks if not check.held]
