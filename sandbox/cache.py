@@ -27,6 +27,9 @@ from coupled.sandbox.types import Execution, Executor, Isolation, Job, Outcome
 
 KEPT = frozenset({Outcome.OK, Outcome.LOAD_ERROR, Outcome.CRASH, Outcome.OUTPUT_LIMIT, Outcome.PROTOCOL})
 """Outcomes that a program brings about by itself, whenever and wherever it runs."""
+MAX_VALUES = 1_000_000
+"""Values (numbers, short texts, containers) kept in all results together, about 100 bytes each; a larger one counts as
+several."""
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, range, set, frozenset)
 _LEAST_WEIGHT = 16
 """What an entry without results counts, in values."""
@@ -41,26 +44,18 @@ class CacheStatistics:
     num_hits: int = 0
     """Jobs that were not run: known from before, or the same as another of their batch."""
 
-    @property
-    def hit_rate(self) -> float:
-        """Hits over jobs, in [0, 1]; 0 before the first job."""
-        return self.num_hits / self.num_jobs if self.num_jobs else 0.0
-
 
 class CachedExecutor:
     """Any executor, with a cache in front of it. Closing it closes the executor.
 
-    `max_values` bounds the memory: that many values (numbers, short texts, containers) are kept in all results
-    together, about 100 bytes each, and what is larger counts as several; what was used longest ago goes first. May
-    be used by several threads.
+    The memory is bounded by `MAX_VALUES`: the results used longest ago are dropped first. May be used by several
+    threads.
     """
 
-    def __init__(self, executor: Executor, *, max_values: int = 1_000_000) -> None:
-        if max_values < 0:
-            raise ValueError(f"max_values is 0 (nothing is kept) or more; received {max_values}")
+    def __init__(self, executor: Executor) -> None:
         self._executor = executor
         self._salt = f"{executor.isolation().tier} {sys.version}"
-        self._room = max_values
+        self._num_free = MAX_VALUES
         self._known: OrderedDict[bytes, tuple[Execution, int]] = OrderedDict()
         self._running: dict[bytes, Future[Execution]] = {}
         self._lock = threading.Lock()
@@ -139,10 +134,10 @@ class CachedExecutor:
             if result.raised is not None:
                 weight += _weight_of_texts(result.raised.type, result.raised.text)
         self._known[key] = (execution, weight)
-        self._room -= weight
-        while self._room < 0:
+        self._num_free -= weight
+        while self._num_free < 0:
             _, (_, freed) = self._known.popitem(last=False)
-            self._room += freed
+            self._num_free += freed
 
 
 def job_key(job: Job, salt: str = "") -> bytes:

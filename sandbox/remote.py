@@ -265,7 +265,6 @@ def _isolation(url: str, version: str) -> Isolation:
         has_network=True,
         filesystem="the server's",
         processes="ended by the server",
-        has_own_ipc=False,
         has_filter=False,
         notes=(
             f"{url} runs programs with Python {version}, isolated as its operator configured it",

@@ -203,8 +203,6 @@ class Isolation:
     processes: str
     """How processes of the program are stopped: `own pid namespace`, `none can be started`, or `killed by the
     worker`."""
-    has_own_ipc: bool
-    """False: System V shared memory is the host's."""
     has_filter: bool
     """True: system calls that computing does not need are refused."""
     shown: tuple[str, ...] = ()

@@ -162,7 +162,6 @@ def _isolation(tier: str, hello: dict[str, Any]) -> Isolation:
         has_network=tier == "process" and "network" not in namespaces,
         filesystem=filesystem,
         processes=processes,
-        has_own_ipc=tier == "landlock" or "ipc" in namespaces,
         has_filter=tier != "process",
         shown=tuple(hello["shown"]),
         notes=tuple(hello["notes"]),

@@ -32,7 +32,6 @@ ISOLATION = Isolation(
     has_network=False,
     filesystem="host",
     processes="none can be started",
-    has_own_ipc=False,
     has_filter=True,
 )
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"

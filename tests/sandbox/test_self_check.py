@@ -57,9 +57,7 @@ class Fake:
         return [Execution(uid=job.uid, outcome=self.outcome, results=results, tier=self.tier) for job in jobs]
 
     def isolation(self) -> Isolation:
-        return Isolation(
-            tier=self.tier, user="", has_network=False, filesystem="", processes="", has_own_ipc=True, has_filter=True
-        )
+        return Isolation(tier=self.tier, user="", has_network=False, filesystem="", processes="", has_filter=True)
 
     def close(self) -> None: ...
 
