@@ -1,4 +1,4 @@
-"""Remembers what came of a program, so that the same program with the same tests is run once.
+"""Remembers the executions of programs, so that the same program with the same tests is run once.
 
 The key is everything that a program can depend on: its source and setup, the calls or inputs, the limits, the
 tier and the interpreter's version. Kept are only outcomes that the program brings about by itself (`KEPT`): a
@@ -32,13 +32,13 @@ MAX_VALUES = 1_000_000
 several."""
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, range, set, frozenset)
 _LEAST_WEIGHT = 16
-"""What an entry without results counts, in values."""
+"""Weight of an entry without results, in values."""
 _VALUE_BYTES = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheStatistics:
-    """How often the cache had the answer. Example: `CacheStatistics(num_jobs=160, num_hits=40)`."""
+    """Jobs and hits of a cache. Example: `CacheStatistics(num_jobs=160, num_hits=40)`."""
 
     num_jobs: int = 0
     num_hits: int = 0
@@ -84,12 +84,12 @@ class CachedExecutor:
             self._num_hits += len(jobs) - len(missing)
         if missing:
             found |= self._run_new(missing)
-        # Only now: whoever runs the others may be waiting for these.
+        # Only now: the thread that runs the others may be waiting for these.
         found |= {key: future.result() for key, future in elsewhere.items()}
         return [dataclasses.replace(found[key], uid=job.uid) for key, job in zip(keys, jobs, strict=True)]
 
     def statistics(self) -> CacheStatistics:
-        """Return what was asked of the cache so far."""
+        """Return the counts of jobs and hits so far."""
         with self._lock:
             return CacheStatistics(num_jobs=self._num_jobs, num_hits=self._num_hits)
 
@@ -158,7 +158,7 @@ def _feed(update: Callable[[bytes], None], value: Any) -> None:
     elif type(value) in (tuple, list):
         parts = list(value)
     else:
-        # The rest is what the program's process would be given of it; what cannot travel is at least told apart.
+        # The rest as the program's process would receive it; values that cannot travel differ by their repr.
         body = codec.encode(value).encode() + (b"" if type(value) in _PLAIN else repr(value).encode())
         update(b"v%d:" % len(body) + body)
         return

@@ -1,14 +1,14 @@
-"""Finds out a worker that lies: now and then it gets a program whose answers the host knows.
+"""Detects a worker that lies: now and then it gets a program whose answers the host knows.
 
 Results leave the sandbox only after the worker that made them has answered such a canary: after at most
-`NUM_BETWEEN` programs, after every outcome that smells of an attack, and at the end of a batch. To the worker a
+`NUM_BETWEEN` programs, after every outcome that suggests an attack, and at the end of a batch. To the worker a
 canary is a job like any other: ordinary code, names and arguments drawn anew each time, limits and kind of the
 job before it. A worker that answers wrongly is replaced, and what it did since its last good canary is run again,
 one program at a time with a canary after each; a program that twice spoils a new worker has broken the rules.
-A canary that the sandbox failed to run proves nothing and blames nobody: what it should have proven is left out.
+A canary that the sandbox failed to run proves nothing and blames no program: the results before it are left out.
 
-What this cannot find: a worker that lies about some programs only and recognises ours for what they are. Nobody
-but a program that broke out of its jail is in a position to lie so; canaries are the net below the rope.
+Not detected: a worker that lies about some programs only and recognises canaries. Only a program that broke out of
+its jail can make a worker lie so; canaries are the second line of defence.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NUM_BETWEEN = 32
 SUSPICIOUS = frozenset({Outcome.VIOLATION, Outcome.PROTOCOL, Outcome.CRASH})
 """After these a canary comes at once."""
 MAY_BE_BUSY = frozenset({Outcome.TIMEOUT, Outcome.KILLED})
-"""A canary that ends so may have met a busy or crowded machine: a second one is asked before anyone is blamed."""
+"""A canary that ends so may have met a busy or crowded machine: a second one is run before the worker is blamed."""
 _NUM_TRIES = 2
 _NAMES = [
     "total",
@@ -50,11 +50,11 @@ _log = logging.getLogger(__name__)
 
 
 class Restartable(Protocol):
-    """What runs programs and can be replaced by a new one of its kind."""
+    """A worker that can be replaced by a new one of its kind."""
 
     @property
     def incarnation(self) -> int:
-        """A number that is another after every replacement."""
+        """A number that changes with every replacement."""
         ...
 
     def restart(self) -> None:
@@ -67,16 +67,16 @@ W = TypeVar("W", bound=Restartable)
 
 @dataclass(slots=True)
 class Slot:
-    """One job of a batch and, once it was run, what came of it."""
+    """One job of a batch and, once it was run, its execution."""
 
     job: Job
     execution: Execution | None = None
     incarnation: int = -1
-    """Which incarnation of the worker ran it."""
+    """Incarnation of the worker that ran it."""
 
     @property
     def result(self) -> Execution:
-        """What came of the job, which must have been run."""
+        """Execution of the job, which must have been run."""
         assert self.execution is not None, f"job {self.job.uid!r} was not run"
         return self.execution
 
@@ -116,7 +116,7 @@ def run_watched(worker: W, todo: deque[Slot], run: Callable[[W, Job], Execution]
 
 
 def _run_alone(worker: W, slot: Slot, run: Callable[[W, Job], Execution]) -> None:
-    """Run one job between two canaries, so that whose fault a wrong answer is can be told."""
+    """Run one job between two canaries, so that a wrong answer has one possible cause."""
     for _ in range(_NUM_TRIES):
         answers = _answers(worker, slot.job, run)
         if answers is False:
@@ -147,7 +147,7 @@ def _run_alone(worker: W, slot: Slot, run: Callable[[W, Job], Execution]) -> Non
 
 
 def _leave_out(slot: Slot, why: str) -> None:
-    """Make of the slot what says nothing about its program."""
+    """Replace the result of the slot by one that claims nothing about its program."""
     slot.execution = dataclasses.replace(slot.result, outcome=Outcome.SANDBOX_ERROR, results=(), detail=why)
 
 

@@ -44,11 +44,11 @@ class Finished:
     wall_seconds: float = 0.0
     memory_mb: float = 0.0
     queued_seconds: float = 0.0
-    """How long it was runnable without a processor; measured only when the wall time ran out."""
+    """Time for which it was runnable without a processor; measured only when the wall time ran out."""
     ran_out_of_time: bool = False
     wrote_too_much: bool = False
     was_ended: bool = False
-    """True: the host asked for it to be killed, so a SIGKILL in `exit` may be the host's."""
+    """True: the host ordered the kill, so a SIGKILL in `exit` may be the host's."""
 
     @property
     def usage(self) -> Usage:
@@ -126,7 +126,7 @@ def _attend(
 
 
 class Conversation:
-    """A program that is spoken with while it runs. `finish` must be called, whatever happens.
+    """The exchange of frames with a program while it runs. `finish` must be called, whatever happens.
 
     A frame is a 4-byte big-endian length and that many bytes. No wait outlasts the wall time of the limits.
     """
@@ -146,7 +146,7 @@ class Conversation:
         self._poll.register(output, select.POLLIN)
 
     def send(self, body: bytes) -> None:
-        """Send one frame. A program that does not read it keeps us until its time is up, no longer."""
+        """Send one frame. A program that does not read it keeps the host until its time is up, no longer."""
         unsent = memoryview(struct.pack(">I", len(body)) + body)
         self._poll.register(self._ours, select.POLLOUT)
         while unsent and time.monotonic() < self._deadline:
@@ -156,7 +156,7 @@ class Conversation:
                 self._drain()
 
     def is_locked_down(self) -> bool:
-        """Wait for the first byte: True when it says that no byte of the program was read before."""
+        """Wait for the first byte: True when it confirms that no byte of the program was read before."""
         self._wait_for(1)
         first = bytes(self._received[:1])
         del self._received[:1]
@@ -195,7 +195,7 @@ class Conversation:
         )
 
     def abandon(self) -> None:
-        """Let go of the program without asking how it went, and end it if it runs."""
+        """Close the connection without waiting for the report, and end the program if it runs."""
         self._ours.close()
         os.close(self._output)
         self._zygote.leave()
@@ -232,7 +232,7 @@ class Conversation:
             if part is None:
                 return
             if not part:
-                # Closed at the other end: polling it again would return at once, for ever.
+                # Closed at the other end: polling it again would always return at once.
                 with contextlib.suppress(KeyError):
                     self._poll.unregister(self._output)
                 return

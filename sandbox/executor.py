@@ -3,7 +3,7 @@
 `open_executor()` tries `namespaces`, then `landlock`: a tier is taken when its workers start and the self-check (see
 `self_check`) finds every hostile probe stopped by what should stop it; that costs a second or two, once per process.
 When neither holds, SandboxUnavailable names both reasons and what would help. There is no silent step down: tier
-`process` opens only when it is asked for by name, and warns.
+`process` opens only when it is requested by name, and warns.
 
 What each tier covers:
 
@@ -11,16 +11,16 @@ What each tier covers:
               own: it sees system libraries and the interpreter, read-only, an empty /tmp of limited size, a /proc
               with its own processes alone where the host allows, and no network. All its processes end with it.
 `landlock`    The same process on the host's file system, of which it can read the same trees and write nothing. It can
-              start no thread and no process and signal nobody. It can ask whether a path of the host exists, and there
-              is no scratch directory.
+              start no thread and no process and send no signal. It can find out whether a path of the host exists,
+              and there is no scratch directory.
 `process`     Limits and an unprivileged user, plus the network and ipc namespaces that are granted. It does not
               contain a hostile program: no system call is refused, and what its user can read or signal is in reach.
 
 All tiers: limits on processor time, wall time, memory, files, output and processes; no capabilities, no_new_privs,
 an unprivileged user when the host is root. `namespaces` and `landlock`: system calls beyond computing are refused.
-`isolation()` says what took effect, and in its notes why a better tier did not.
+`isolation()` reports what took effect, and in its notes why a better tier did not.
 
-What none covers: flaws of the kernel within the calls that remain, time and cache side channels, and memory of all
+Not covered by any: flaws of the kernel within the calls that remain, time and cache side channels, and memory of all
 programs together.
 """
 
@@ -209,8 +209,8 @@ def _open_checked(tier: str, num_workers: int, preload: Sequence[str]) -> LocalE
         with LocalExecutor(tier) as executor:
             failed = [check for check in run_self_check(executor) if not check.held]
         if failed:
-            told = "; ".join(f"{check.name}: {check.detail}" for check in failed)
-            raise SandboxUnavailable(f"tier {tier!r} does not hold on this machine: {told}")
+            found = "; ".join(f"{check.name}: {check.detail}" for check in failed)
+            raise SandboxUnavailable(f"tier {tier!r} does not hold on this machine: {found}")
         _held.add(key)
     return LocalExecutor(tier, num_workers=num_workers, preload=preload)
 

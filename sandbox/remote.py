@@ -1,4 +1,4 @@
-"""Tier `remote`: programs run on a server that speaks SandboxFusion's HTTP interface; values come back.
+"""Tier `remote`: programs run on a server with SandboxFusion's HTTP interface; values come back.
 
 A request carries one program. For calls that is a runner (`jail/remote_runner.py` with `codec.py` and `child.py`): it
 limits its own processor time and memory, loads the program and prints one reply per call behind a marker drawn
@@ -6,12 +6,12 @@ for that request. For stdin it is the same runner around the program as `__main_
 host, so nothing the program prints can be better than the right answer.
 
 What the tier covers is what the server covers. Ours: the expected values never leave the host; limits of
-processor time and memory; seeds; a server that answers wrongly is found out by canaries. **Not** ours: file
+processor time and memory; seeds; a server that answers wrongly is detected by canaries. **Not** ours: file
 system, network, other programs and the kernel of the server, whose default configuration isolates nothing. The
 runner shares a process with the program, which can therefore read the marker and write replies itself (the best
 of them is the right answer), and can read the inputs of calls still to come. A program that can harm the server
 can make requests fail, and such failures count as infrastructure; wall time lost to a busy server counts as the
-program's, because only the server could tell.
+program's, because only the server could distinguish it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _JAIL = Path(__file__).parent / "jail"
 _BACKOFF_SECONDS = 0.5
 """Before a request is sent again; doubled each time."""
 _GRACE_SECONDS = 30.0
-"""How much longer than its wall limit a program's answer may take: the server starts an interpreter and queues."""
+"""Time for a program's answer beyond its wall limit: the server starts an interpreter and queues."""
 _MAX_ANSWER = 64 << 20
 _REMEDY = (
     "remedy: sandbox.url is the base address of a SandboxFusion server, such as http://localhost:8080, that this host "
@@ -52,7 +52,7 @@ _TRIAL_STDIN = "print(int(input()) * 7)"
 
 
 class _NoAnswer(Exception):
-    """The server did not run the program, or did not say what came of it."""
+    """The server did not run the program, or did not report the result."""
 
 
 class _TooMuch(Exception):
@@ -71,7 +71,7 @@ class RemoteExecutor(Pool["_Connection"]):
         self._isolation = _isolation(url, self._try_out(url))
 
     def isolation(self) -> Isolation:
-        """Return what is known to hold: next to nothing, since the server does not say how it isolates."""
+        """Return what is known to hold: next to nothing, since the server does not report how it isolates."""
         return self._isolation
 
     def _try_out(self, url: str) -> str:
@@ -111,7 +111,7 @@ class _Connection:
     def run(self, body: bytes, limits: Limits, stdin: bytes | None = None, profile: str = "strict") -> Finished:
         """Run one program whose job is `body`; what a profile forbids is the server's to forbid.
 
-        Raises WorkerDied when the server does not say what came of it.
+        Raises WorkerDied when the server does not report the result.
         """
         marker = secrets.token_hex(16)
         program = runner(body.decode(), limits, marker, has_stdin=stdin is not None)
@@ -210,7 +210,7 @@ def runner(job: str, limits: Limits, marker: str, *, has_stdin: bool) -> str:
 
 
 def _finished(answer: Mapping[str, Any], marker: str, limits: Limits, *, has_stdin: bool) -> Finished:
-    """Put what the server says in the words of a local run; _NoAnswer when it did not run the program."""
+    """Translate the answer of the server to a local run; _NoAnswer when it did not run the program."""
     result = answer.get("run_result")
     if answer["status"] == "SandboxError" or not isinstance(result, dict) or result.get("status") == "Error":
         raise _NoAnswer(f"the server could not run the program: {str(answer.get('message'))[:300]}")
@@ -252,7 +252,7 @@ def _stream(channel: str, marker: str) -> bytes:
 
 
 def _exit_status(code: object) -> int:
-    """Return the status, or minus a signal; a shell in between says 128 + signal."""
+    """Return the status, or minus a signal; a shell in between reports 128 + signal."""
     if not isinstance(code, int):
         return 1
     return 128 - code if 128 < code < 128 + signal.NSIG else code

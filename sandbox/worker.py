@@ -130,17 +130,17 @@ def _try_out(zygote: ZygoteProcess, tier: str) -> None:
     """Prove that a program is locked down and can import what the zygote has not loaded; else SandboxUnavailable."""
     job = {"mode": "calls", "source": _TRIAL, "setup": "", "calls": []}
     try:
-        # Not `Worker.run`, which would bring a zygote that dies at once back for ever.
+        # Not `Worker.run`, which would restart a zygote that dies at once forever.
         run = run_program(zygote, json.dumps(job).encode(), Limits(wall_seconds=START_SECONDS), None, "strict")
     except WorkerDied as error:
         raise SandboxUnavailable(
             f"tier {tier!r} could not start: {error}\nremedy: {remedy(tier, str(error))}"
         ) from error
     if run.stream[:1] != bytes([LOCKED]) or json.loads(run.stream[5:] or b"0") != {"load": None}:
-        said = run.stream[:1].hex() + run.stream[5:].decode(errors="replace")
+        written = run.stream[:1].hex() + run.stream[5:].decode(errors="replace")
         raise SandboxUnavailable(
             f"tier {tier!r}: a program must be locked down as uid {zygote.hello['uid']} and read the standard library; "
-            f"the trial ({_TRIAL!r}) gave {said[-1500:]!r}, exit {run.exit}; {'; '.join(zygote.hello['notes'])}\n"
+            f"the trial ({_TRIAL!r}) gave {written[-1500:]!r}, exit {run.exit}; {'; '.join(zygote.hello['notes'])}\n"
             f"remedy: as root grant CAP_SETUID and CAP_SETGID and use an interpreter everybody may read "
             f"(this one: {zygote_process.PYTHON}), or run as a normal user"
         )

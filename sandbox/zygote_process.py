@@ -28,7 +28,7 @@ PYTHON = sys.executable
 START_SECONDS = 30.0
 _ZYGOTE = Path(__file__).parent / "jail" / "zygote.py"
 _LINGER_SECONDS = 0.02
-"""How long a program that has closed its result socket may take to end on its own."""
+"""Time for a program that has closed its result socket to end on its own."""
 _REPORT_SECONDS = 30.0
 """Timeout of the report on a program that the zygote was ordered to kill; then the zygote itself is stopped."""
 _UIDS = range(62_000, 64_000)
@@ -114,7 +114,7 @@ class ZygoteProcess:
                 theirs.callback(os.close, fds[-1])
             result.setblocking(False)
             os.set_blocking(output, False)
-            # A byte sent out of band would make poll say that there is something to read, and the read say no.
+            # A byte sent out of band would make poll report that there is something to read, and the read find nothing.
             result.setsockopt(socket.SOL_SOCKET, socket.SO_OOBINLINE, 1)
             self._serial += 1
             request = {"op": "run", "serial": self._serial, "limits": dataclasses.asdict(limits), "profile": profile}
@@ -200,8 +200,10 @@ class ZygoteProcess:
         hello = self._receive(START_SECONDS)
         if hello is None or "error" in hello:
             status = self._process.poll()
-            said = hello["error"] if hello else f"no message within {START_SECONDS} s, exit status {status}"
-            raise SandboxUnavailable(f"tier {self._tier!r} could not start: {said}\nremedy: {remedy(self._tier, said)}")
+            reason = hello["error"] if hello else f"no message within {START_SECONDS} s, exit status {status}"
+            raise SandboxUnavailable(
+                f"tier {self._tier!r} could not start: {reason}\nremedy: {remedy(self._tier, reason)}"
+            )
         if self._tier == "namespaces":
             self._remove_base()  # nothing hangs on it any more, and nothing is left if we are killed
         return hello
