@@ -1,4 +1,4 @@
-"""The attack suite in every tier: nobody is paid, nothing of the host is harmed, the next program is judged as ever.
+"""The attack suite in every tier: no program is paid, the host is unharmed, the next program is judged as ever.
 
 Every program goes through the real judge, with hidden tests whose expected value it cannot guess. Canaries are looked
 at after each; so is an honest program on the same worker. Tier `process` does not contain programs: there the attempts
@@ -43,7 +43,7 @@ PROGRAMS = [
     for program in programs
 ]
 CONTAINMENT = ("filesystem", "network", "processes", "leftovers", "kernel", "resources")
-"""What tier `process` does not promise."""
+"""Categories that tier `process` does not contain."""
 SMALL: dict[str, Any] = {
     "cpu_seconds": 1,
     "wall_seconds": 20.0,
@@ -53,7 +53,7 @@ SMALL: dict[str, Any] = {
 }
 INPUTS = (1, 2, 3)
 SECRET = random.SystemRandom().randrange(900_000_001, 1_000_000_000)
-"""What `f` must return: no program can compute it, so one that returns it has found it."""
+"""The value that `f` must return: no program can compute it, so one that returns it has found it."""
 
 SQUARE_TASK = Task(
     uid="square",

@@ -1,4 +1,4 @@
-"""Canaries: a worker that lies is found out, replaced, and what it said since its last good answer is made anew."""
+"""Canaries: a worker that lies is detected and replaced, and its results since its last good answer are made anew."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def test_a_value_of_another_type_is_a_wrong_answer(monkeypatch: pytest.MonkeyPat
 
 
 class Plain:
-    """A worker that nothing is behind; `script` says how each canary ends: an outcome, or a value in place of 1."""
+    """A worker without a process; `script` is the end of each canary: an outcome, or a value in place of 1."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *script: Outcome | int) -> None:
         self.incarnation = 0

@@ -1,4 +1,4 @@
-"""What an executor does around the runs of one job: budgets, shortages of the host, jobs that a tier cannot run."""
+"""An executor around the runs of one job: budgets, shortages of the host, jobs that a tier cannot run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the host concludes, from literal streams: nothing here starts a process."""
+"""Conclusions of the host from literal streams: nothing here starts a process."""
 
 from __future__ import annotations
 

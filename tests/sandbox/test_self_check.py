@@ -86,7 +86,7 @@ def test_a_sandbox_that_holds_nothing_passes_no_probe(
 
 
 class Busy(Fake):
-    """Says of the first tries of every program that the machine was too busy."""
+    """Reports the machine as too busy for the first tries of every program."""
 
     def __init__(self, tier: str, num_busy: int) -> None:
         super().__init__(tier, Outcome.TIMEOUT, None)

@@ -1,4 +1,4 @@
-"""Which tier is opened where, what it refuses, and what it says when it cannot hold."""
+"""Tiers: which one is opened where, what it refuses, and its error when it cannot hold."""
 
 from __future__ import annotations
 
