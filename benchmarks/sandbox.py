@@ -35,8 +35,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from coupled.sandbox import TIERS, Call, Job, Limits, Outcome, SandboxUnavailable, open_executor
-from coupled.sandbox import worker as workers
+from coupled.sandbox import TIERS, Call, Job, Limits, Outcome, SandboxUnavailable, open_executor, zygote_process
 from coupled.sandbox.executor import LocalExecutor
 
 ROOT = Path(__file__).parents[1]
@@ -133,7 +132,7 @@ def ours(executor: LocalExecutor, tier: str) -> Method:
                 raise RuntimeError(f"tier {tier} gave {execution}")
 
     def roots() -> list[int]:
-        return [worker._process.pid for worker in executor._workers if worker._process is not None]
+        return [worker.pid for worker in executor._workers if worker.pid is not None]
 
     return Method(name=f"ours, {tier}", run=run, num_jobs=100, roots=roots)
 
@@ -141,17 +140,17 @@ def ours(executor: LocalExecutor, tier: str) -> Method:
 def commands(name: str, prefix: Sequence[str], *, is_per_test: bool = False, num_jobs: int = 4) -> Method:
     """A fresh interpreter per program, or per test; passed means exit status 0."""
     # Another interpreter finds numpy where this one has it.
-    site_packages = str(Path(workers.find_packages(["numpy"])[0]).parent)
+    site_packages = str(Path(zygote_process.find_packages(["numpy"])[0]).parent)
     borrowed = os.environ | {"PYTHONPATH": site_packages}
 
     def run(source: str, count: int) -> None:
-        is_borrower = "numpy" in source and sys.executable != workers.PYTHON
+        is_borrower = "numpy" in source and sys.executable != zygote_process.PYTHON
         environment = borrowed if is_borrower else os.environ
         bodies = [[line] for line in _ASSERTS] if is_per_test else [_ASSERTS]
         for _ in range(count):
             for lines in bodies:
                 code = source + "\n" + "\n".join(lines)
-                subprocess.run([*prefix, workers.PYTHON, "-c", code], check=True, timeout=60, env=environment)
+                subprocess.run([*prefix, zygote_process.PYTHON, "-c", code], check=True, timeout=60, env=environment)
 
     return Method(name=name, run=run, num_jobs=num_jobs)
 
@@ -321,7 +320,7 @@ def benchmark(rounds: int, output: Path, bwrap: str | None, evalplus_python: str
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
         "machine": f"{platform.machine()}, {os.cpu_count()} processors, {_processor()}",
         "system": platform.platform(),
-        "interpreter": f"{platform.python_version()}; of the programs: {_version(workers.PYTHON)}",
+        "interpreter": f"{platform.python_version()}; of the programs: {_version(zygote_process.PYTHON)}",
         "load": " ".join(f"{load:.1f}" for load in os.getloadavg()) + " at the end",
         "cpu_ms": {name: {kind: asdict(figure) for kind, figure in row.items()} for name, row in table.items()},
         "programs_per_second": {tier: asdict(rate) for tier, rate in rates.items()},
@@ -382,8 +381,8 @@ def soak(tier: str, num_programs: int) -> list[str]:
     found: list[str] = []
     with _open(tier, 1) as executor:
         worker = executor._workers[0]
-        assert worker._process is not None
-        first, after_warm_up, ran = worker._process.pid, {}, 0
+        assert worker.pid is not None
+        first, after_warm_up, ran = worker.pid, {}, 0
         jobs = [
             Job(
                 uid=expected,
@@ -413,7 +412,7 @@ def soak(tier: str, num_programs: int) -> list[str]:
             print(f"tier {tier}, {ran} programs, {name}: {after_warm_up[name]:.1f} after {len(jobs)}, {value:.1f} now")
             if value > allowed:
                 found.append(f"{name} grew from {after_warm_up[name]} to {value}")
-        if worker._process.pid != first:
+        if worker.pid != first:
             found.append("the zygote was replaced")
     return found
 
@@ -436,12 +435,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7, help="how often every method takes its turn")
     parser.add_argument("--soak", type=int, default=0, metavar="N", help="run N mixed programs per tier instead")
-    parser.add_argument("--python", default=workers.PYTHON, help="the interpreter that programs run in")
+    parser.add_argument("--python", default=zygote_process.PYTHON, help="the interpreter that programs run in")
     parser.add_argument("--bwrap", help="bubblewrap, where it is not on the path")
     parser.add_argument("--evalplus-python", metavar="PATH", help="an interpreter that has evalplus 0.3.1")
     parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results", help="where the results go")
     options = parser.parse_args()
-    workers.PYTHON = options.python
+    zygote_process.PYTHON = options.python
     if not options.soak:
         sys.exit(0 if benchmark(options.rounds, options.output, options.bwrap, options.evalplus_python) else 1)
     failed = False

@@ -19,7 +19,7 @@ from typing import Any
 
 from coupled.reward.types import RewardError, Task, UnsupportedTest
 from coupled.sandbox import CodecError
-from coupled.sandbox.codec import build_set, decode, encode, is_floats
+from coupled.sandbox.jail.codec import build_set, decode, encode, is_floats
 
 RTOL = 1e-7
 FLOAT_ATOL = 1e-6

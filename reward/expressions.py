@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from coupled.sandbox import CallResult
-from coupled.sandbox.codec import MAX_NODES, build_set, check_collisions, range_length
+from coupled.sandbox.jail.codec import MAX_NODES, build_set, check_collisions, range_length
 
 MAX_BITS = 1 << 14
 """Size of an int that arithmetic is done on, or that it may give."""

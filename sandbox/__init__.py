@@ -10,14 +10,15 @@ if __name__ != "coupled.sandbox":
     raise ImportError("import coupled.sandbox, not sandbox: the folder is a package of the distribution 'coupled'")
 
 from coupled.sandbox.cache import CachedExecutor, CacheStatistics
-from coupled.sandbox.check import Check, self_check
-from coupled.sandbox.codec import CodecError, Digest, Opaque
-from coupled.sandbox.executor import NOT_CONTAINED, TIERS, Executor, LocalExecutor, open_executor
+from coupled.sandbox.executor import NOT_CONTAINED, TIERS, LocalExecutor, open_executor
+from coupled.sandbox.jail.codec import CodecError, Digest, Opaque
 from coupled.sandbox.remote import RemoteExecutor
+from coupled.sandbox.self_check import Check, run_self_check
 from coupled.sandbox.types import (
     Call,
     CallResult,
     Execution,
+    Executor,
     Isolation,
     Job,
     Limits,
@@ -52,5 +53,5 @@ __all__ = [
     "TestProgram",
     "Usage",
     "open_executor",
-    "self_check",
+    "run_self_check",
 ]

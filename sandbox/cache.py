@@ -1,8 +1,8 @@
-"""Remembers what came of a program, so that the same program with the same tests is run once.
+"""Remembers the executions of programs, so that the same program with the same tests is run once.
 
 The key is everything that a program can depend on: its source and setup, the calls or inputs, the limits, the
 tier and the interpreter's version. Kept are only outcomes that the program brings about by itself (`KEPT`): a
-time-out, a kill, a dead supervisor or a failure of the sandbox may turn out otherwise the next time.
+time-out, a kill, a dead worker or a failure of the sandbox may turn out otherwise the next time.
 
 A program may still be unlike itself: it can read the clock, `os.urandom` or the address of an object (`random`
 and the hash of text are seeded by the sandbox). Then the first answer stays. That is meant: of two completions
@@ -22,46 +22,40 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from coupled.sandbox import codec
-from coupled.sandbox.executor import Executor
-from coupled.sandbox.types import Execution, Isolation, Job, Outcome
+from coupled.sandbox.jail import codec
+from coupled.sandbox.types import Execution, Executor, Isolation, Job, Outcome
 
 KEPT = frozenset({Outcome.OK, Outcome.LOAD_ERROR, Outcome.CRASH, Outcome.OUTPUT_LIMIT, Outcome.PROTOCOL})
 """Outcomes that a program brings about by itself, whenever and wherever it runs."""
+MAX_VALUES = 1_000_000
+"""Values (numbers, short texts, containers) kept in all results together, about 100 bytes each; a larger one counts as
+several."""
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, range, set, frozenset)
 _LEAST_WEIGHT = 16
-"""What an entry without results counts, in values."""
+"""Weight of an entry without results, in values."""
 _VALUE_BYTES = 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheStatistics:
-    """How often the cache had the answer. Example: `CacheStatistics(num_jobs=160, num_hits=40)`."""
+    """Jobs and hits of a cache. Example: `CacheStatistics(num_jobs=160, num_hits=40)`."""
 
     num_jobs: int = 0
     num_hits: int = 0
     """Jobs that were not run: known from before, or the same as another of their batch."""
 
-    @property
-    def hit_rate(self) -> float:
-        """Hits over jobs, in [0, 1]; 0 before the first job."""
-        return self.num_hits / self.num_jobs if self.num_jobs else 0.0
-
 
 class CachedExecutor:
     """Any executor, with a cache in front of it. Closing it closes the executor.
 
-    `max_values` bounds the memory: that many values (numbers, short texts, containers) are kept in all results
-    together, about 100 bytes each, and what is larger counts as several; what was used longest ago goes first. May
-    be used by several threads.
+    The memory is bounded by `MAX_VALUES`: the results used longest ago are dropped first. May be used by several
+    threads.
     """
 
-    def __init__(self, executor: Executor, *, max_values: int = 1_000_000) -> None:
-        if max_values < 0:
-            raise ValueError(f"max_values is 0 (nothing is kept) or more; received {max_values}")
+    def __init__(self, executor: Executor) -> None:
         self._executor = executor
         self._salt = f"{executor.isolation().tier} {sys.version}"
-        self._room = max_values
+        self._num_free = MAX_VALUES
         self._known: OrderedDict[bytes, tuple[Execution, int]] = OrderedDict()
         self._running: dict[bytes, Future[Execution]] = {}
         self._lock = threading.Lock()
@@ -90,12 +84,12 @@ class CachedExecutor:
             self._num_hits += len(jobs) - len(missing)
         if missing:
             found |= self._run_new(missing)
-        # Only now: whoever runs the others may be waiting for these.
+        # Only now: the thread that runs the others may be waiting for these.
         found |= {key: future.result() for key, future in elsewhere.items()}
         return [dataclasses.replace(found[key], uid=job.uid) for key, job in zip(keys, jobs, strict=True)]
 
     def statistics(self) -> CacheStatistics:
-        """Return what was asked of the cache so far."""
+        """Return the counts of jobs and hits so far."""
         with self._lock:
             return CacheStatistics(num_jobs=self._num_jobs, num_hits=self._num_hits)
 
@@ -140,10 +134,10 @@ class CachedExecutor:
             if result.raised is not None:
                 weight += _weight_of_texts(result.raised.type, result.raised.text)
         self._known[key] = (execution, weight)
-        self._room -= weight
-        while self._room < 0:
+        self._num_free -= weight
+        while self._num_free < 0:
             _, (_, freed) = self._known.popitem(last=False)
-            self._room += freed
+            self._num_free += freed
 
 
 def job_key(job: Job, salt: str = "") -> bytes:
@@ -164,7 +158,7 @@ def _feed(update: Callable[[bytes], None], value: Any) -> None:
     elif type(value) in (tuple, list):
         parts = list(value)
     else:
-        # The rest is what the program's process would be given of it; what cannot travel is at least told apart.
+        # The rest as the program's process would receive it; values that cannot travel differ by their repr.
         body = codec.encode(value).encode() + (b"" if type(value) in _PLAIN else repr(value).encode())
         update(b"v%d:" % len(body) + body)
         return

@@ -1,14 +1,14 @@
-"""Finds out a worker that lies: now and then it gets a program whose answers the host knows.
+"""Detects a worker that lies: now and then it gets a program whose answers the host knows.
 
 Results leave the sandbox only after the worker that made them has answered such a canary: after at most
-`NUM_BETWEEN` programs, after every outcome that smells of an attack, and at the end of a batch. To the worker a
+`NUM_BETWEEN` programs, after every outcome that suggests an attack, and at the end of a batch. To the worker a
 canary is a job like any other: ordinary code, names and arguments drawn anew each time, limits and kind of the
 job before it. A worker that answers wrongly is replaced, and what it did since its last good canary is run again,
 one program at a time with a canary after each; a program that twice spoils a new worker has broken the rules.
-A canary that the sandbox failed to run proves nothing and blames nobody: what it should have proven is left out.
+A canary that the sandbox failed to run proves nothing and blames no program: the results before it are left out.
 
-What this cannot find: a worker that lies about some programs only and recognises ours for what they are. Nobody
-but a program that broke out of its jail is in a position to lie so; canaries are the net below the rope.
+Not detected: a worker that lies about some programs only and recognises canaries. Only a program that broke out of
+its jail can make a worker lie so; canaries are the second line of defence.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NUM_BETWEEN = 32
 SUSPICIOUS = frozenset({Outcome.VIOLATION, Outcome.PROTOCOL, Outcome.CRASH})
 """After these a canary comes at once."""
 MAY_BE_BUSY = frozenset({Outcome.TIMEOUT, Outcome.KILLED})
-"""A canary that ends so may have met a busy or crowded machine: a second one is asked before anyone is blamed."""
+"""A canary that ends so may have met a busy or crowded machine: a second one is run before the worker is blamed."""
 _NUM_TRIES = 2
 _NAMES = [
     "total",
@@ -50,11 +50,11 @@ _log = logging.getLogger(__name__)
 
 
 class Restartable(Protocol):
-    """What runs programs and can be replaced by a new one of its kind."""
+    """A worker that can be replaced by a new one of its kind."""
 
     @property
     def incarnation(self) -> int:
-        """A number that is another after every replacement."""
+        """A number that changes with every replacement."""
         ...
 
     def restart(self) -> None:
@@ -67,16 +67,16 @@ W = TypeVar("W", bound=Restartable)
 
 @dataclass(slots=True)
 class Slot:
-    """One job of a batch and, once it was run, what came of it."""
+    """One job of a batch and, once it was run, its execution."""
 
     job: Job
     execution: Execution | None = None
     incarnation: int = -1
-    """Which incarnation of the worker ran it."""
+    """Incarnation of the worker that ran it."""
 
     @property
     def result(self) -> Execution:
-        """What came of the job, which must have been run."""
+        """Execution of the job, which must have been run."""
         assert self.execution is not None, f"job {self.job.uid!r} was not run"
         return self.execution
 
@@ -116,7 +116,7 @@ def run_watched(worker: W, todo: deque[Slot], run: Callable[[W, Job], Execution]
 
 
 def _run_alone(worker: W, slot: Slot, run: Callable[[W, Job], Execution]) -> None:
-    """Run one job between two canaries, so that whose fault a wrong answer is can be told."""
+    """Run one job between two canaries, so that a wrong answer has one possible cause."""
     for _ in range(_NUM_TRIES):
         answers = _answers(worker, slot.job, run)
         if answers is False:
@@ -147,7 +147,7 @@ def _run_alone(worker: W, slot: Slot, run: Callable[[W, Job], Execution]) -> Non
 
 
 def _leave_out(slot: Slot, why: str) -> None:
-    """Make of the slot what says nothing about its program."""
+    """Replace the result of the slot by one that claims nothing about its program."""
     slot.execution = dataclasses.replace(slot.result, outcome=Outcome.SANDBOX_ERROR, results=(), detail=why)
 
 
@@ -175,15 +175,27 @@ def _answers(worker: W, like: Job, run: Callable[[W, Job], Execution]) -> bool |
 
 
 def canary(like: Job) -> tuple[Job, list[object]]:
-    """Return a new program with the values it must give, of the kind of `like` and under limits like its."""
+    """Return a new program with the values it must give, of the kind of `like` and under limits like its.
+
+    No value is 0 or empty, and the values of one canary differ: a worker that knows neither program nor arguments
+    and gives the same answer to everything is never right.
+    """
     limits = _roomy(like.limits)
     if like.stdin_cases:
         source, text, expected = _draw.choice((_read_sum, _read_words))()
         return Job(uid=like.uid, source=source, stdin_cases=(text,), limits=limits, profile=like.profile), [expected]
-    source, name, cases = _draw.choice((_filtered_sum, _sorted_pairs, _letters, _divisor))()
+    while True:
+        source, name, cases = _draw.choice((_filtered_sum, _sorted_pairs, _letters, _divisor))()
+        if _are_telling([value for _, value in cases]):
+            break
     calls = tuple(Call(function=name, args=args) for args, _ in cases)
     job = Job(uid=like.uid, source=source, calls=calls, limits=limits, profile=like.profile)
     return job, [value for _, value in cases]
+
+
+def _are_telling(values: list[object]) -> bool:
+    """Return whether no value could be given by chance: none is empty or 0, and they are not all the same."""
+    return all(values) and any(value != values[0] for value in values)
 
 
 def _roomy(limits: Limits) -> Limits:
@@ -238,7 +250,8 @@ def _letters() -> tuple[str, str, Cases]:
 def {name}(text):
     return {{letter: n for letter, n in Counter(text).items() if n >= {least}}}
 """
-    rows = [_text() for _ in range(_draw.randint(2, 4))]
+    # Without the letter that is there often enough, a short text would have none, and the answer would be {}.
+    rows = [_text() + _draw.choice("abcdefghij") * least for _ in range(_draw.randint(2, 4))]
     return source, name, [((row,), {x: row.count(x) for x in row if row.count(x) >= least}) for row in rows]
 
 
@@ -268,6 +281,6 @@ def _read_sum() -> tuple[str, str, str]:
 
 
 def _read_words() -> tuple[str, str, str]:
-    lines = [_text() for _ in range(_draw.randint(2, 5))]
+    lines = [_text() + _draw.choice("abcdefghij") for _ in range(_draw.randint(2, 5))]
     source = "import sys\nfor line in sys.stdin:\n    print(line.rstrip('\\n')[::-1].upper())\n"
     return source, "".join(f"{line}\n" for line in lines), "".join(f"{line[::-1].upper()}\n" for line in lines)

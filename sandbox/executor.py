@@ -1,9 +1,9 @@
 """Runs jobs on a pool of workers, in the best tier that this machine proves to hold.
 
 `open_executor()` tries `namespaces`, then `landlock`: a tier is taken when its workers start and the self-check (see
-`check`) finds every hostile probe stopped by what should stop it; that costs a second or two, once per process. When
-neither holds, SandboxUnavailable names both reasons and what would help. There is no silent step down: tier `process`
-opens only when it is asked for by name, and warns.
+`self_check`) finds every hostile probe stopped by what should stop it; that costs a second or two, once per process.
+When neither holds, SandboxUnavailable names both reasons and what would help. There is no silent step down: tier
+`process` opens only when it is requested by name, and warns.
 
 What each tier covers:
 
@@ -11,16 +11,16 @@ What each tier covers:
               own: it sees system libraries and the interpreter, read-only, an empty /tmp of limited size, a /proc
               with its own processes alone where the host allows, and no network. All its processes end with it.
 `landlock`    The same process on the host's file system, of which it can read the same trees and write nothing. It can
-              start no thread and no process and signal nobody. It can ask whether a path of the host exists, and there
-              is no scratch directory.
+              start no thread and no process and send no signal. It can find out whether a path of the host exists,
+              and there is no scratch directory.
 `process`     Limits and an unprivileged user, plus the network and ipc namespaces that are granted. It does not
               contain a hostile program: no system call is refused, and what its user can read or signal is in reach.
 
 All tiers: limits on processor time, wall time, memory, files, output and processes; no capabilities, no_new_privs,
 an unprivileged user when the host is root. `namespaces` and `landlock`: system calls beyond computing are refused.
-`isolation()` says what took effect, and in its notes why a better tier did not.
+`isolation()` reports what took effect, and in its notes why a better tier did not.
 
-What none covers: flaws of the kernel within the calls that remain, time and cache side channels, and memory of all
+Not covered by any: flaws of the kernel within the calls that remain, time and cache side channels, and memory of all
 programs together.
 """
 
@@ -34,15 +34,15 @@ import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
-from coupled.sandbox import worker as workers
-from coupled.sandbox.check import self_check
+from coupled.sandbox import zygote_process
 from coupled.sandbox.outcome import Reading, encode_job, read_calls, read_stdio
 from coupled.sandbox.pool import Pool
 from coupled.sandbox.relay import run_tests
+from coupled.sandbox.self_check import run_self_check
 from coupled.sandbox.types import CallResult, Execution, Isolation, Job, Outcome, SandboxUnavailable, Usage
-from coupled.sandbox.worker import Worker, WorkerDied
+from coupled.sandbox.worker import Worker
+from coupled.sandbox.zygote_process import WorkerDied
 
 _NUM_RETRIES = 2
 _NUM_STARTS = 3
@@ -51,22 +51,6 @@ _PAUSE_SECONDS = 0.5
 _open: weakref.WeakSet[LocalExecutor] = weakref.WeakSet()
 _held: set[tuple[object, ...]] = set()
 """Which tiers passed the self-check in this process, each with what could change that."""
-
-
-class Executor(Protocol):
-    """Runs untrusted programs. Fails closed: an executor that exists isolates as `isolation` says."""
-
-    def run(self, jobs: Sequence[Job]) -> list[Execution]:
-        """Return one execution per job, in the order of the jobs, whatever the programs do."""
-        ...
-
-    def isolation(self) -> Isolation:
-        """Return what holds a program on this machine."""
-        ...
-
-    def close(self) -> None:
-        """End all workers and what they run."""
-        ...
 
 
 class LocalExecutor(Pool[Worker]):
@@ -187,7 +171,7 @@ def open_executor(tier: str = "auto", *, num_workers: int = 1, preload: Sequence
 
 
 def _open_best(*, num_workers: int, preload: Sequence[str]) -> LocalExecutor:
-    workers.find_packages(preload)  # a missing package is no reason to try another tier
+    zygote_process.find_packages(preload)  # a missing package is no reason to try another tier
     refused: list[str] = []
     for open_tier in (_open_namespaces, _open_landlock):
         try:
@@ -219,14 +203,14 @@ def _open_process(*, num_workers: int, preload: Sequence[str]) -> LocalExecutor:
 def _open_checked(tier: str, num_workers: int, preload: Sequence[str]) -> LocalExecutor:
     """Open a tier that has passed the self-check in this process, or passes it now."""
     boot = Path("/proc/sys/kernel/random/boot_id")
-    key = (tier, boot.read_text() if boot.exists() else "", os.geteuid(), workers.PYTHON)
+    key = (tier, boot.read_text() if boot.exists() else "", os.geteuid(), zygote_process.PYTHON)
     if key not in _held:
         # A worker of its own: what one probe leaves behind, the next must not find.
         with LocalExecutor(tier) as executor:
-            failed = [check for check in self_check(executor) if not check.held]
+            failed = [check for check in run_self_check(executor) if not check.held]
         if failed:
-            told = "; ".join(f"{check.name}: {check.detail}" for check in failed)
-            raise SandboxUnavailable(f"tier {tier!r} does not hold on this machine: {told}")
+            found = "; ".join(f"{check.name}: {check.detail}" for check in failed)
+            raise SandboxUnavailable(f"tier {tier!r} does not hold on this machine: {found}")
         _held.add(key)
     return LocalExecutor(tier, num_workers=num_workers, preload=preload)
 

@@ -1,4 +1,4 @@
-"""From what the host saw of a run to an `Execution`. Pure; nothing the program says counts but its values."""
+"""Conclusions from a run as the host saw it. Pure; of all that a program writes only its values count."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from coupled.sandbox import codec
+from coupled.sandbox.conversation import LOCKED, Finished
+from coupled.sandbox.jail import codec
 from coupled.sandbox.types import CallResult, Job, Limits, Outcome, Raised
-from coupled.sandbox.worker import LOCKED, Finished
 
 MAX_RUN_PARTS = 4_000_000
 """Brackets and commas in all replies of one run: a few hundred MiB of values at the worst."""
@@ -21,7 +21,7 @@ _CPU_TOLERANCE = 0.5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reading:
-    """What one run of a program comes to."""
+    """The result of one run of a program."""
 
     outcome: Outcome
     results: tuple[CallResult, ...] = ()
@@ -29,11 +29,11 @@ class Reading:
 
 
 class Breach(ValueError):
-    """What a program wrote is not what was asked for."""
+    """A program wrote something other than the requested replies."""
 
 
 class Budget:
-    """What all replies of one run may hold together: a value takes up to thirty times its text."""
+    """The number of values that all replies of one run may hold: a value takes up to thirty times its text."""
 
     def __init__(self) -> None:
         self._left = MAX_RUN_PARTS
@@ -102,8 +102,8 @@ def read_stdio(run: Finished, job: Job) -> Reading:
 
 def not_started(run: Finished) -> Reading:
     """Return what it means that the first byte did not come: the sandbox is at fault, not the program."""
-    said = run.stream.decode("utf-8", errors="replace")[-2000:]
-    return Reading(outcome=Outcome.SANDBOX_ERROR, detail=f"not locked down, exit {run.exit}: {said}")
+    text = run.stream.decode("utf-8", errors="replace")[-2000:]
+    return Reading(outcome=Outcome.SANDBOX_ERROR, detail=f"not locked down, exit {run.exit}: {text}")
 
 
 def silence(run: Finished, limits: Limits) -> Outcome:
@@ -111,8 +111,8 @@ def silence(run: Finished, limits: Limits) -> Outcome:
     if run.wrote_too_much:
         return Outcome.OUTPUT_LIMIT
     if run.ran_out_of_time:
-        # Its threads can make its first one wait, for as long as they run. zygote.py takes that off, so that what is
-        # left here is another's doing: only a busy machine can cause it.
+        # Its threads can make its first one wait, for as long as they run. The zygote subtracts that, so that only a
+        # busy machine can cause the rest.
         is_overloaded = run.queued_seconds > limits.wall_seconds / 2
         return Outcome.OVERLOADED if is_overloaded else Outcome.TIMEOUT
     if run.exit is None:
@@ -121,7 +121,7 @@ def silence(run: Finished, limits: Limits) -> Outcome:
         return Outcome.INCOMPLETE
     if run.exit != -signal.SIGKILL:
         return Outcome.VIOLATION if run.exit == -signal.SIGSYS else Outcome.CRASH
-    # Asked of the time and not of who sent the signal: the host may have sent one to a program just killed.
+    # Decided by the time and not by the sender of the signal: the host may have signalled a program just killed.
     if run.cpu_seconds >= limits.cpu_seconds * _CPU_TOLERANCE:
         return Outcome.TIMEOUT
     return Outcome.INCOMPLETE if run.was_ended else Outcome.KILLED
@@ -145,7 +145,7 @@ def _frames(stream: bytes) -> Iterator[bytes]:
 
 
 def load_failure(frame: bytes) -> Raised | None:
-    """Return why the program did not load, None when it did; Breach when the frame does not say."""
+    """Return why the program did not load, None when it did; Breach when the frame is about something else."""
     tree = codec.parse(frame)
     if type(tree) is not dict or list(tree) != ["load"]:
         raise Breach("the first frame is not about loading")
@@ -168,7 +168,7 @@ def _reply(frame: bytes, index: int, job: Job, budget: Budget) -> CallResult:
         return CallResult(raised=_raised(tree["x"]))
     if "d" in tree:
         if not call.may_digest or type(tree["d"]) is not str or len(tree["d"]) != 64:
-            raise Breach("a digest was not asked for, or is none")
+            raise Breach("a digest was not requested, or is none")
         return CallResult(value=codec.Digest(tree["d"]))
     return CallResult(value=codec.decode_tree(tree["v"]))
 

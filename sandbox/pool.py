@@ -23,7 +23,7 @@ REMOTE = "remote"
 
 
 class Pooled(Restartable, Protocol):
-    """What a pool is made of."""
+    """A member of a pool."""
 
     @property
     def tier(self) -> str: ...
@@ -37,7 +37,7 @@ W = TypeVar("W", bound=Pooled)
 
 
 class Pool(Generic[W]):
-    """Workers and who may use them: the process that made the pool, until it is closed. A context manager.
+    """Workers for the process that made the pool, until it is closed. A context manager.
 
     `start` makes a worker; what it raises is raised here, after the workers made before were closed. `run_job` runs
     one job on one of them. May be used by several threads.
@@ -108,7 +108,7 @@ class Pool(Generic[W]):
         finally:
             for worker in self._workers:
                 worker.close()
-                self._idle.put(worker)  # whoever waits for one finds out
+                self._idle.put(worker)  # a thread that waits for one then raises
 
     def __enter__(self) -> Self:
         return self
@@ -134,11 +134,13 @@ def require_runnable(job: Job, tier: str) -> None:
     """Raise SandboxUnavailable when the tier cannot run such a job, whatever its program is."""
     if tier == REMOTE and job.tests is not None:
         raise SandboxUnavailable(
-            f"a server runs calls and programs that read stdin; job {job.uid!r} has tests that must speak with the "
-            "program while both run\nremedy: choose another sandbox.tier, or tests that are calls of literal arguments"
+            f"a server runs calls and programs that read stdin; job {job.uid!r} has tests that must exchange "
+            "messages with the program while both run\n"
+            "remedy: choose another sandbox.tier, or tests that are calls of literal arguments"
         )
     if tier not in (REMOTE, "namespaces") and job.profile != "strict":
         raise SandboxUnavailable(
             f"profile {job.profile!r} is available in tier 'namespaces' only; job {job.uid!r} needs it and the tier is "
-            f"{tier!r}\nremedy: `coupled doctor` says what keeps this machine from tier 'namespaces'; or leave it out"
+            f"{tier!r}\n"
+            "remedy: `coupled doctor` reports what keeps this machine from tier 'namespaces'; or leave it out"
         )

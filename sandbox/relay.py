@@ -1,8 +1,8 @@
 """Tests that are a program of their own, run beside the program they test. The host carries every frame between.
 
-In a second sandbox (`relay`) the tests call the program through the host: only their own frames say what passed,
+In a second sandbox (`relay`) the tests call the program through the host: only their own frames report what passed,
 and no byte of the program reaches their process but as a value of the codec. In process (`attend`) the program
-shares the interpreter with its tests and can say what it likes; the caller labels that as weak.
+shares the interpreter with its tests and can forge their reports; the caller labels that as weak.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from coupled.sandbox import codec
+from coupled.sandbox.conversation import Conversation, Finished
+from coupled.sandbox.jail import codec
 from coupled.sandbox.outcome import Breach, Budget, Reading, load_failure, not_started, silence
 from coupled.sandbox.types import CallResult, Job, Outcome, TestProgram, Usage
-from coupled.sandbox.worker import Conversation, Finished, Worker
+from coupled.sandbox.worker import Worker
 
 
 class _Over(Exception):
@@ -23,7 +24,7 @@ class _Over(Exception):
     def __init__(self, outcome: Outcome | None, detail: str = "") -> None:
         super().__init__(detail)
         self.outcome = outcome
-        """None: `at_fault` says it by its end."""
+        """None: the end of the program, or of its tests, decides."""
         self.detail = detail
         self.is_tests_end = False
 
@@ -89,7 +90,7 @@ def _expect_loaded(program: Conversation) -> None:
 
 
 def _relay(program: Conversation, tests: Conversation, spec: TestProgram, results: list[CallResult]) -> None:
-    """Carry calls to the program and replies back until the tests say that they are through."""
+    """Carry calls to the program and replies back until the tests report their end."""
     while True:
         frame = tests.receive()
         if frame is None:
@@ -112,7 +113,7 @@ def _relay(program: Conversation, tests: Conversation, spec: TestProgram, result
 
 
 def _fill(results: list[CallResult], upto: int) -> None:
-    """A part that was passed over, because what stands before it failed, has failed."""
+    """Mark the parts before `upto` that were skipped, because code before them failed, as failed."""
     while len(results) < upto:
         results.append(CallResult(value=False))
 
@@ -145,7 +146,7 @@ def _checked_reply(frame: bytes, spec: TestProgram) -> dict[str, Any]:
 
 
 def _attend(program: Conversation, spec: TestProgram, results: list[CallResult]) -> None:
-    """Collect what tests in the program's own process say: values seen on the way, then how each part ended."""
+    """Collect the reports of tests in the program's own process: values seen on the way, then each part's result."""
     seen: list[object] = []
     budget = Budget()
     while len(results) < len(spec.parts):
@@ -164,7 +165,7 @@ def _attend(program: Conversation, spec: TestProgram, results: list[CallResult])
 
 
 def _without_each_other(ends: list[Finished]) -> list[Finished]:
-    """The same, but for how long the two kept each other waiting: that is nobody else's doing."""
+    """Return the same ends without the time for which the two kept each other waiting: no other process caused it."""
     cpu_seconds = sum(end.cpu_seconds for end in ends)
     return [replace(end, queued_seconds=max(0.0, end.queued_seconds - (cpu_seconds - end.cpu_seconds))) for end in ends]
 

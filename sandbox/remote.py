@@ -1,17 +1,17 @@
-"""Tier `remote`: programs run on a server that speaks SandboxFusion's HTTP interface; values come back.
+"""Tier `remote`: programs run on a server with SandboxFusion's HTTP interface; values come back.
 
-A request carries one program. For calls that is a runner (`remote_runner.py` with `codec.py` and `child.py`): it
+A request carries one program. For calls that is a runner (`jail/remote_runner.py` with `codec.py` and `child.py`): it
 limits its own processor time and memory, loads the program and prints one reply per call behind a marker drawn
 for that request. For stdin it is the same runner around the program as `__main__`. The comparison stays on this
 host, so nothing the program prints can be better than the right answer.
 
 What the tier covers is what the server covers. Ours: the expected values never leave the host; limits of
-processor time and memory; seeds; a server that answers wrongly is found out by canaries. **Not** ours: file
+processor time and memory; seeds; a server that answers wrongly is detected by canaries. **Not** ours: file
 system, network, other programs and the kernel of the server, whose default configuration isolates nothing. The
 runner shares a process with the program, which can therefore read the marker and write replies itself (the best
 of them is the right answer), and can read the inputs of calls still to come. A program that can harm the server
 can make requests fail, and such failures count as infrastructure; wall time lost to a busy server counts as the
-program's, because only the server could tell.
+program's, because only the server could distinguish it.
 """
 
 from __future__ import annotations
@@ -30,16 +30,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from coupled.sandbox.conversation import LOCKED, Finished
 from coupled.sandbox.executor import run_job
 from coupled.sandbox.pool import REMOTE, Pool
 from coupled.sandbox.types import Call, Execution, Isolation, Job, Limits, Outcome, SandboxUnavailable
-from coupled.sandbox.worker import LOCKED, Finished, Worker, WorkerDied
+from coupled.sandbox.worker import Worker
+from coupled.sandbox.zygote_process import WorkerDied
 
-_HERE = Path(__file__).parent
+_JAIL = Path(__file__).parent / "jail"
 _BACKOFF_SECONDS = 0.5
 """Before a request is sent again; doubled each time."""
 _GRACE_SECONDS = 30.0
-"""How much longer than its wall limit a program's answer may take: the server starts an interpreter and queues."""
+"""Time for a program's answer beyond its wall limit: the server starts an interpreter and queues."""
 _MAX_ANSWER = 64 << 20
 _REMEDY = (
     "remedy: sandbox.url is the base address of a SandboxFusion server, such as http://localhost:8080, that this host "
@@ -50,7 +52,7 @@ _TRIAL_STDIN = "print(int(input()) * 7)"
 
 
 class _NoAnswer(Exception):
-    """The server did not run the program, or did not say what came of it."""
+    """The server did not run the program, or did not report the result."""
 
 
 class _TooMuch(Exception):
@@ -69,7 +71,7 @@ class RemoteExecutor(Pool["_Connection"]):
         self._isolation = _isolation(url, self._try_out(url))
 
     def isolation(self) -> Isolation:
-        """Return what is known to hold: next to nothing, since the server does not say how it isolates."""
+        """Return what is known to hold: next to nothing, since the server does not report how it isolates."""
         return self._isolation
 
     def _try_out(self, url: str) -> str:
@@ -109,7 +111,7 @@ class _Connection:
     def run(self, body: bytes, limits: Limits, stdin: bytes | None = None, profile: str = "strict") -> Finished:
         """Run one program whose job is `body`; what a profile forbids is the server's to forbid.
 
-        Raises WorkerDied when the server does not say what came of it.
+        Raises WorkerDied when the server does not report the result.
         """
         marker = secrets.token_hex(16)
         program = runner(body.decode(), limits, marker, has_stdin=stdin is not None)
@@ -201,14 +203,14 @@ def runner(job: str, limits: Limits, marker: str, *, has_stdin: bool) -> str:
         "cpu_seconds": limits.cpu_seconds,
         "memory_mb": limits.memory_mb,
         "file_kb": limits.file_kb,
-        "sources": {name: (_HERE / f"{name}.py").read_text("utf-8") for name in ("codec", "child")},
+        "sources": {name: (_JAIL / f"{name}.py").read_text("utf-8") for name in ("codec", "child")},
     }
-    code = (_HERE / "remote_runner.py").read_text("utf-8")
+    code = (_JAIL / "remote_runner.py").read_text("utf-8")
     return code.replace("GIVEN: Any = None", f"GIVEN: Any = {given!a}", 1)
 
 
 def _finished(answer: Mapping[str, Any], marker: str, limits: Limits, *, has_stdin: bool) -> Finished:
-    """Put what the server says in the words of a local run; _NoAnswer when it did not run the program."""
+    """Translate the answer of the server to a local run; _NoAnswer when it did not run the program."""
     result = answer.get("run_result")
     if answer["status"] == "SandboxError" or not isinstance(result, dict) or result.get("status") == "Error":
         raise _NoAnswer(f"the server could not run the program: {str(answer.get('message'))[:300]}")
@@ -250,7 +252,7 @@ def _stream(channel: str, marker: str) -> bytes:
 
 
 def _exit_status(code: object) -> int:
-    """Return the status, or minus a signal; a shell in between says 128 + signal."""
+    """Return the status, or minus a signal; a shell in between reports 128 + signal."""
     if not isinstance(code, int):
         return 1
     return 128 - code if 128 < code < 128 + signal.NSIG else code
@@ -263,7 +265,6 @@ def _isolation(url: str, version: str) -> Isolation:
         has_network=True,
         filesystem="the server's",
         processes="ended by the server",
-        has_own_ipc=False,
         has_filter=False,
         notes=(
             f"{url} runs programs with Python {version}, isolated as its operator configured it",

@@ -1,21 +1,22 @@
-"""The records of the sandbox: what to run, within which limits, and what came of it."""
+"""The records of the sandbox: jobs, limits, executions and isolation, and the protocol of executors."""
 
 from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 PROFILES = ("strict", "compat")
 
 
 class SandboxUnavailable(RuntimeError):
-    """This machine cannot run untrusted programs as asked; the message says why and what would help."""
+    """This machine cannot run untrusted programs as requested; the message names the reason and a remedy."""
 
 
 class Outcome(enum.StrEnum):
-    """How one program ended. None of them says that the program is right: the caller compares the values."""
+    """The end of one program. No outcome means that the program is right: the caller compares the values."""
 
     OK = "ok"
     """Every call was answered (a raised exception is an answer), every input was run to exit status 0."""
@@ -27,10 +28,10 @@ class Outcome(enum.StrEnum):
     CRASH = "crash"
     """It died of a signal of its own, or, reading stdin, ended with a status other than 0."""
     VIOLATION = "violation"
-    """It did what a program here must not do: a forbidden system call, or an attack on its supervisor."""
+    """It did what a program here must not do: a forbidden system call, or an attack on its worker."""
     OUTPUT_LIMIT = "output_limit"
     PROTOCOL = "protocol"
-    """It wrote something else than the replies that were asked for; its replies are thrown away."""
+    """It wrote something other than the requested replies; its replies are discarded."""
     INCOMPLETE = "incomplete"
     """It ended, or stopped replying, before every call was answered."""
     SANDBOX_ERROR = "sandbox_error"
@@ -40,13 +41,13 @@ class Outcome(enum.StrEnum):
 
     @property
     def is_infrastructure(self) -> bool:
-        """True when the outcome says nothing about the program and nothing it did can have caused it."""
+        """True when the outcome proves nothing about the program and nothing it did can have caused it."""
         return self in (Outcome.SANDBOX_ERROR, Outcome.OVERLOADED)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one program may use. Example: `Limits(cpu_seconds=1, memory_mb=256)`."""
+    """Resources that one program may use. Example: `Limits(cpu_seconds=1, memory_mb=256)`."""
 
     cpu_seconds: int = 2
     """Processor time of the program with all its calls; whole seconds because the kernel counts so."""
@@ -62,7 +63,7 @@ class Limits:
     """Size of one file."""
     max_processes: int = 16
     """Threads besides the program itself (profile `compat`: threads and processes together); 0: it can start none.
-    Tier `landlock` allows none, whatever is said here: there they could not be told from the host's."""
+    Tier `landlock` allows none, whatever the value: there they could not be distinguished from the host's."""
 
     def __post_init__(self) -> None:
         for name in ("cpu_seconds", "wall_seconds", "memory_mb", "output_kb", "max_files", "file_kb"):
@@ -91,8 +92,8 @@ class Call:
     keep_floats: bool = False
     """True: floats, and lists and tuples of floats alone, come as they are all the same."""
     items: str = ""
-    """What the test does with a reply besides nothing else: `walked` (as `list` does) or `counted` (as `len` does). One
-    of a type that does not travel, such as a generator or a deque, then comes as the list of what it gives."""
+    """The only use of a reply by its test: `walked` (as `list` does) or `counted` (as `len` does). One of
+    a type that does not travel, such as a generator or a deque, then comes as the list of what it gives."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,24 +105,24 @@ class TestProgram:
     __test__ = False  # pytest: this is no test class
     source: str
     parts: tuple[str, ...]
-    """What is judged one by one: numbers, which the source enters as `with __part__(number):`, or, for test
+    """The units that are judged one by one: numbers, which the source enters as `with __part__(number):`, or, for test
     classes, `Class.method`."""
     names: tuple[str, ...] = ()
-    """What the tests take from the program."""
+    """Names that the tests take from the program."""
     classes: tuple[str, ...] = ()
-    """Those of the names whose objects the tests may hold. What the methods of these say is the program's word."""
+    """The names of classes whose objects the tests may hold. Replies of their methods are the program's word."""
     is_in_process: bool = False
     """False: the tests run in a second sandbox, and the program in its own answers their calls. True: both
-    share one process, so the program can forge what its tests say."""
+    share one process, so the program can forge the results of its tests."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One program with what is asked of it: calls, or inputs to read from stdin, or a program that tests it.
+    """One program with its task: calls, or inputs to read from stdin, or a program that tests it.
 
     With `calls` the source is loaded once and answers them in order in one process. With `stdin_cases` it
     runs once per input as `__main__`, each in a process of its own. With `tests` there is one result per part:
-    True or False, or, in process, [what the tests say, [[site, value], ...]].
+    True or False, or, in process, [the result of the tests, [[site, value], ...]].
     """
 
     uid: str
@@ -133,8 +134,8 @@ class Job:
     tests: TestProgram | None = None
     limits: Limits = field(default_factory=Limits)
     profile: str = "strict"
-    """`strict`: computes, with threads. `compat`: may also start processes and open sockets that reach nobody else;
-    only in tier `namespaces`, and its memory is bounded per process, not in all."""
+    """`strict`: computes, with threads. `compat`: may also start processes and open sockets that reach no other
+    program; only in tier `namespaces`, and its memory is bounded per process, not in all."""
 
     def __post_init__(self) -> None:
         if self.calls and self.stdin_cases:
@@ -149,7 +150,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Raised:
-    """An exception as the program told it: its type's name and its text, both untrusted."""
+    """An exception as the program reported it: its type's name and its text, both untrusted."""
 
     type: str
     text: str
@@ -165,7 +166,7 @@ class CallResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Usage:
-    """What one program took."""
+    """Resources that one program used."""
 
     cpu_seconds: float = 0.0
     wall_seconds: float = 0.0
@@ -175,7 +176,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Execution:
-    """What came of a job. `results` has one entry per answered call (or input), in order; maybe not all."""
+    """The execution of a job. `results` has one entry per answered call (or input), in order; maybe not all."""
 
     uid: str
     outcome: Outcome
@@ -190,23 +191,37 @@ class Execution:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Isolation:
-    """What holds a program on this machine, as it took effect and not as it was asked for."""
+    """The isolation of programs on this machine, as it took effect and not as it was requested."""
 
     tier: str
     user: str
-    """Who the program runs as. Example: `uid 62001`."""
+    """User of the program. Example: `uid 62001`."""
     has_network: bool
     """True: nothing keeps the program from the host's network."""
     filesystem: str
     """`private root (...)`, or `host (...)`: what the host lets that user read can be read."""
     processes: str
-    """How processes of the program are stopped: `own pid namespace`, `none can be started`, or `killed by the
-    supervisor`."""
-    has_own_ipc: bool
-    """False: System V shared memory is the host's."""
+    """The means that stops processes of the program: `own pid namespace`, `none can be started`, or `killed by the
+    worker`."""
     has_filter: bool
     """True: system calls that computing does not need are refused."""
     shown: tuple[str, ...] = ()
     """The host's paths that a program can read."""
     notes: tuple[str, ...] = ()
     """Why something did not take effect, one line each."""
+
+
+class Executor(Protocol):
+    """Runs untrusted programs. Fails closed: an executor that exists isolates as `isolation` reports."""
+
+    def run(self, jobs: Sequence[Job]) -> list[Execution]:
+        """Return one execution per job, in the order of the jobs, whatever the programs do."""
+        ...
+
+    def isolation(self) -> Isolation:
+        """Return the isolation of a program on this machine."""
+        ...
+
+    def close(self) -> None:
+        """End all workers and what they run."""
+        ...

@@ -90,6 +90,33 @@ def test_the_sandbox_imports_the_standard_library_alone() -> None:
     assert odd == {}
 
 
+JAIL = [name for name in FILES if name.startswith("sandbox/jail/")]
+"""Modules that run beside programs. They are loaded by path, in an interpreter without the package `coupled`."""
+
+
+def test_modules_of_the_jail_import_the_standard_library_alone_and_not_each_other() -> None:
+    assert len(JAIL) == 8
+    odd = {name: module for name in JAIL for module in imports_within(name) if not is_allowed(module, ours=())}
+    assert odd == {}
+
+
+def test_other_modules_import_the_codec_of_the_jail_alone() -> None:
+    found = {m for name in FILES.keys() - set(JAIL) for m in jail_imports_of(FILES[name])}
+    assert found == {"codec"}
+
+
+def jail_imports_of(path: Path) -> set[str]:
+    """Modules of `sandbox/jail` that a file imports, at any depth and in either form of the statement."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    prefix = "coupled.sandbox.jail."
+    return {name.removeprefix(prefix).split(".")[0] for name in found if name.startswith(prefix)}
+
+
 def test_rewards_import_the_sandbox_and_the_standard_library_alone() -> None:
     ours = ("coupled.reward", "coupled.sandbox")
     odd = {n: m for n in of_package("reward") for m in imports_within(n) if not is_allowed(m, ours=ours)}
@@ -185,7 +212,7 @@ class SeedCalls(ast.NodeVisitor):
 
 
 # The child process of the sandbox seeds its own generator: programs then give the same values whenever they are run.
-@pytest.mark.parametrize("name", sorted(FILES.keys() - {"sandbox/child.py"}))
+@pytest.mark.parametrize("name", sorted(FILES.keys() - {"sandbox/jail/child.py"}))
 def test_no_file_sets_a_global_generator_outside_a_fork(name: str) -> None:
     calls = SeedCalls()
     calls.visit(ast.parse(FILES[name].read_text()))

@@ -78,7 +78,7 @@ def test_the_unpacked_wheel_imports_without_the_repository(wheel: Path, tmp_path
 import sys
 sys.meta_path = [f for f in sys.meta_path if "Editable" not in getattr(f, "__name__", "")]
 sys.path = [{str(tmp_path)!r}, *(p for p in sys.path if "__editable__" not in p)]
-import coupled.reward, coupled.recipes, coupled.sandbox, coupled.sandbox.zygote, coupled.sandbox.child
+import coupled.reward, coupled.recipes, coupled.sandbox, coupled.sandbox.jail.zygote, coupled.sandbox.jail.child
 from coupled.rl.recipe.read import load_recipe
 for module in (coupled.reward, coupled.recipes, coupled.sandbox):
     assert module.__file__.startswith({str(tmp_path)!r}), module.__file__

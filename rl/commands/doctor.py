@@ -12,7 +12,7 @@ import torch
 
 from coupled.rl.errors import CoupledError
 from coupled.rl.run_folder.provenance import PACKAGES, installed_version, usable_cores
-from coupled.sandbox import Isolation, SandboxUnavailable, open_executor, self_check
+from coupled.sandbox import Isolation, SandboxUnavailable, open_executor, run_self_check
 
 MIN_SHM_GIB = 1.0
 MIN_DISK_GIB = 2.0
@@ -113,7 +113,7 @@ def _sandbox() -> list[Finding]:
             findings.append(Finding(name="sandbox: not granted", is_good=not remedy, detail=reason, remedy=remedy))
         findings += [
             Finding(name=f"sandbox: {check.name}", is_good=check.held, detail=check.detail)
-            for check in self_check(executor)
+            for check in run_self_check(executor)
         ]
     return findings
 

@@ -11,7 +11,7 @@ import pytest
 from coupled.reward import Judge, Status, Task, UnsupportedTest, arguments_test, evalplus_task
 from coupled.reward.evalplus import matches, parse_arguments
 from coupled.sandbox import Digest, Execution, Job, Limits, LocalExecutor, Opaque, Outcome
-from coupled.sandbox.codec import digest
+from coupled.sandbox.jail.codec import digest
 
 
 def task(oracle: str = "equal", atol: float = 0.0, **fields: Any) -> Task:

@@ -1,4 +1,4 @@
-"""Things of the host that a contained program can neither see nor touch, and how one tells that it did."""
+"""Things of the host that a contained program can neither see nor touch, and the signs that it did."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Canaries:
         for name, sock in zip(("tcp", "udp", "abstract", "path", "datagram"), self._sockets, strict=True):
             with contextlib.suppress(BlockingIOError):
                 came: Any = sock.recv(100) if sock.type == socket.SOCK_DGRAM else sock.accept()[0].close()
-                found.append(f"{name}: somebody came {came or ''}")
+                found.append(f"{name}: a visitor came {came or ''}")
         found += [f"left: {path}" for path in _traces()]
         found += [f"left: {kind} {key}" for kind, key, _ in self._system_ipc()]
         if "@hostile" in Path("/proc/net/unix").read_text():
@@ -196,7 +196,7 @@ def _python() -> str:
 
 
 def _names(folder: Path) -> list[str] | str:
-    """What is in a folder, or why that cannot be told: a program of the host's user may have moved it."""
+    """The names in a folder, or why it cannot be read: a program of the host's user may have moved it."""
     try:
         return sorted(os.listdir(folder))
     except OSError as error:

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +36,17 @@ def open_python() -> str:
             if asked.stdout.strip() == "True":
                 return python
     pytest.skip("needs an interpreter of 3.11 or newer that everybody may read")
+
+
+@pytest.fixture
+def own_temporary_files(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The temporary folder of this test and the processes that it starts: other sandboxes leave nothing in it."""
+    folder = Path(tempfile.mkdtemp(prefix="own-"))
+    folder.chmod(0o711)  # programs of another user pass through it
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    monkeypatch.setenv("TMPDIR", str(folder))
+    yield folder
+    shutil.rmtree(folder)
 
 
 Run = Callable[..., Execution]

@@ -88,7 +88,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def run(request: dict[str, Any]) -> dict[str, Any]:
-    """Run one program through a shell, as the real server does, and say what came of it in its words."""
+    """Run one program through a shell, as the real server does, and report the result in its words."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "program.py"
         file.write_text(request["code"])

@@ -1,4 +1,4 @@
-"""The attack suite in every tier: nobody is paid, nothing of the host is harmed, the next program is judged as ever.
+"""The attack suite in every tier: no program is paid, the host is unharmed, the next program is judged as ever.
 
 Every program goes through the real judge, with hidden tests whose expected value it cannot guess. Canaries are looked
 at after each; so is an honest program on the same worker. Tier `process` does not contain programs: there the attempts
@@ -25,7 +25,17 @@ from attacks.record import Program
 from canaries import Canaries
 
 from coupled.reward import Judge, Judgement, Status, Task, arguments_test, stdio_test
-from coupled.sandbox import TIERS, Call, Execution, Executor, Job, Limits, SandboxUnavailable, open_executor, worker
+from coupled.sandbox import (
+    TIERS,
+    Call,
+    Execution,
+    Executor,
+    Job,
+    Limits,
+    SandboxUnavailable,
+    open_executor,
+    zygote_process,
+)
 
 PROGRAMS = [
     pytest.param(category, program, id=f"{category}: {program.name}")
@@ -33,7 +43,7 @@ PROGRAMS = [
     for program in programs
 ]
 CONTAINMENT = ("filesystem", "network", "processes", "leftovers", "kernel", "resources")
-"""What tier `process` does not promise."""
+"""Categories that tier `process` does not contain."""
 SMALL: dict[str, Any] = {
     "cpu_seconds": 1,
     "wall_seconds": 20.0,
@@ -43,7 +53,7 @@ SMALL: dict[str, Any] = {
 }
 INPUTS = (1, 2, 3)
 SECRET = random.SystemRandom().randrange(900_000_001, 1_000_000_000)
-"""What `f` must return: no program can compute it, so one that returns it has found it."""
+"""The value that `f` must return: no program can compute it, so one that returns it has found it."""
 
 SQUARE_TASK = Task(
     uid="square",
@@ -139,9 +149,9 @@ class Arena:
         self.canaries = self._watch()
 
     def _watch(self) -> Canaries:
-        process = self.executor._workers[0]._process
-        assert process is not None
-        return Canaries(int(self.executor.isolation().user.split()[1]), process.pid)
+        pid = self.executor._workers[0].pid
+        assert pid is not None
+        return Canaries(int(self.executor.isolation().user.split()[1]), pid)
 
     def watch_afresh(self) -> None:
         self.canaries.close()
@@ -196,7 +206,7 @@ def arena(request: pytest.FixtureRequest) -> Iterator[Arena]:
     with pytest.MonkeyPatch.context() as patch:
         if request.param != "namespaces":
             # There programs read the interpreter where it lies; in `namespaces` it is shown to them.
-            patch.setattr(worker, "PYTHON", request.getfixturevalue("open_python"))
+            patch.setattr(zygote_process, "PYTHON", request.getfixturevalue("open_python"))
         try:
             arena = Arena(request.param)
         except SandboxUnavailable as error:

@@ -13,12 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from coupled.sandbox import Limits, LocalExecutor, SandboxUnavailable, self_check
-from coupled.sandbox import check as check_module
+from coupled.sandbox import Limits, LocalExecutor, SandboxUnavailable, conversation, run_self_check, zygote_process
 from coupled.sandbox import executor as executor_module
-from coupled.sandbox import worker as worker_module
+from coupled.sandbox import self_check as check_module
 
-SANDBOX = Path(__file__).parents[2] / "sandbox"
+JAIL = Path(__file__).parents[2] / "sandbox/jail"
 PARTS = ("zygote", "child", "codec", "confine", "seccomp", "landlock")
 BEFORE_PACKAGES = "    for path in packages:\n        here"
 NPROC = '_num_tasks(here, limits["max_processes"])'
@@ -87,7 +86,7 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Break:
     def check(tier: str, changes: list[tuple[str, str]]) -> set[str]:
         left = list(changes)
         for part in PARTS:
-            source = (SANDBOX / f"{part}.py").read_text()
+            source = (JAIL / f"{part}.py").read_text()
             for change in changes:
                 if change[0] in source:
                     assert source.count(change[0]) == 1, f"not clear which {change[0]!r} is meant"
@@ -95,9 +94,9 @@ def broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Break:
                     left.remove(change)
             (tmp_path / f"{part}.py").write_text(source)
         assert left == [], "the measure is not where this test looks for it"
-        monkeypatch.setattr(worker_module, "_ZYGOTE", tmp_path / "zygote.py")
+        monkeypatch.setattr(zygote_process, "_ZYGOTE", tmp_path / "zygote.py")
         with LocalExecutor(tier) as executor:
-            return {check.name for check in self_check(executor) if not check.held}
+            return {check.name for check in run_self_check(executor) if not check.held}
 
     return check
 
@@ -132,15 +131,15 @@ def test_the_self_check_notices_that_processor_time_is_not_limited(
 def test_the_self_check_notices_that_wall_time_is_not_limited(
     executor: LocalExecutor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attend = worker_module.Worker._attend
+    attend = conversation._attend
 
-    def patient(self: worker_module.Worker, *args: object) -> object:
+    def patient(*args: object) -> object:
         slow = [dataclasses.replace(arg, wall_seconds=60.0) if isinstance(arg, Limits) else arg for arg in args]
-        return attend(self, *slow)  # type: ignore[arg-type]
+        return attend(*slow)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(worker_module.Worker, "_attend", patient)
+    monkeypatch.setattr(conversation, "_attend", patient)
     monkeypatch.setattr(check_module, "_SLEEP", check_module._SLEEP.replace("600", "3"))  # or it would be long
-    assert {check.name for check in self_check(executor) if not check.held} == {"sleep"}
+    assert {check.name for check in run_self_check(executor) if not check.held} == {"sleep"}
 
 
 def test_the_self_check_notices_groups_of_the_host(broken: Break, executor: LocalExecutor) -> None:
@@ -153,7 +152,7 @@ def test_the_self_check_reads_files_that_no_private_directory_hides(
     broken: Break, open_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tmp_path.chmod(0o700)
-    monkeypatch.setattr(worker_module, "PYTHON", open_python)
+    monkeypatch.setattr(zygote_process, "PYTHON", open_python)
     monkeypatch.setattr(check_module, "_open_directory", lambda: str(tmp_path))
     readable = ("= [path for path in here.shown if path not in _DEVICES]", '= ["/"]')
     assert "file of the host" in broken("landlock", [readable])
@@ -180,7 +179,7 @@ def test_the_self_check_notices_what_is_missing_from_landlock(
     open_python: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(worker_module, "PYTHON", open_python)
+    monkeypatch.setattr(zygote_process, "PYTHON", open_python)
     assert noticed <= broken("landlock", changes)
 
 
@@ -188,11 +187,11 @@ def test_a_tier_that_fails_its_self_check_is_not_opened_and_the_next_one_is_trie
     tmp_path: Path, open_python: str, monkeypatch: pytest.MonkeyPatch, executor: LocalExecutor
 ) -> None:
     for part in PARTS:
-        shutil.copy(SANDBOX / f"{part}.py", tmp_path)
+        shutil.copy(JAIL / f"{part}.py", tmp_path)
     source = (tmp_path / "confine.py").read_text()
     (tmp_path / "confine.py").write_text(source.replace("size=64m,", "size=1g,"))
-    monkeypatch.setattr(worker_module, "_ZYGOTE", tmp_path / "zygote.py")
-    monkeypatch.setattr(worker_module, "PYTHON", open_python)
+    monkeypatch.setattr(zygote_process, "_ZYGOTE", tmp_path / "zygote.py")
+    monkeypatch.setattr(zygote_process, "PYTHON", open_python)
     monkeypatch.setattr(executor_module, "_held", set())
     with pytest.raises(SandboxUnavailable, match="'namespaces' does not hold on this machine: scratch directory"):
         executor_module.open_executor("namespaces")

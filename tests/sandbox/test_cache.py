@@ -12,6 +12,7 @@ import pytest
 
 from coupled.sandbox import (
     CachedExecutor,
+    CacheStatistics,
     Call,
     CallResult,
     Execution,
@@ -24,6 +25,7 @@ from coupled.sandbox import (
     Outcome,
     Raised,
     SandboxUnavailable,
+    cache,
 )
 from coupled.sandbox.cache import KEPT, job_key
 
@@ -49,9 +51,7 @@ class Scripted:
         return [Execution(uid=job.uid, outcome=self.outcome, results=results, tier="scripted") for job in jobs]
 
     def isolation(self) -> Isolation:
-        return Isolation(
-            tier="scripted", user="", has_network=False, filesystem="", processes="", has_own_ipc=True, has_filter=True
-        )
+        return Isolation(tier="scripted", user="", has_network=False, filesystem="", processes="", has_filter=True)
 
     def close(self) -> None:
         self.batches.append(["closed"])
@@ -64,7 +64,7 @@ def test_the_same_program_is_run_once_and_its_second_execution_is_the_first(exec
     assert first.outcome is Outcome.OK
     assert second == dataclasses.replace(first, uid="b"), "a new run would have read another time"
     assert executor.run([job(CLOCK, 3)])[0].results != first.results, "the program is indeed never like itself"
-    assert cached.statistics().hit_rate == 0.5
+    assert cached.statistics() == CacheStatistics(num_jobs=2, num_hits=1)
 
 
 def test_duplicates_within_a_batch_are_run_once_and_each_gets_its_own_uid() -> None:
@@ -183,9 +183,12 @@ def test_a_failure_reaches_everybody_who_waits_and_the_job_is_new_again() -> Non
     assert cached.run([job("a")])[0].outcome is Outcome.OK
 
 
-def test_what_was_used_longest_ago_goes_first_and_results_too_large_are_not_kept() -> None:
+def test_what_was_used_longest_ago_goes_first_and_results_too_large_are_not_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cache, "MAX_VALUES", 40)  # two entries of 17 fit
     inner = Scripted()
-    cached = CachedExecutor(inner, max_values=40)  # room for two entries of 17
+    cached = CachedExecutor(inner)
     for source in ("a", "b", "a", "c", "a", "b"):
         cached.run([job(source)])
     assert inner.batches == [["a"], ["b"], ["c"], ["b"]]
@@ -200,9 +203,10 @@ def test_what_was_used_longest_ago_goes_first_and_results_too_large_are_not_kept
     [1 << 80_000, [range(1 << 80_000)], "\u2603" * 5000, Opaque("x" * 9000), {(): b"x" * 9000}],
     ids=["int", "range", "text", "opaque", "bytes"],
 )
-def test_one_value_that_is_large_by_itself_counts_by_its_size(large: object) -> None:
+def test_one_value_that_is_large_by_itself_counts_by_its_size(large: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "MAX_VALUES", 70)
     inner = Scripted(value=large)
-    cached = CachedExecutor(inner, max_values=70)
+    cached = CachedExecutor(inner)
     for source in ("a", "a"):
         cached.run([job(source)])
     assert inner.batches == [["a"], ["a"]], "about 10 kB are more than 70 values"
@@ -220,8 +224,9 @@ def test_texts_besides_the_values_count_too(where: str, monkeypatch: pytest.Monk
 
     run = Scripted.run
     monkeypatch.setattr(Scripted, "run", talkative)
+    monkeypatch.setattr(cache, "MAX_VALUES", 70)
     inner = Scripted()
-    cached = CachedExecutor(inner, max_values=70)
+    cached = CachedExecutor(inner)
     for source in ("a", "a"):
         cached.run([job(source)])
     assert inner.batches == [["a"], ["a"]]
@@ -234,5 +239,3 @@ def test_a_cache_is_an_executor_and_closes_the_one_behind_it() -> None:
         assert executor.isolation().tier == "scripted"
         assert executor.run([]) == []
     assert inner.batches == [["closed"]], "no jobs, nothing to run"
-    with pytest.raises(ValueError, match="received -1"):
-        CachedExecutor(inner, max_values=-1)

@@ -1,4 +1,4 @@
-"""Canaries: a worker that lies is found out, replaced, and what it said since its last good answer is made anew."""
+"""Canaries: a worker that lies is detected and replaced, and its results since its last good answer are made anew."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ from coupled.sandbox import (
     canary,
     open_executor,
 )
-from coupled.sandbox.worker import Finished, Worker
+from coupled.sandbox.conversation import Finished
+from coupled.sandbox.jail.codec import encode
+from coupled.sandbox.worker import Worker
 
 POISON = "poison = 1\ndef f(x): return x"
 
@@ -33,6 +35,11 @@ POISON = "poison = 1\ndef f(x): return x"
 def job(uid: str, source: str = "def f(x): return x * 2", x: object = 21, **limits: float) -> Job:
     given = Limits(**({"cpu_seconds": 1, "wall_seconds": 20.0} | limits))  # type: ignore[arg-type]
     return Job(uid=uid, source=source, calls=(Call(function="f", args=(x,)),), limits=given)
+
+
+def lie(reply: bytes) -> bytes:
+    """Make a well-formed reply with another value: 42 becomes 52."""
+    return re.sub(rb'("v":[^0-9}]*-?)(\d)', lambda m: m[1] + b"%d" % ((int(m[2]) + 1) % 10), reply)
 
 
 def outcomes(executions: list[Execution]) -> list[tuple[Outcome, object]]:
@@ -52,11 +59,7 @@ class Liar:
             self.bodies.append(body)
             finished = run(worker, body, *rest)  # type: ignore[arg-type]
             if worker in self.poisoned or self.lies_always:
-                # 42 becomes 43: a well-formed reply of the same length with another value.
-                stream = re.sub(
-                    rb'("v":[^0-9}]*-?)(\d)', lambda m: m[1] + b"%d" % ((int(m[2]) + 1) % 10), finished.stream
-                )
-                object.__setattr__(finished, "stream", stream)
+                object.__setattr__(finished, "stream", lie(finished.stream))
             if b"poison" in body:
                 self.poisoned.add(worker)
             return finished
@@ -158,10 +161,10 @@ def test_results_of_a_worker_that_died_before_its_canary_are_made_anew(
     def dying(worker: Worker, body: bytes, *rest: object) -> Finished:
         finished = run(worker, body, *rest)  # type: ignore[arg-type]
         if b"last" in body and not killed:
-            assert worker._process is not None
-            killed.append(worker._process.pid)
-            os.kill(killed[0], signal.SIGKILL)
-            worker._process.wait()
+            assert worker.pid is not None
+            killed.append(worker.pid)
+            os.kill(worker.pid, signal.SIGKILL)
+            os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
         return finished
 
     monkeypatch.setattr(Worker, "run", dying)
@@ -185,6 +188,20 @@ def test_canaries_are_answered_by_honest_workers_and_never_twice_the_same(execut
     assert len({(j.source, repr(j.calls), j.stdin_cases) for j, _ in drawn}) == 40
 
 
+@pytest.mark.parametrize("like", [job("like"), Job(uid="like", source="", stdin_cases=("1",))], ids=["calls", "stdin"])
+def test_no_canary_is_answered_right_by_chance(like: Job) -> None:
+    """Once in a hundred all answers were {}: the empty answer was believed, and so was a lie about numbers."""
+    for _ in range(5000):
+        drawn, expected = canary.canary(like)
+        assert all(expected), drawn
+        if like.calls:
+            assert any(value != expected[0] for value in expected), drawn
+            replies = [f'{{"n":{n},"v":{encode(value)}}}'.encode() for n, value in enumerate(expected)]
+            assert all(lie(reply) != reply for reply in replies), drawn
+        else:
+            assert all(line.strip() for line in str(expected[0]).splitlines()), drawn
+
+
 def test_a_value_of_another_type_is_a_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     like = job("like")
     monkeypatch.setattr(canary, "canary", lambda _: (like, [1]))
@@ -199,7 +216,7 @@ def test_a_value_of_another_type_is_a_wrong_answer(monkeypatch: pytest.MonkeyPat
 
 
 class Plain:
-    """A worker that nothing is behind; `script` says how each canary ends: an outcome, or a value in place of 1."""
+    """A worker without a process; `script` is the end of each canary: an outcome, or a value in place of 1."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *script: Outcome | int) -> None:
         self.incarnation = 0
@@ -263,8 +280,9 @@ def test_a_server_that_stops_answering_between_a_program_and_its_canary_gives_no
 def test_a_server_that_lies_gives_no_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("coupled.sandbox.remote._BACKOFF_SECONDS", 0.01)
     with serve() as server, RemoteExecutor(server.url) as executor:
-        server.lie = lambda stdout: stdout.replace('"v":4', '"v":5').replace("1", "2")
+        server.lie = lambda stdout: lie(stdout.encode()).decode()
         (run,) = executor.run([job("a")])
         assert run.outcome is Outcome.SANDBOX_ERROR
+        assert "do not trust" in run.detail
         server.lie = None
         assert outcomes(executor.run([job("a")])) == [(Outcome.OK, 42)]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from coupled.sandbox.codec import (
+from coupled.sandbox.jail.codec import (
     MAX_DEPTH,
     MAX_NODES,
     CodecError,

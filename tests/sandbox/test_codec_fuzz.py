@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from coupled.sandbox.codec import CodecError, Opaque, decode, encode
+from coupled.sandbox.jail.codec import CodecError, Opaque, decode, encode
 
 SETTINGS = settings(
     max_examples=300, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)

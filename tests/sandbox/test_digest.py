@@ -12,7 +12,7 @@ from enum import IntEnum
 import pytest
 
 from coupled.sandbox import Call, CodecError, Digest, Job, LocalExecutor, Opaque, Outcome
-from coupled.sandbox.codec import MAX_DOCUMENT, decode, digest, encode, encode_or_digest
+from coupled.sandbox.jail.codec import MAX_DOCUMENT, decode, digest, encode, encode_or_digest
 
 Pair = namedtuple("Pair", "left right")
 

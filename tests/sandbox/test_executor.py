@@ -1,4 +1,4 @@
-"""What an executor does around the runs of one job: budgets, shortages of the host, jobs that a tier cannot run."""
+"""An executor around the runs of one job: budgets, shortages of the host, jobs that a tier cannot run."""
 
 from __future__ import annotations
 
@@ -117,4 +117,4 @@ def test_close_lets_a_program_of_another_thread_end_and_refuses_what_is_left() -
         assert time.monotonic() - started < GRACE_SECONDS, "no more than the program that was running was waited for"
         with pytest.raises(RuntimeError, match=r"nothing after close"):
             running.result(60)
-    assert all(worker._process is None for worker in executor._workers)
+    assert all(worker.pid is None for worker in executor._workers)

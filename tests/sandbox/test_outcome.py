@@ -1,4 +1,4 @@
-"""What the host concludes, from literal streams: nothing here starts a process."""
+"""Conclusions of the host from literal streams: nothing here starts a process."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from coupled.sandbox import Call, Job, Limits, Outcome, outcome
-from coupled.sandbox.codec import decode
+from coupled.sandbox.conversation import Finished
+from coupled.sandbox.jail.codec import decode
 from coupled.sandbox.outcome import read_calls, read_stdio
-from coupled.sandbox.worker import Finished
 
 JOB = Job(
     uid="j", source="", calls=(Call(function="f"), Call(function="f")), limits=Limits(cpu_seconds=2, wall_seconds=6)

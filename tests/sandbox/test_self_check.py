@@ -5,9 +5,17 @@ import json
 
 import pytest
 
-from coupled.sandbox import CallResult, Execution, Isolation, Job, LocalExecutor, Outcome, self_check
-from coupled.sandbox import worker as worker_module
-from coupled.sandbox.check import _foreign_mounts
+from coupled.sandbox import (
+    CallResult,
+    Execution,
+    Isolation,
+    Job,
+    LocalExecutor,
+    Outcome,
+    run_self_check,
+    zygote_process,
+)
+from coupled.sandbox.self_check import _foreign_mounts
 
 EVERYWHERE = [
     "infinite loop", "sleep", "memory hog", "many descriptors", "exit with status 0", "flood of output", "privileges",
@@ -18,7 +26,7 @@ EVERYWHERE = [
 
 
 def test_every_probe_is_stopped_by_namespaces(executor: LocalExecutor) -> None:
-    checks = self_check(executor)
+    checks = run_self_check(executor)
     assert not [check for check in checks if not check.held]
     names = [check.name for check in checks]
     assert names[0] == "honest program"
@@ -31,9 +39,9 @@ def test_every_probe_is_stopped_by_namespaces(executor: LocalExecutor) -> None:
 
 
 def test_every_probe_is_stopped_by_landlock(open_python: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_module, "PYTHON", open_python)
+    monkeypatch.setattr(zygote_process, "PYTHON", open_python)
     with LocalExecutor("landlock") as executor:
-        checks = self_check(executor)
+        checks = run_self_check(executor)
     assert not [check for check in checks if not check.held]
     assert {*EVERYWHERE, "new file", "files in sight", "file of the host"} <= {check.name for check in checks}
 
@@ -49,9 +57,7 @@ class Fake:
         return [Execution(uid=job.uid, outcome=self.outcome, results=results, tier=self.tier) for job in jobs]
 
     def isolation(self) -> Isolation:
-        return Isolation(
-            tier=self.tier, user="", has_network=False, filesystem="", processes="", has_own_ipc=True, has_filter=True
-        )
+        return Isolation(tier=self.tier, user="", has_network=False, filesystem="", processes="", has_filter=True)
 
     def close(self) -> None: ...
 
@@ -75,12 +81,12 @@ class Fake:
 def test_a_sandbox_that_holds_nothing_passes_no_probe(
     tier: str, outcome: Outcome, value: object, held: set[str]
 ) -> None:
-    checks = self_check(Fake(tier, outcome, value))  # type: ignore[arg-type]
+    checks = run_self_check(Fake(tier, outcome, value))  # type: ignore[arg-type]
     assert {check.name for check in checks if check.held} == (held if tier == "namespaces" or value else set())
 
 
 class Busy(Fake):
-    """Says of the first tries of every program that the machine was too busy."""
+    """Reports the machine as too busy for the first tries of every program."""
 
     def __init__(self, tier: str, num_busy: int) -> None:
         super().__init__(tier, Outcome.TIMEOUT, None)
@@ -102,7 +108,7 @@ class Busy(Fake):
 @pytest.mark.parametrize(("num_busy", "held"), [(0, True), (2, True), (3, False)])
 def test_a_probe_on_a_busy_machine_is_given_more_time(num_busy: int, held: bool) -> None:
     busy = Busy("landlock", num_busy)
-    checks = {check.name: check.held for check in self_check(busy)}  # type: ignore[arg-type]
+    checks = {check.name: check.held for check in run_self_check(busy)}  # type: ignore[arg-type]
     assert checks["sleep"] is held
     assert busy.walls == pytest.approx([0.4, 2.0, 10.0][: num_busy + 1])
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from coupled.sandbox import TIERS, SandboxUnavailable, worker
+from coupled.sandbox import TIERS, SandboxUnavailable, zygote_process
 
 NUM_PROGRAMS = int(os.environ.get("COUPLED_SOAK_PROGRAMS", "300"))
 """5000 for the whole soak, which takes minutes per tier."""
@@ -22,7 +22,7 @@ def test_nothing_grows_and_every_program_ends_as_before(
 ) -> None:
     if tier != "namespaces":
         # There programs read the interpreter where it lies; in `namespaces` it is shown to them.
-        monkeypatch.setattr(worker, "PYTHON", request.getfixturevalue("open_python"))
+        monkeypatch.setattr(zygote_process, "PYTHON", request.getfixturevalue("open_python"))
     try:
         assert _BENCHMARK["soak"](tier, NUM_PROGRAMS) == []
     except SandboxUnavailable as error:

@@ -27,11 +27,13 @@ from coupled.sandbox import (
     Outcome,
     SandboxUnavailable,
     TestProgram,
+    conversation,
     open_executor,
+    zygote_process,
 )
 from coupled.sandbox import executor as executor_module
 from coupled.sandbox import worker as worker_module
-from coupled.sandbox import zygote as zygote_module
+from coupled.sandbox.jail import zygote as zygote_module
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -62,23 +64,21 @@ def test_no_jobs_give_no_executions(executor: LocalExecutor) -> None:
 
 
 def _zygote(executor: LocalExecutor) -> int:
-    process = executor._workers[0]._process
-    assert process is not None
-    return process.pid
+    pid = executor._workers[0].pid
+    assert pid is not None
+    return pid
 
 
 def test_a_zygote_that_died_is_started_again() -> None:
     with open_executor() as executor:
         os.kill(_zygote(executor), signal.SIGKILL)
-        process = executor._workers[0]._process
-        assert process is not None
-        process.wait()
+        os.waitid(os.P_PID, _zygote(executor), os.WEXITED | os.WNOWAIT)
         assert executor.run([job("a")])[0].outcome is Outcome.OK
         assert executor.run([job("b")])[0].outcome is Outcome.OK
 
 
 def test_a_zygote_that_no_longer_answers_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_module, "_REPORT_SECONDS", 0.2)
+    monkeypatch.setattr(zygote_process, "_REPORT_SECONDS", 0.2)
     with open_executor() as executor:
         first = _zygote(executor)
         # The whole family: the first process of the pid namespace is the one that answers.
@@ -155,8 +155,8 @@ def test_after_an_interrupted_run_the_next_program_gets_its_own_report(
         before = _zygote(executor)
         num_open = len(os.listdir("/proc/self/fd"))
         with monkeypatch.context() as patch:
-            patch.setattr(worker_module.Worker, "_attend", interrupt)
-            patch.setattr(worker_module.Conversation, "send", interrupt)
+            patch.setattr(conversation, "_attend", interrupt)
+            patch.setattr(conversation.Conversation, "send", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 executor.run([interrupted])
         assert not _is_alive(before)  # nor what it ran
@@ -166,11 +166,13 @@ def test_after_an_interrupted_run_the_next_program_gets_its_own_report(
 
 
 def test_the_report_of_a_program_before_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    receive = worker_module.Worker._receive
+    receive = zygote_process.ZygoteProcess._receive
     stale = [{"serial": 1, "exit": 0, "cpu_seconds": 0.0, "memory_kb": 0, "queued_seconds": 0.0}]
     with open_executor() as executor:
         monkeypatch.setattr(
-            worker_module.Worker, "_receive", lambda self, seconds: stale.pop() if stale else receive(self, seconds)
+            zygote_process.ZygoteProcess,
+            "_receive",
+            lambda self, seconds: stale.pop() if stale else receive(self, seconds),
         )
         (execution,) = executor.run([EXITS])
     assert stale == []
@@ -178,22 +180,23 @@ def test_the_report_of_a_program_before_is_dropped(monkeypatch: pytest.MonkeyPat
 
 
 def test_when_the_program_s_end_fails_its_tests_are_ended_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    finish = worker_module.Conversation.finish
+    finish = conversation.Conversation.finish
     with open_executor() as executor:
         assert executor.run([TESTED])[0].outcome is Outcome.OK
         companion = executor._workers[0].companion()
 
-        def fails(self: worker_module.Conversation) -> worker_module.Finished:
-            if self._worker is companion:
+        def fails(self: conversation.Conversation) -> conversation.Finished:
+            if self._zygote is companion._zygote:
                 return finish(self)
             self.abandon()
             raise MemoryError
 
         with monkeypatch.context() as patch:
-            patch.setattr(worker_module.Conversation, "finish", fails)
+            patch.setattr(conversation.Conversation, "finish", fails)
             with pytest.raises(MemoryError):
                 executor.run([TESTED])
-        assert not companion._is_running
+        assert companion._zygote is not None
+        assert companion._zygote.is_idle
         assert executor.run([TESTED])[0].outcome is Outcome.OK
 
 
@@ -223,7 +226,7 @@ def test_nothing_to_read_where_there_was_to_be_something_is_no_end_and_no_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A program that may open its own output for reading can take back what it wrote, between poll and read."""
-    read = worker_module._read_some
+    read = conversation._read_some
     calls: list[int] = []
 
     def every_other(fd: int, most: int) -> bytes | None:
@@ -231,7 +234,7 @@ def test_nothing_to_read_where_there_was_to_be_something_is_no_end_and_no_error(
         return None if len(calls) % 2 else read(fd, most)
 
     with open_executor() as executor, monkeypatch.context() as patch:
-        patch.setattr(worker_module, "_read_some", every_other)
+        patch.setattr(conversation, "_read_some", every_other)
         assert executor.run([job("a")])[0].results[0].value == 2
         assert executor.run([TESTED])[0].results[0].value is True
     receiving, sending = os.pipe()
@@ -261,9 +264,9 @@ def test_a_pipe_that_is_filled_as_fast_as_it_is_emptied_does_not_hold_the_host(m
     with open_executor() as executor:
         talk = executor._workers[0].converse(b"{}", Limits(cpu_seconds=1, wall_seconds=20.0))
         with monkeypatch.context() as patch:
-            patch.setattr(worker_module, "_read_some", lambda fd, most: b"x" * most)
+            patch.setattr(conversation, "_read_some", lambda fd, most: b"x" * most)
             talk._drain()
-        assert len(talk._stdout) == worker_module.STDOUT_KEPT
+        assert len(talk._stdout) == conversation.STDOUT_KEPT
         talk.finish()
 
 
@@ -274,7 +277,7 @@ def test_no_descriptor_leaks_when_an_input_cannot_be_made(monkeypatch: pytest.Mo
     with open_executor() as executor:
         num_open = len(os.listdir("/proc/self/fd"))
         with monkeypatch.context() as patch:
-            patch.setattr(worker_module.fcntl, "fcntl", refuse)
+            patch.setattr(zygote_process.fcntl, "fcntl", refuse)
             (execution,) = executor.run([EXITS])
         assert execution.outcome is Outcome.SANDBOX_ERROR
         assert "no seals here" in execution.detail
@@ -283,25 +286,24 @@ def test_no_descriptor_leaks_when_an_input_cannot_be_made(monkeypatch: pytest.Mo
 
 
 def test_a_zygote_that_dies_after_its_hello_is_unavailable_and_not_started_for_ever(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, own_temporary_files: Path
 ) -> None:
     for name in ("zygote", "child", "codec", "confine", "seccomp", "landlock"):
-        shutil.copy(REPOSITORY / "sandbox" / f"{name}.py", tmp_path)
+        shutil.copy(REPOSITORY / "sandbox/jail" / f"{name}.py", tmp_path)
     source = (tmp_path / "zygote.py").read_text()
     hello = "    control.send(json.dumps(hello).encode())\n"
     assert hello in source
     (tmp_path / "zygote.py").write_text(source.replace(hello, f"{hello}    os._exit(3)\n"))
-    monkeypatch.setattr(worker_module, "_ZYGOTE", tmp_path / "zygote.py")
+    monkeypatch.setattr(zygote_process, "_ZYGOTE", tmp_path / "zygote.py")
     monkeypatch.setattr(executor_module, "_held", set())
-    before = set(Path(tempfile.gettempdir()).glob("coupled-sandbox-*"))
     with pytest.raises(SandboxUnavailable, match=r"(?s)'namespaces'.*'landlock'.*remedy: "):
         open_executor()
-    assert set(Path(tempfile.gettempdir()).glob("coupled-sandbox-*")) == before
+    assert not list(own_temporary_files.glob("coupled-sandbox-*"))
 
 
 def test_a_zygote_that_falls_silent_is_no_program_s_fault(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing a contained program does can stop it: the machine did."""
-    monkeypatch.setattr(worker_module, "_REPORT_SECONDS", 0.2)
+    monkeypatch.setattr(zygote_process, "_REPORT_SECONDS", 0.2)
     monkeypatch.setattr(executor_module, "_NUM_RETRIES", 0)
     with open_executor() as executor:
         first = _zygote(executor)
@@ -315,7 +317,7 @@ def test_a_zygote_that_falls_silent_is_no_program_s_fault(monkeypatch: pytest.Mo
         (execution,) = executor.run([job("a", "time.sleep(60)", wall_seconds=3.0)])
         timer.join()
         assert execution.outcome is Outcome.SANDBOX_ERROR, execution
-        assert "did not say" in execution.detail
+        assert "did not report" in execution.detail
         assert executor.run([job("b")])[0].outcome is Outcome.OK
 
 
@@ -337,9 +339,8 @@ def test_busy_threads_of_a_program_are_not_a_busy_machine(monkeypatch: pytest.Mo
     monkeypatch.setattr(executor_module, "_NUM_RETRIES", 0)
     outcomes = []
     with open_executor() as executor:
-        process = executor._workers[0]._process
-        assert process is not None
-        for pid in [process.pid, *_descendants(process.pid)]:
+        zygote = _zygote(executor)
+        for pid in [zygote, *_descendants(zygote)]:
             os.sched_setaffinity(pid, {min(os.sched_getaffinity(0))})
         for _ in range(6):  # the machine may really be busy, but hardly every time
             outcomes += [run.outcome for run in executor.run([job("a", body, cpu_seconds=9, wall_seconds=1.0)])]
@@ -379,8 +380,8 @@ def _crowd(body: str) -> list[Outcome]:
         patch.setattr(executor_module, "_NUM_RETRIES", 0)
         cpu = min(os.sched_getaffinity(0))
         for worker in executor._workers:
-            assert worker._process is not None
-            for pid in [worker._process.pid, *_descendants(worker._process.pid)]:
+            assert worker.pid is not None
+            for pid in [worker.pid, *_descendants(worker.pid)]:
                 os.sched_setaffinity(pid, {cpu})
         return [execution.outcome for execution in executor.run(crowd)]
 
@@ -431,7 +432,7 @@ _HOST = """
 import os, sys, time
 from coupled.sandbox import *
 executor = open_executor()
-zygote = executor._workers[0]._process.pid
+zygote = executor._workers[0].pid
 if os.fork() == 0:
     time.sleep(60)  # an innocent fork must not keep the zygote alive
     os._exit(0)
@@ -440,8 +441,7 @@ executor.run([Job(uid="a", source="while True: pass", calls=(), limits=Limits(cp
 """
 
 
-def test_when_the_host_is_killed_its_zygotes_and_their_programs_go_too() -> None:
-    before = set(Path(tempfile.gettempdir()).glob("coupled-sandbox-*"))
+def test_when_the_host_is_killed_its_zygotes_and_their_programs_go_too(own_temporary_files: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", _HOST], stdout=subprocess.PIPE, start_new_session=True) as host:
         assert host.stdout is not None
         zygote = int(host.stdout.readline())
@@ -456,18 +456,17 @@ def test_when_the_host_is_killed_its_zygotes_and_their_programs_go_too() -> None
         left = [pid for pid in family if _is_alive(pid)]
         os.killpg(host.pid, signal.SIGKILL)  # the innocent fork
     assert left == []
-    assert set(Path(tempfile.gettempdir()).glob("coupled-sandbox-*")) == before
+    assert not list(own_temporary_files.glob("coupled-sandbox-*"))
 
 
-def test_close_ends_every_process_and_removes_every_directory() -> None:
-    before = set(Path(tempfile.gettempdir()).glob("coupled-sandbox-*"))
+def test_close_ends_every_process_and_removes_every_directory(own_temporary_files: Path) -> None:
     executor = open_executor(num_workers=2)
-    family = [pid for worker in executor._workers if worker._process for pid in (worker._process.pid,)]
+    family = [worker.pid for worker in executor._workers if worker.pid is not None]
     family += [below for pid in family for below in _descendants(pid)]
     executor.close()
     executor.close()
     assert not any(map(_is_alive, family))
-    assert set(Path(tempfile.gettempdir()).glob("coupled-sandbox-*")) == before
+    assert not list(own_temporary_files.glob("coupled-sandbox-*"))
     with pytest.raises(RuntimeError, match="open another"):
         executor.run([job("a")])
 
@@ -504,12 +503,12 @@ def test_other_systems_than_linux_are_refused_with_a_remedy(monkeypatch: pytest.
 
 def test_a_worker_that_cannot_lock_programs_down_is_not_opened(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("zygote", "child", "codec", "confine", "seccomp", "landlock"):
-        shutil.copy(REPOSITORY / "sandbox" / f"{name}.py", tmp_path)
+        shutil.copy(REPOSITORY / "sandbox/jail" / f"{name}.py", tmp_path)
     source = (tmp_path / "confine.py").read_text()
     broken = source.replace("    _drop_capabilities()\n", "    raise PermissionError('no capset here')\n", 1)
     assert broken != source
     (tmp_path / "confine.py").write_text(broken)
-    monkeypatch.setattr(worker_module, "_ZYGOTE", tmp_path / "zygote.py")
+    monkeypatch.setattr(zygote_process, "_ZYGOTE", tmp_path / "zygote.py")
     with pytest.raises(SandboxUnavailable, match=r"(?s)no capset here.*remedy: "):
         open_executor("namespaces")
 
@@ -548,7 +547,7 @@ with opened as executor:
     uid = int(executor.isolation().user.split()[1])
     daemon = go(executor, DAEMON, max_processes=8)
     alive = left(uid)
-    zygote = executor._workers[0]._process.pid
+    zygote = executor._workers[0].pid
     threading.Timer(0.5, os.kill, (zygote, 9)).start()
     orphan = go(executor, "time.sleep(600)", wall_seconds=20.0)
     time.sleep(0.1)
@@ -564,7 +563,7 @@ with opened as executor:
         "tree": go(executor, "[(os.mkdir('d'), os.chdir('d')) for _ in range(1500)]; return 1").outcome,
         "after": go(executor, "return os.listdir('.')").results[0].value,
         "limited": sorted({"infinite loop", "sleep", "memory hog", "many descriptors", "privileges", "thread bomb"}
-            - {check.name for check in self_check(executor) if check.held}),
+            - {check.name for check in run_self_check(executor) if check.held}),
     }
 found["warned"] = ["does not contain a hostile program" in str(warning.message) for warning in said]
 found["left"] = [str(p) for p in pathlib.Path(tempfile.gettempdir()).glob("coupled-sandbox-*")]

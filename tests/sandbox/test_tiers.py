@@ -1,4 +1,4 @@
-"""Which tier is opened where, what it refuses, and what it says when it cannot hold."""
+"""Tiers: which one is opened where, what it refuses, and its error when it cannot hold."""
 
 from __future__ import annotations
 
@@ -13,9 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from coupled.sandbox import Call, Job, Limits, LocalExecutor, Outcome, SandboxUnavailable, open_executor
-from coupled.sandbox import seccomp as seccomp_module
-from coupled.sandbox import worker as worker_module
+from coupled.sandbox import Call, Job, Limits, LocalExecutor, Outcome, SandboxUnavailable, open_executor, zygote_process
+from coupled.sandbox.jail import seccomp as seccomp_module
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -23,7 +22,7 @@ REPOSITORY = Path(__file__).parents[2]
 _CONTAINED = """
 import errno, json, sys
 from coupled.sandbox import *
-from coupled.sandbox import seccomp, worker
+from coupled.sandbox.jail import seccomp
 denied = json.loads(sys.argv[1])
 def rules():
     for call, number, tests in denied:
@@ -96,9 +95,9 @@ def test_without_the_filter_library_no_tier_that_needs_it_opens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for part in ("zygote", "child", "codec", "confine", "seccomp", "landlock"):
-        source = (REPOSITORY / "sandbox" / f"{part}.py").read_text()
+        source = (REPOSITORY / "sandbox/jail" / f"{part}.py").read_text()
         (tmp_path / f"{part}.py").write_text(source.replace("libseccomp.so.2", "libseccomp-is-not-here.so.2"))
-    monkeypatch.setattr(worker_module, "_ZYGOTE", tmp_path / "zygote.py")
+    monkeypatch.setattr(zygote_process, "_ZYGOTE", tmp_path / "zygote.py")
     for tier in ("namespaces", "landlock", "auto"):
         with pytest.raises(SandboxUnavailable, match=r"libseccomp-is-not-here\.so\.2 is needed to filter system calls"):
             open_executor(tier)
@@ -106,7 +105,7 @@ def test_without_the_filter_library_no_tier_that_needs_it_opens(
 
 def test_a_tier_that_does_not_contain_is_never_chosen_and_warns_when_asked_for(open_python: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker_module, "PYTHON", open_python)
+        patch.setattr(zygote_process, "PYTHON", open_python)
         with pytest.warns(UserWarning, match="does not contain a hostile program"):
             executor = open_executor("process")
         with executor:
@@ -263,7 +262,7 @@ def test_the_event_loop_the_clock_and_a_database_work_under_the_filter(executor:
 def test_the_host_s_clones_and_files_are_the_only_thing_landlock_needs_to_refuse_by_filter(
     open_python: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(worker_module, "PYTHON", open_python)
+    monkeypatch.setattr(zygote_process, "PYTHON", open_python)
     with LocalExecutor("landlock") as executor:
         attempts = {
             "chmod": "os.chmod('/usr', 0o777)",
@@ -323,7 +322,7 @@ def test_a_preloaded_package_is_there_seeded_and_alone(
     tier: str, open_python: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if tier == "landlock":
-        monkeypatch.setattr(worker_module, "PYTHON", open_python)
+        monkeypatch.setattr(zygote_process, "PYTHON", open_python)
     if importlib.util.find_spec("numpy") is None:
         pytest.skip("numpy is not installed")
     try:

@@ -37,9 +37,7 @@ class Elsewhere:
         raise AssertionError("nothing runs while a grader is opened")
 
     def isolation(self) -> Isolation:
-        return Isolation(
-            tier="remote", user="", has_network=True, filesystem="", processes="", has_own_ipc=False, has_filter=False
-        )
+        return Isolation(tier="remote", user="", has_network=True, filesystem="", processes="", has_filter=False)
 
     def close(self) -> None:
         Elsewhere.is_closed = True

@@ -33,7 +33,6 @@ ISOLATION = Isolation(
     has_network=False,
     filesystem="host",
     processes="none can be started",
-    has_own_ipc=False,
     has_filter=True,
 )
 QUICKSTART = Path(__file__).parents[3] / "recipes" / "quickstart.yaml"

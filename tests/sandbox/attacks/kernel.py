@@ -25,7 +25,7 @@ def machine_code(code):
 zeros = ctypes.create_string_buffer(4096)
 """
 _FILTERED = ("ok: refused EPERM", "ok: refused ENOSYS", "violation*")
-"""What a filter says, whatever the arguments; any other error would come from the call itself."""
+"""The error of a filter, whatever the arguments; any other error would come from the call itself."""
 _WORKED = ("ok: WORKED *",)
 _ANYHOW = ("ok: *", "violation*", "crash*")
 

@@ -1,4 +1,4 @@
-"""What one program leaves, a second program on the same worker looks for."""
+"""Traces of one program, which a second program on the same worker looks for."""
 
 from __future__ import annotations
 

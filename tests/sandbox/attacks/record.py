@@ -1,4 +1,4 @@
-"""What one program of the suite is, and the pieces its sources share."""
+"""The record of one program of the suite, and the pieces its sources share."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 REFUSED = ("ok: refused *", "violation*")
-"""The system said no, or ended the program for asking."""
+"""The system refused, or ended the program for the attempt."""
 ENDED = ("incomplete*", "crash*", "violation*", "killed*")
 """It ended before it had answered."""
 UNPAID = ("ok*", "load_error*", "protocol*", "output_limit*", "timeout*", *ENDED)
-"""Any end that is the program's own doing: all that matters is that it earns nothing and hurts nobody."""
+"""Any end that is the program's own doing: all that matters is that it earns nothing and does no harm."""
 Mode = Literal["calls", "stdio", "beside", "sets", "oracle"]
 """calls: `f` is called and the judge compares the replies. stdio: it reads and prints. beside: the tests are a program
 in a second sandbox, which loops over `f`. sets: the judge walks the replies (`set`, `sorted`, `sum`). oracle: the
@@ -31,16 +31,16 @@ class Program:
     """Defines `f`, or reads stdin. Where it names HOST, a dict of that name with the canaries is put before it."""
     expect: tuple[str, ...]
     tiers: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """What is expected instead in a tier."""
+    """The expected ends in a tier where they differ."""
     mode: Mode = "calls"
     works: tuple[str, ...] = ()
-    """Where programs are not contained (tier `process`) it ends like this: proof that the attempt is a real one."""
+    """Its end where programs are not contained (tier `process`): proof that the attempt is a real one."""
     forges: bool = False
     """It passes a grader that runs the tests in the program's own process: proof as well."""
     is_right: bool = False
     """It computes what it should, and passes."""
     is_for_root: bool = False
-    """Where nothing contains it, it could hurt the very user that runs the tests: then only root tries it."""
+    """True: uncontained it could harm the user that runs the tests, so only root tries it there."""
     is_compat: bool = False
     """It may start processes: such a program runs where they are contained, in tier `namespaces`."""
     then: str = ""
@@ -62,11 +62,11 @@ def attempt(action):
 
 
 def probe(action: str, before: str = "") -> str:
-    """The source of a program that tries one expression and says what came of it."""
+    """The source of a program that tries one expression and reports the result."""
     return f"{PROBE}{before}\ndef f(x): return attempt(lambda: {action})\n"
 
 
 def steps(body: str, before: str = "") -> str:
-    """The source of a program that tries statements, which may return something, and says what came of it."""
+    """The source of a program that tries statements, which may return something, and reports the result."""
     lines = "\n".join(f"    {line}" for line in body.strip("\n").split("\n"))
     return f"{PROBE}{before}\ndef body():\n{lines}\ndef f(x): return attempt(body)\n"

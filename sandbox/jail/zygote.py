@@ -29,7 +29,7 @@ _MAX_MESSAGE = 16_384
 _FDS_SPACE = socket.CMSG_LEN(3 * struct.calcsize("i"))
 _NOT_LOCKED_DOWN = 70
 _MAX_SWEEPS = 1000
-"""How often what a program left running is looked for: a chain of processes that fork faster goes on."""
+"""Sweeps for processes that a program left running: a chain of processes that fork faster survives them."""
 
 # What programs usually import, so that their import statements cost nothing; the rest is read from the disk.
 _decode = json.JSONDecoder().raw_decode
@@ -48,7 +48,7 @@ _HEADER = """
 
 
 def main(control_fd: int, settings: dict[str, Any]) -> None:
-    """Prepare, say hello, then serve until the host goes away."""
+    """Prepare, send the hello, then serve until the host goes away."""
     held_back: list[Callable[[], object]] = []
     with _holding_back(held_back):
         parts = {name: _load(name) for name in ("confine", "child", "codec", "landlock", "seccomp")}
@@ -76,8 +76,8 @@ def main(control_fd: int, settings: dict[str, Any]) -> None:
                     os.register_at_fork(after_in_child=hook)
         confine.clear_scratch(here)
         confine.seal(here, parts["seccomp"])
-    except Exception as error:  # the border: whatever went wrong is told to the host, which refuses to start
-        control.send(json.dumps({"error": _told(error)}).encode())
+    except Exception as error:  # the border: any failure is reported to the host, which refuses to start
+        control.send(json.dumps({"error": _described(error)}).encode())
         raise
     hello = {
         "uid": here.uid,
@@ -140,8 +140,8 @@ def _rehearse(child: Any, codec: Any) -> None:
     del sys.modules["solution"]
 
 
-def _told(error: Exception) -> str:
-    """One line where the kernel or an import said no; the whole story of anything else."""
+def _described(error: Exception) -> str:
+    """One line where the kernel or an import refused; the traceback of any other error."""
     if isinstance(error, (OSError, ImportError)):
         return f"{type(error).__name__}: {error}"
     return traceback.format_exc()[-4000:]
@@ -183,7 +183,7 @@ def _run(
         sweep(here, confine)
         confine.clear_scratch(here)
     cpu_seconds = usage.ru_utime + usage.ru_stime
-    # Processes of its own may have kept it waiting, and nobody counts those: then nobody else is to blame.
+    # Its own processes may have kept it waiting, and their time is not counted: then no other process is to blame.
     queued_seconds = 0.0 if may_fork else kept_waiting(queued, ran, cpu_seconds)
     control.send(
         f'{{"serial": {request["serial"]}, "exit": {os.waitstatus_to_exitcode(status)}, "cpu_seconds": {cpu_seconds}, '
@@ -203,7 +203,7 @@ def sweep(here: Any, confine: Any) -> None:
 
 
 def kept_waiting(queued: float, ran: float, cpu_seconds: float) -> float:
-    """Return for how many seconds somebody else kept a program from a processor; it has one process.
+    """Return for how many seconds other processes kept a program from a processor; it has one process.
 
     `queued` and `ran`: how long its first thread was runnable and how long it had a processor; `cpu_seconds`: all
     threads. The others may have kept the first one waiting, for as long as they ran and no longer.
@@ -212,7 +212,7 @@ def kept_waiting(queued: float, ran: float, cpu_seconds: float) -> float:
 
 
 def _wait(control: socket.socket, here: Any, pid: int, serial: int, confine: Any) -> tuple[float, float]:
-    """Return when the process ended, killing it when the host says so or is gone; see `confine.waited`."""
+    """Return when the process ended, killing it when the host orders it or is gone; see `confine.waited`."""
     waited = (0.0, 0.0)
     pidfd = os.pidfd_open(pid)
     poll = select.poll()

@@ -2,7 +2,7 @@
 
 Hostile probes, one per thing that must not work, between two runs of an honest program. A probe counts as held only
 when it failed in the way its tier means it to fail (the error number, the outcome, the exact size of the file): a
-probe that something else happened to stop says nothing about the measure it was made for. Every probe is bounded, so
+probe that something else happened to stop proves nothing about the measure it was made for. Every probe is bounded, so
 that a machine that does not hold it survives.
 """
 
@@ -18,19 +18,16 @@ import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from coupled.sandbox.types import Call, Execution, Isolation, Job, Limits, Outcome
-
-if TYPE_CHECKING:
-    from coupled.sandbox.executor import Executor
+from coupled.sandbox.types import Call, Execution, Executor, Isolation, Job, Limits, Outcome
 
 _LIMITS = Limits(
     cpu_seconds=1, wall_seconds=20.0, memory_mb=256, file_kb=1024, output_kb=256, max_files=32, max_processes=8
 )
 _NAP = Limits(cpu_seconds=1, wall_seconds=0.4, memory_mb=256)
 _NUM_PATIENT = 3
-"""How often a probe is tried when the machine was too busy to tell anything, each time with more wall time."""
+"""Tries of a probe while the machine is too busy for a result, each with more wall time."""
 _NUM_TRIED = 24
 """Threads or processes that a bomb tries to start: more than are allowed, few enough to survive."""
 
@@ -175,11 +172,11 @@ class _Probe(NamedTuple):
     holds: Callable[[Execution], bool]
     args: tuple[object, ...] = ()
     limits: Limits | None = None
-    """None: those of all probes."""
+    """None: the limits of all probes."""
     profile: str = "strict"
 
 
-def self_check(executor: Executor) -> list[Check]:
+def run_self_check(executor: Executor) -> list[Check]:
     """Run an honest program, some two dozen hostile ones and the honest one again; return what held.
 
     Give it an executor of one worker. The probes listen on 127.0.0.1 and put a directory with a file where temporary
@@ -195,7 +192,7 @@ def self_check(executor: Executor) -> list[Check]:
     ):
         local.bind(name)
         local.listen()
-        # Modes that let everybody in, so that it is the sandbox that refuses, and not they.
+        # Modes that admit every user, so that only the sandbox can refuse.
         os.chmod(place, 0o777)
         Path(place, "secret").write_bytes(b"secret")
         Path(place, "secret").chmod(0o644)
@@ -225,7 +222,7 @@ def _checked(executor: Executor, probe: _Probe) -> Check:
 
 
 def _everywhere(isolation: Isolation) -> Iterator[_Probe]:
-    """What limits and the system-call filter stop, in every tier alike."""
+    """Probes that limits and the system-call filter stop, in every tier alike."""
     machine = os.uname().machine
     yield _Probe("infinite loop", _LOOP, lambda run: run.outcome is Outcome.TIMEOUT and run.usage.cpu_seconds < 1.6)
     yield _Probe("sleep", _SLEEP, lambda run: run.outcome is Outcome.TIMEOUT and run.usage.cpu_seconds < 0.5, (), _NAP)
@@ -256,7 +253,7 @@ def _everywhere(isolation: Isolation) -> Iterator[_Probe]:
 
 
 def _in_namespaces(isolation: Isolation, port: int, name: str) -> Iterator[_Probe]:
-    """What a root, a /tmp and namespaces of its own stop."""
+    """Probes that a private root, a private /tmp and namespaces stop."""
     yield _Probe("huge file", _FILE, _gives([_LIMITS.file_kb << 10, errno.EFBIG]), ("big",))
     # Bits 2, 4 and 8 of the flags: nosuid, nodev, noexec.
     yield _Probe("scratch directory", _SCRATCH, _gives([64 << 20, 4096, 14]))
@@ -274,7 +271,7 @@ def _in_namespaces(isolation: Isolation, port: int, name: str) -> Iterator[_Prob
 
 
 def _in_landlock(place: str) -> Iterator[_Probe]:
-    """What the ruleset and the filter of a program on the host's file system stop."""
+    """Probes that the ruleset and the filter of a program on the host's file system stop."""
     yield _Probe("new file", _FILE, _refuses(errno.EACCES), (f"{place}/new",))
     yield _Probe("signal to the host", _SIGNAL, lambda run: _refused(_item(run, 0)) == errno.EPERM, (os.getpid(),))
     yield _Probe("files in sight", "def probe(): return tried(os.listdir, '/')", _refuses(errno.EACCES))
@@ -287,13 +284,13 @@ def _out_of_reach(isolation: Isolation, place: str) -> Iterator[_Probe]:
     hidden = {errno.ENOENT} if is_private else {errno.EACCES}
     yield _Probe("file of the host", _READ, lambda run: _all_refused(run, hidden), (secrets,))
     places = ["/", "/dev", "/usr", "/etc", os.path.dirname(os.__file__)] + ([] if is_private else [place])
-    # A private root is read-only for everybody; EACCES would be the modes of the host's directories.
+    # A private root is read-only for every user; EACCES would be the modes of the host's directories.
     wanted = {errno.EROFS, errno.ENOENT} if is_private else {errno.EROFS, errno.EACCES}
     yield _Probe("files beside the scratch directory", _WRITE, lambda run: _all_refused(run, wanted), (places,))
 
 
 def _open_directory() -> str:
-    """Return a directory for temporary files that everybody may enter, if there is one."""
+    """Return a directory for temporary files that every user may enter, if there is one."""
     for path in (tempfile.gettempdir(), "/tmp", "/var/tmp", "/dev/shm"):
         if os.access(path, os.W_OK | os.X_OK):
             real = Path(path).resolve()
@@ -375,5 +372,5 @@ def _ran_out_of_memory(run: Execution) -> bool:
 
 def _detail(run: Execution) -> str:
     reply = run.results[0] if run.results else None
-    said = "" if reply is None else f", raised {reply.raised.type}" if reply.raised else f", gave {reply.value!r}"
-    return f"{run.outcome}{said}{f' ({run.detail})' if run.detail else ''}"
+    answer = "" if reply is None else f", raised {reply.raised.type}" if reply.raised else f", gave {reply.value!r}"
+    return f"{run.outcome}{answer}{f' ({run.detail})' if run.detail else ''}"

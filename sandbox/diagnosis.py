@@ -1,4 +1,4 @@
-"""What to do about a machine that refuses a tier: the reason is looked up, never guessed from a version."""
+"""Remedies for a machine that refuses a tier: the reason is looked up, never guessed from a version."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 _IN_CONTAINER = ("/.dockerenv", "/run/.containerenv")
 
 
-def remedy(tier: str, said: str) -> str:
-    """Return what would make the tier available here, given what its worker said; one line per cause found."""
-    found = [line for cause in (_library, _interpreter) for line in cause(said)]
+def remedy(tier: str, error: str) -> str:
+    """Return what would make the tier available here, given the error of its worker; one line per cause found."""
+    found = [line for cause in (_library, _interpreter) for line in cause(error)]
     if tier == "namespaces":
-        found += _namespaces(said)
+        found += _namespaces(error)
     if tier == "landlock":
-        found += _landlock(said)
+        found += _landlock(error)
     return "\n        ".join(found or ["run as a normal user, or as the host's root, on Linux 5.14 or newer"])
 
 
-def _library(said: str) -> list[str]:
+def _library(error: str) -> list[str]:
     try:
         ctypes.CDLL("libseccomp.so.2")
     except OSError:
@@ -27,13 +27,13 @@ def _library(said: str) -> list[str]:
     return []
 
 
-def _interpreter(said: str) -> list[str]:
-    if "ImportError" in said or "ModuleNotFoundError" in said:
+def _interpreter(error: str) -> list[str]:
+    if "ImportError" in error or "ModuleNotFoundError" in error:
         return ["name in preload also the packages that a preloaded package imports itself"]
     return []
 
 
-def _namespaces(said: str) -> list[str]:
+def _namespaces(error: str) -> list[str]:
     found = []
     if _number("/proc/sys/kernel/apparmor_restrict_unprivileged_userns") == 1 and os.geteuid() != 0:
         found.append(
@@ -59,9 +59,9 @@ def _namespaces(said: str) -> list[str]:
     return found
 
 
-def _landlock(said: str) -> list[str]:
+def _landlock(error: str) -> list[str]:
     modules = _text("/sys/kernel/security/lsm")
-    if "Landlock" in said or "landlock" in said:
+    if "Landlock" in error or "landlock" in error:
         listed = f" (this machine's is lsm={modules})" if modules else ""
         return [
             f"Landlock is built into Linux 5.13 and newer and must be in the boot parameter lsm=...{listed}: add "

@@ -47,7 +47,7 @@ def fix_randomness() -> None:
 
 
 def serve(fd: int, codec: Any) -> int:
-    """Say that the lock-down is done, read the job and do it. Returns the exit status. The caller fixes randomness."""
+    """Report the lock-down, read the job and do it; return the exit status. The caller fixes randomness."""
     os.write(fd, LOCKED)
     job = _decode(_read_frame(fd).decode())[0]
     for name in ("exit", "quit"):
@@ -57,15 +57,15 @@ def serve(fd: int, codec: Any) -> int:
             return _run_main(job["source"])
         case "calls":
             _answer_calls(fd, job, codec)
-    speak = {"serve": _serve_tests, "tests": _run_tests, "script": _run_script}.get(job["mode"])
-    if speak is not None:
+    handle = {"serve": _serve_tests, "tests": _run_tests, "script": _run_script}.get(job["mode"])
+    if handle is not None:
         with contextlib.suppress(_HostGone):
-            speak(fd, job, codec)
+            handle(fd, job, codec)
     return 0
 
 
 def _load(fd: int, job: dict[str, Any]) -> dict[str, Any] | None:
-    """Load the program and say how that went; its names, or None when it did not load."""
+    """Load the program and report the result; return its names, or None when it did not load."""
     module = types.ModuleType("solution")
     sys.modules["solution"] = module  # dataclasses and pickle look a class's module up
     names = module.__dict__
@@ -131,7 +131,7 @@ def _named(names: dict[str, Any], name: str) -> Any:
 
 
 class _Server:
-    """The program's side of tests in another sandbox: does what they ask, keeps the objects they hold."""
+    """The program's side of tests in another sandbox: does what they request, keeps the objects they hold."""
 
     def __init__(self, names: dict[str, Any], classes: list[str], codec: Any) -> None:
         self.names = names
@@ -215,7 +215,7 @@ def _as_text(value: Any) -> list[Any] | None:
         if isinstance(base, type) and issubclass(type(value), base):
             try:
                 return [kind, str(text(base, value))]
-            except Exception:  # a subclass of the program's making: what it is then, the codec says
+            except Exception:  # a subclass of the program's making: the codec classifies it
                 return None
     return None
 
@@ -252,7 +252,7 @@ def _serve_tests(fd: int, job: dict[str, Any], codec: Any) -> None:
 
 
 class _Program:
-    """The tests' side: asks the program in the other sandbox through the host."""
+    """The tests' side: calls the program in the other sandbox through the host."""
 
     def __init__(self, fd: int, codec: Any) -> None:
         self.fd = fd
@@ -321,7 +321,7 @@ def _take_over(ours: Any, theirs: Any) -> None:
 
 
 class _Proxy:
-    """Stands for something in the program. Equal to nothing but itself: the program is not asked."""
+    """Stands for something in the program. Equal to nothing but itself; no comparison reaches the program."""
 
     _kind = ""
     _program: _Program
@@ -398,7 +398,7 @@ class _Object(_Named):
 
 
 class _Part:
-    """One part of the tests: says whether it was left without an exception, and goes on with the next."""
+    """One part of the tests: reports whether it was left without an exception, and continues with the next."""
 
     def __init__(self, fd: int, number: int) -> None:
         self.fd = fd

@@ -1,8 +1,8 @@
-"""What a zygote asks of the kernel, once for itself and once per program.
+"""The confinement of programs by the kernel, requested once for the zygote and once per program.
 
 Runs inside the zygote, loaded by path: standard library only. Every tier is a fixed list of measures, and in the
 tiers `namespaces` and `landlock` a measure that the kernel refuses is an error: the zygote, or the program, then
-does not start. What is asked for where granted (a /proc, the host's name, control groups; in tier `process`
+does not start. Requested where granted (a /proc, the host's name, control groups; in tier `process`
 network and ipc namespaces) is noted in the `Confinement`.
 
 `namespaces`  the zygote: user (unless root), mount, ipc, network and pid namespace, a root of system libraries and the
@@ -34,10 +34,10 @@ from typing import Any
 FIRST_SERVICE_FD = 200
 """The zygote's own descriptors lie above, so that placing a program's at 0..3 cannot overwrite one."""
 _ASIDE_FD = FIRST_SERVICE_FD - 10
-"""Where a program's descriptors wait for their places: above those that are received, which take the lowest numbers."""
+"""Temporary numbers of a program's descriptors: above the received ones, which take the lowest numbers."""
 RESULT_FD = 3
 PACKAGES = "/opt/packages"
-"""Where asked-for packages are found in a private root."""
+"""Directory of the preloaded packages in a private root."""
 
 _CLONE = {
     "mount": 0x00020000,
@@ -91,7 +91,7 @@ for _name, _arguments in {
 
 @dataclass(slots=True, kw_only=True)
 class Confinement:
-    """What took effect, and what a program needs to be started under it."""
+    """The confinement in effect, and the handles that a program needs to be started under it."""
 
     tier: str
     uid: int
@@ -103,7 +103,7 @@ class Confinement:
     scratch: str = "/tmp"
     """The program's working directory; empty when it starts."""
     packages: str = ""
-    """Directory of the asked-for packages as a program sees it; empty when none were asked for."""
+    """Directory of the preloaded packages as a program sees it; empty when there are none."""
     shown: tuple[str, ...] = ()
     """The host's paths that a program sees."""
     notes: list[str] = field(default_factory=list)
@@ -239,7 +239,7 @@ def remove_tree(path: str) -> None:
 def waited(here: Confinement, pidfd: int, pid: int) -> tuple[float, float]:
     """Return how long a process was runnable without a processor and how long its first thread ran, in seconds.
 
-    (0.0, 0.0) where the kernel does not tell, and for a process that asked for less than its share: it would be
+    (0.0, 0.0) where the kernel does not report it, and for a process that requested less than its share: it would be
     waiting of its own will.
     """
     if _scheduling(pid) != _scheduling(0):
@@ -335,7 +335,7 @@ def _try_namespaces(here: Confinement, *names: str) -> None:
 
 
 def _own_namespaces(here: Confinement, profile: str) -> None:
-    """Give the program about to run namespaces, a scratch directory and a /proc that nobody else has."""
+    """Give the program about to run namespaces, a scratch directory and a /proc of its own."""
     unshare(*_PER_PROGRAM[profile])
     _mount("tmpfs", "/tmp", "tmpfs", _MS_NOSUID | _MS_NODEV | _MS_NOEXEC, _SCRATCH_OPTIONS)
     if here.has_proc:

@@ -11,7 +11,7 @@ sockets and lock files, for tests that need them, inside namespaces of its own. 
 System V memory, which no limit bounds; the same is true of locks, which a program on a shared file could also leave
 in another one's way.
 
-A call that is not allowed fails with EPERM. What no honest program asks for (tracing, loading code into the
+A call that is not allowed fails with EPERM. Calls that no honest program makes (tracing, loading code into the
 kernel, mounting, keys, io_uring, another machine's calling convention) ends the program with SIGSYS.
 """
 
@@ -47,7 +47,7 @@ _SIOCGIFFLAGS, _SIOCSIFFLAGS = 0x8913, 0x8914
 _PID = 0x5EED5EE1
 """Stands for the program's own pid in a compiled filter, which `load` puts in its place."""
 
-# What a computing interpreter asks for, whatever its arguments.
+# Calls of a computing interpreter, whatever their arguments.
 _COMPUTE = """
     read write readv writev pread64 pwrite64 preadv pwritev preadv2 pwritev2 lseek close close_range
     open openat creat stat fstat lstat newfstatat statx access faccessat faccessat2 readlink readlinkat
@@ -158,10 +158,10 @@ def base_filter() -> Filter:
 
 
 def program_filter(profile: str, *, is_alone: bool = False) -> Filter:
-    """What a program may not do although its zygote may; on top of the base filter.
+    """Rules for calls that a program may not make although its zygote may; on top of the base filter.
 
     `is_alone`: the program shares the host's processes and files (tier landlock), so it may start not even a
-    thread, signal nobody but itself, and change no file. FilterError when it cannot be built.
+    thread, signal only itself, and change no file. FilterError when it cannot be built.
     """
     return _compile(_ALLOW, _program_rules(profile, is_alone))
 

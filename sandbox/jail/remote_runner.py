@@ -16,7 +16,7 @@ CHANNEL_FD = 200
 
 
 def main() -> None:
-    """Fix the seeds, take the limits, say that the program comes next, and serve it."""
+    """Fix the seeds, take the limits, announce that the program comes next, and serve it."""
     if os.environ.get("PYTHONHASHSEED") != "0" and os.path.isfile(sys.argv[0]):
         # The order of sets must not change from run to run, and only a new interpreter can fix it.
         os.execve(sys.executable, [sys.executable, "-s", "-B", *sys.argv], {**os.environ, "PYTHONHASHSEED": "0"})
@@ -58,7 +58,7 @@ def _limit() -> None:
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * resource.getpagesize()
     wanted = {
-        # SIGXCPU first, so that the host can tell this limit from somebody else's SIGKILL.
+        # SIGXCPU first, so that the host can distinguish this limit from a SIGKILL of another origin.
         resource.RLIMIT_CPU: (GIVEN["cpu_seconds"], GIVEN["cpu_seconds"] + 1),
         resource.RLIMIT_AS: (used + (GIVEN["memory_mb"] << 20),) * 2,
         resource.RLIMIT_FSIZE: (GIVEN["file_kb"] << 10,) * 2,

@@ -1,4 +1,4 @@
-"""Values across the border: tagged JSON that can say only what builtins can say.
+"""Values across the border: tagged JSON that expresses builtins only.
 
 The program's side encodes, the host decodes (and the reverse for arguments). Decoding builds None, bool, int,
 float, complex, str, bytes, range, list, tuple, set, frozenset and dict, nothing else; no byte of a document
@@ -45,14 +45,14 @@ MAX_DOCUMENT = 1 << 16
 
 _PLAIN_INT = 2**53
 _MAX_RANGE_BITS = 63
-"""Of the numbers of a range: with larger ones, its length costs time that grows with their square."""
+"""Largest size of a range's numbers: with larger ones, its length costs time that grows with their square."""
 _MAX_TEXTS = 1 << 20
-"""Texts of one document that are looked into, to tell their commas from those between values."""
+"""Texts of one document that are scanned, to separate their commas from the commas between values."""
 _TEXT = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
 HANDLE_KINDS = ("object", "call", "iter")
-"""What a value that stays in its sandbox can be used as."""
+"""Kinds of use of a value that stays in its sandbox."""
 TEXT_KINDS = ("name", "Decimal", "Fraction", "datetime", "date", "time", "timedelta")
-"""What travels as text between two sandboxes: a name of the program's, and values of the standard library."""
+"""Kinds that travel as text between two sandboxes: names of the program, and values of the standard library."""
 Refer = Callable[[Any], "list[Any] | None"]
 Resolve = Callable[[str, Any], object]
 
@@ -64,7 +64,7 @@ class CodecError(ValueError):
 class Opaque:
     """A value the border does not carry. Equal to nothing, not even to itself.
 
-    Its truth is what the program says it is, which gains a forger nothing: any true value would do as well.
+    The program states its truth, which gains a forger nothing: any true value would do as well.
     """
 
     __slots__ = ("truth", "type_name")
@@ -175,7 +175,7 @@ def encode_or_digest(value: object, *, keep_floats: bool = False) -> tuple[str, 
 def listed(value: Any, *, is_counted: bool = False) -> Any:
     """Return the list of what a value gives when it is of a type that does not travel; any other value as it is.
 
-    For a reply of which a test asks nothing but its items (`is_counted`: their number, which a generator does not
+    For a reply of which a test reads nothing but its items (`is_counted`: their number, which a generator does not
     know). One that gives more than MAX_NODES stays what it is.
     """
     kind = type(value)
@@ -297,7 +297,7 @@ class _Encoder:
         return {"o": [str(kind.__name__)[:80], truth]}
 
 
-# The base's own methods: what a subclass says about itself is not asked.
+# The base's own methods: a subclass cannot describe itself.
 _FLATTEN: tuple[tuple[type, Callable[[Any], object]], ...] = (
     (int, int.__int__),
     (float, float.__float__),
