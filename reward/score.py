@@ -9,8 +9,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from coupled.reward.extract import Extraction, extract
-from coupled.reward.function_process import LOAD_SECONDS, FunctionProcess
-from coupled.reward.functions import RewardSpec
+from coupled.reward.functions import LOAD_SECONDS, FunctionProcess, RewardSpec
 from coupled.reward.judge import Judge
 from coupled.reward.types import Judgement, RewardError, Status, Task, Verdict
 from coupled.sandbox import Executor, Limits

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from coupled.reward import Judge, Status, Task, UnsupportedTest, arguments_test, evalplus_task
-from coupled.reward.evalplus import matches, parse_arguments
+from coupled.reward.styles.evalplus import matches, parse_arguments
 from coupled.sandbox import Digest, Execution, Job, Limits, LocalExecutor, Opaque, Outcome
 from coupled.sandbox.codec import digest
 

@@ -20,13 +20,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from coupled.reward.functions import call_function, columns_of, load_function
+from coupled.reward.functions.user import call_function, columns_of, load_function
 from coupled.reward.types import RewardError, Task
 
 PROGRAM = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[2])
-from coupled.reward.function_process import serve
+from coupled.reward.functions.process import serve
 serve(int(sys.argv[1]))
 """
 """The process finds modules where this one does."""

@@ -1,21 +1,35 @@
-"""Tests in `assert` form, split in two: calls for the sandbox, and a check for the host.
+"""Style `assert`: each test is asserts over calls, split in two: calls for the sandbox, and a check for the host.
 
 `assert set(f([1, 2])) == {1, 2}` becomes the call `f([1, 2])` and the check `set(□) == {1, 2}`: the program
-sees inputs only, the expected value never leaves the host. Done once per test and kept.
+sees inputs only, the expected value never leaves the host (tier T0). Each test is split once and kept. Tests that
+cannot be split run as a program beside the one under test (tier T1).
 """
 
 from __future__ import annotations
 
 import ast
 import builtins
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from coupled.reward.expressions import FAILURES, FUNCTIONS, NoReply, Slot, Unsupported, evaluate, function_name
-from coupled.reward.programs import bound_by, library_names, looks_like_a_class, unclear_names
+from coupled.reward.styles.expressions import FAILURES, FUNCTIONS, NoReply, Slot, Unsupported, evaluate, function_name
+from coupled.reward.styles.programs import (
+    as_part,
+    bound_by,
+    build_program,
+    has_assert,
+    library_names,
+    looks_like_a_class,
+    parsed,
+    program_plan,
+    refused,
+    unclear_names,
+)
+from coupled.reward.styles.style import Expected, Plan, TestStyle
 from coupled.reward.types import Task, UnsupportedTest
-from coupled.sandbox import Call, CallResult
+from coupled.sandbox import Call, CallResult, Execution, Job, Limits, TestProgram
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +47,34 @@ class ParsedTest:
             return all(bool(evaluate(check, replies)) for check in self.checks)
         except FAILURES:
             return False
+
+
+def plan(task: Task, expected: Expected | None = None) -> Plan:
+    """Return how the task is judged: T0 where every test can be split, else T1. Raises UnsupportedTest."""
+    try:
+        tests = parse_tests(task)
+    except UnsupportedTest:
+        return program_plan(task, asserts_program(task.hidden_tests, task.entry_point, task.setup))
+    return calls_plan(task, tests)
+
+
+def calls_plan(task: Task, tests: Sequence[ParsedTest]) -> Plan:
+    """Return the plan that sends the calls of all tests to the program and checks the replies here (tier T0)."""
+    calls = tuple(call for test in tests for call in test.calls)
+
+    def job(program: str, limits: Limits) -> Job:
+        return Job(uid=task.uid, source=program, setup=task.setup, calls=calls, limits=limits)
+
+    def verdicts(run: Execution) -> tuple[bool, ...]:
+        """A test whose calls were answered before the program ended still counts: slow is not wrong."""
+        passed, start = [], 0
+        for test in tests:
+            end = start + len(test.calls)
+            passed.append(test.holds(run.results[start:end]))
+            start = end
+        return tuple(passed)
+
+    return Plan(tier="T0", total=len(tests), job=job, verdicts=verdicts)
 
 
 def parse_tests(task: Task) -> tuple[ParsedTest, ...]:
@@ -77,6 +119,19 @@ def parse_test(text: str, entry_point: str | None, setup: str = "") -> ParsedTes
         for index, call in enumerate(splitter.calls)
     )
     return ParsedTest(text=text, calls=calls, checks=tuple(checks))
+
+
+@lru_cache(maxsize=1 << 12)
+def asserts_program(texts: tuple[str, ...], entry_point: str | None, setup: str) -> TestProgram:
+    """Return the test program of a list of tests: each is one part. Raises UnsupportedTest."""
+    count = itertools.count()
+    module = parsed(setup)
+    for text in texts:
+        body = parsed(text).body
+        if not any(map(has_assert, body)):
+            raise refused(text, "it asserts nothing, so it would pass without a program")
+        module.body = [*module.body, as_part(body, count)]
+    return build_program("\n".join((setup, *texts)), module, next(count), entry_point)
 
 
 def _is_only_compared(index: int, checks: Sequence[ast.expr]) -> bool:
@@ -200,3 +255,6 @@ def _unsupported(text: str, reason: str) -> UnsupportedTest:
         f"a test is asserts over calls of the program with literal arguments; received {text[:300]!r}: "
         f"{reason}: drop the task, or rewrite the test"
     )
+
+
+STYLE = TestStyle(name="assert", plan=plan)
