@@ -50,7 +50,7 @@ def load_function(path: str, root: Path) -> UserFunction:
 
 
 def columns_of(tasks: Sequence[Task], completions: Sequence[str]) -> dict[str, list[Any]]:
-    """Return what a user's function may ask for: name -> one entry per completion."""
+    """Return the columns that a user's function may take: name → one entry per completion."""
     offered: dict[str, list[Any]] = {name: [getattr(task, name) for task in tasks] for name in _OWN_COLUMNS}
     names = {name for task in tasks for name in task.columns}
     offered |= {name: [task.columns.get(name) for task in tasks] for name in sorted(names)}

@@ -99,7 +99,7 @@ def arguments_test(args: Sequence[object]) -> str:
 
 @lru_cache(maxsize=1 << 12)
 def parse_arguments(text: str) -> tuple[object, ...]:
-    """Return the arguments that `arguments_test` was given, or those of a JSON list; UnsupportedTest else."""
+    """Return the arguments in a text of `arguments_test`, or in a JSON list; UnsupportedTest for any other text."""
     try:
         args = decode(text)
     except CodecError:

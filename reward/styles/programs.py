@@ -91,7 +91,7 @@ _NEEDS_THE_PROCESS = frozenset(
         "builtins.print",
     ]
 )
-"""With these, tests reach into the program's process or share files with it."""
+"""Names with which tests reach into the program's process or share files with it."""
 _NEEDS_THE_STREAMS = frozenset(("redirect_stdout", "redirect_stderr", "capsys", "capfd", "monkeypatch"))
 _TYPE_CHECKS = {
     "isinstance": 1,
@@ -101,7 +101,7 @@ _TYPE_CHECKS = {
     "assertRaises": 0,
     "assertRaisesRegex": 0,
 }
-"""Which argument of these is a type."""
+"""Position of the argument that is a type."""
 _ATTRIBUTES = frozenset(
     name
     for kind in (
@@ -122,7 +122,7 @@ _ATTRIBUTES = frozenset(
     )
     for name in dir(kind)
 ) | frozenset(name for kind in (datetime.datetime, datetime.time, datetime.timedelta) for name in dir(kind))
-"""What the replies of a plain function can have."""
+"""Attributes that the replies of a plain function can have."""
 
 
 def one_program(task: Task) -> str:
@@ -161,7 +161,7 @@ def build_program(text: str, module: ast.Module, num_parts: int, entry_point: st
         _refuse_what_needs_the_process(text, node, bound)
     wanted = {_owner(entry_point)} - {""} | _imported_from_solution(module)
     if own := wanted & _defined_at_the_top(module):
-        raise refused(text, f"it defines {own.pop()!r} itself, which is said to be the program's")
+        raise refused(text, f"it defines {own.pop()!r} itself, which the task expects from the program")
     used = {node.id for node in ast.walk(module) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
     free = {name for name in used - bound - {"__part__", "__name__"} if not hasattr(builtins, name)} | wanted
     imports = sorted((free & _MODULES) - wanted)
@@ -171,7 +171,9 @@ def build_program(text: str, module: ast.Module, num_parts: int, entry_point: st
         raise refused(text, "it calls nothing of the program, so it would pass without one")
     classes = {name for name in names if looks_like_a_class(name)}
     if not entry_point and (unclear := unclear_names(names)):
-        raise refused(text, f"{min(unclear)!r} may be the program's or python's: say with entry_point what is asked")
+        raise refused(
+            text, f"{min(unclear)!r} may be the program's or Python's: name the tested function in entry_point"
+        )
     if entry_point and (strangers := names - classes - wanted):
         raise refused(
             text,
@@ -238,8 +240,8 @@ def refused(text: str, reason: str) -> UnsupportedTest:
 def library_names(free: AbstractSet[str], entry_point: str | None) -> dict[str, str]:
     """Return the free names that are the standard library's, with their modules.
 
-    Without an entry point only classes, and when nothing else is asked of the program, not even these: it may be
-    the tests of a class `Counter`.
+    Without an entry point only classes, and when the tests use nothing else of the program, not even these: they may be
+    tests of a class `Counter`.
     """
     library = _LIBRARY | (dict.fromkeys(dir(math), "math") if entry_point else {})
     known = {name: library[name] for name in free if name in library and name != _owner(entry_point)}
@@ -249,7 +251,7 @@ def library_names(free: AbstractSet[str], entry_point: str | None) -> dict[str, 
 def unclear_names(free: AbstractSet[str]) -> AbstractSet[str]:
     """Return the free names that could be a function of `math` or one of the program: `isclose` beside a function `f`.
 
-    When all of them are such, they are what the program is asked for.
+    When every free name is such, the tests take them from the program.
     """
     unclear = free & set(dir(math))
     return unclear if free - unclear else set()
@@ -262,7 +264,7 @@ def looks_like_a_class(name: str) -> bool:
 
 @lru_cache(maxsize=1 << 12)
 def bound_by(text: str) -> frozenset[str]:
-    """Return the names that code gives itself, anywhere in it. UnsupportedTest when it does not parse."""
+    """Return the names that code defines, anywhere in it. UnsupportedTest when it does not parse."""
     return frozenset(_bound(text, parsed(text)))
 
 
@@ -272,7 +274,7 @@ def imports_of(text: str) -> str:
 
 
 def refuse_what_runs_values(text: str) -> None:
-    """Raise UnsupportedTest for a program of the tests' that could run what the program under test gives it."""
+    """Raise UnsupportedTest for a test program that could run values of the program under test."""
     for node in ast.walk(parsed(text)):
         _refuse_what_runs_values(text, node)
 
@@ -282,7 +284,7 @@ def _owner(entry_point: str | None) -> str:
 
 
 def _imported_from_solution(module: ast.Module) -> set[str]:
-    """Return what the tests take from the program as from a module of that name."""
+    """Return the names that the tests import from the program, as from a module `solution`."""
     names: set[str] = set()
     for node in ast.walk(module):
         match node:
@@ -298,11 +300,11 @@ def _refuse_what_runs_values(text: str, node: ast.AST) -> None:
     if isinstance(node, ast.Name) and node.id in _RUN_CALLS:
         runs.append(node.id)
     if runs:
-        raise refused(text, f"it uses {runs[0]}, with which the tests could run what the program gives them")
+        raise refused(text, f"it uses {runs[0]}, with which the tests could run values of the program")
 
 
 def _refuse_what_needs_the_process(text: str, node: ast.AST, bound: AbstractSet[str]) -> None:
-    """Raise for what cannot work between two sandboxes: it would fail every program."""
+    """Raise for a construct that cannot work between two sandboxes: it would fail every program."""
     uses = [module for module in _modules_of(node) if module in _NEEDS_THE_PROCESS]
     match node:
         case ast.Name(id=name) if name in _NEEDS_THE_STREAMS or (name == "open" and name not in bound):
@@ -336,7 +338,7 @@ def _refuse_what_cannot_come(text: str, node: ast.AST, names: AbstractSet[str], 
         case ast.Attribute(value=ast.Call(func=ast.Name(id=name)), attr=attribute) if (
             name in names and not classes and attribute not in _ATTRIBUTES
         ):
-            raise refused(text, f"it asks a reply of {name!r} for {attribute!r}, which no value of python has")
+            raise refused(text, f"it reads {attribute!r} of a reply of {name!r}, which no builtin value has")
     for kind in types:
         for one in kind.elts if isinstance(kind, ast.Tuple) else [kind]:
             if isinstance(one, ast.Name) and one.id in names:

@@ -37,7 +37,7 @@ def plan(task: Task, expected: Expected | None = None) -> Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Script:
-    """Test classes for the program's own process, and what must be seen of each method."""
+    """Test classes for the program's own process, and the checks that the host must see of each method."""
 
     tests: TestProgram
     sites: tuple[tuple[_Site, ...], ...]
@@ -79,7 +79,7 @@ def _with_sight(body: Sequence[ast.stmt], count: Iterator[int], found: list[_Sit
                 )
                 _Swap(operand, shown).visit(node)
         elif isinstance(node, ast.With):
-            # What a context manager may swallow is not certain to be reached.
+            # A context manager may swallow an exception, so the statements after it are not certain to be reached.
             swallows = any(name in ast.unparse(item) for item in node.items for name in ("assertRaises", "suppress"))
             inner: list[_Site] = []
             node.body = list(_with_sight(node.body, count, [] if swallows else inner))

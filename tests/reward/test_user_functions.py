@@ -189,7 +189,7 @@ def test_a_function_ends_with_the_process_that_asked_it(tmp_path: Path) -> None:
     parent.wait()
     child = Path("/proc") / (tmp_path / "pid").read_text()
     while child.exists():
-        assert time.monotonic() < deadline, "it outlives whoever could hear its answer"
+        assert time.monotonic() < deadline, "it outlives the process that reads its answers"
         time.sleep(0.02)
 
 
