@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from coupled.reward import Judge, Judgement, Task, evalplus_task
-from coupled.reward.evalplus import parse_arguments
+from coupled.reward.styles.evalplus import parse_arguments
 from coupled.sandbox import Call, Execution, Executor, Job, Limits, open_executor
 
 FILES = {"HumanEval+": "HumanEvalPlus.jsonl.gz", "MBPP+": "MbppPlus.jsonl.gz"}

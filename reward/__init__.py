@@ -3,20 +3,22 @@
 if __name__ != "coupled.reward":
     raise ImportError("import coupled.reward, not reward: the folder is a package of the distribution 'coupled'")
 
-from coupled.reward.asserts import ParsedTest, parse_test, parse_tests
-from coupled.reward.evalplus import arguments_test, evalplus_task
 from coupled.reward.extract import Extraction, extract
 from coupled.reward.functions import BUILT_IN, RewardSpec
 from coupled.reward.judge import Judge
-from coupled.reward.plan import Plan, plan
-from coupled.reward.rows import PROGRAM_STYLES, known_task, style_of
+from coupled.reward.rows import evalplus_task, known_task
 from coupled.reward.score import PUBLISHED, Scorer
-from coupled.reward.types import Judgement, RewardError, Status, Style, Task, UnsupportedTest, Verdict, stdio_test
+from coupled.reward.styles import PROGRAM_STYLES, STYLES, Plan, TestStyle, num_runs, plan, style_of
+from coupled.reward.styles.asserts import ParsedTest, parse_test, parse_tests
+from coupled.reward.styles.evalplus import arguments_test
+from coupled.reward.styles.stdio import stdio_test
+from coupled.reward.types import Judgement, RewardError, Status, Task, UnsupportedTest, Verdict
 
 __all__ = [
     "BUILT_IN",
     "PROGRAM_STYLES",
     "PUBLISHED",
+    "STYLES",
     "Extraction",
     "Judge",
     "Judgement",
@@ -26,14 +28,15 @@ __all__ = [
     "RewardSpec",
     "Scorer",
     "Status",
-    "Style",
     "Task",
+    "TestStyle",
     "UnsupportedTest",
     "Verdict",
     "arguments_test",
     "evalplus_task",
     "extract",
     "known_task",
+    "num_runs",
     "parse_test",
     "parse_tests",
     "plan",

@@ -1,7 +1,7 @@
 """The program in a completion, and how well the completion keeps to the format.
 
 The format part is 1.0 for a fenced python block whose code parses, 0.5 for a fenced block whose code does
-not, 0.0 without one. Decisions, where the rule leaves room:
+not, 0.0 without one. Decisions on the cases that the rule leaves open:
 
 * A fence opens on a line of its own: three backticks and `python`, at most three spaces before, blanks after.
 * It closes on the next line that starts with three backticks. Without that line there is no block: 0.0. A
@@ -20,11 +20,11 @@ import warnings
 from dataclasses import dataclass
 
 MAX_CODE = 100_000
-"""Characters; a longer program is not parsed and counts as one that does not parse. Parsing happens on the host, where
-no limit of time holds it, and can cost time that grows with the square of the text: half a second at this length."""
+"""Characters; a longer program is not parsed and counts as one that does not parse. The host parses without a time
+limit, and parsing can cost time that grows with the square of the text: half a second at this length."""
 MAX_NAME = 300
-"""Marks on one letter, and parts of one dotted name. Putting a longer name together would cost minutes: such a program
-counts as one that does not parse."""
+"""Bound on the marks of one letter, and on the parts of one dotted name. A longer name would cost minutes: such a
+program counts as one that does not parse."""
 
 _FENCE = re.compile(r"^ {0,3}```([^`\n]*)$", re.MULTILINE)
 _CLOSE = re.compile(r"^[ \t]*```", re.MULTILINE)
@@ -34,7 +34,7 @@ _FOREIGN = re.compile(rf"[^\x00-\x7f]{{{MAX_NAME}}}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Extraction:
-    """What a completion contains. Example: `Extraction(code="x = 1", format=1.0)`."""
+    """The program and the format part of a completion. Example: `Extraction(code="x = 1", format=1.0)`."""
 
     code: str | None
     """The text of the first closed python block; None without one."""
@@ -63,8 +63,7 @@ def has_program(code: str) -> bool:
     if len(code) > MAX_CODE or _DOTTED.search(code) or (_FOREIGN.search(code) and _has_endless_name(code)):
         return False
     with warnings.catch_warnings():
-        # An odd escape in a string is a warning; a caller that turns warnings into errors must get the same
-        # reward.
+        # An invalid escape in a string is a warning; a caller that turns warnings into errors must get the same reward.
         warnings.simplefilter("ignore")
         try:
             return bool(ast.parse(code).body)
@@ -73,7 +72,7 @@ def has_program(code: str) -> bool:
 
 
 def _has_endless_name(code: str) -> bool:
-    """True when more than MAX_NAME marks in a row follow one letter: python puts them in order, two by two."""
+    """True when more than MAX_NAME marks in a row follow one letter: Python sorts them pair by pair."""
     length = 0
     for character in code:
         is_mark = all(map(unicodedata.combining, unicodedata.normalize("NFKD", character)))

@@ -1,44 +1,43 @@
-"""Runs the hidden tests of tasks on programs and says which passed."""
+"""Runs the hidden tests of tasks on programs, and judges each test."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from coupled.reward.extract import extract, has_program
-from coupled.reward.plan import Expected, Plan, oracle_job, plan, read_oracle
-from coupled.reward.types import Judgement, Status, Task, UnsupportedTest
+from coupled.reward.styles import STYLES, Expected, Plan, plan
+from coupled.reward.types import Judgement, Status, Task
 from coupled.sandbox import Execution, Executor, Job, Limits, Outcome, Usage
 
 _Key = tuple[str, int]
+_K = TypeVar("_K")
 
 
 class Judge:
-    """Judges completions with an executor, which stays the caller's to close.
+    """Judges completions with an executor, which the caller closes.
 
-    Keeps the expected values of `evalplus` tasks, so that each reference runs once. `allow_weak`: tests may run
-    in the program's own process (tier T2) where they can run nowhere else.
+    Keeps the expected values of tasks whose style runs a reference (`evalplus`), so that each reference runs once.
+    `allow_weak`: tests may run in the program's own process (tier T2) where they can run nowhere else.
     """
 
     def __init__(self, executor: Executor, limits: Limits | None = None, *, allow_weak: bool = False) -> None:
         self._executor = executor
         self.limits = limits or Limits()
-        """Of every program."""
+        """Limits of every program."""
         self._allow_weak = allow_weak
         self._expected: dict[_Key, Expected] = {}
 
-    def judge(self, tasks: Sequence[Task], completions: Sequence[str], *, run_visible: bool = False) -> list[Judgement]:
+    def judge(self, tasks: Sequence[Task], completions: Sequence[str]) -> list[Judgement]:
         """Return one judgement per completion: its first python block against the hidden tests of its task.
 
-        With `run_visible` the visible tests are run as well and told apart. Raises UnsupportedTest for a test
-        that cannot be judged, ValueError when the lengths differ.
+        Visible tests are neither run nor counted. Raises UnsupportedTest for a test that cannot be judged, ValueError
+        when the lengths differ.
         """
-        programs = [extract(completion).code for completion in completions]
-        return self.judge_programs(tasks, programs, run_visible=run_visible)
+        return self.judge_programs(tasks, [extract(completion).code for completion in completions])
 
-    def judge_programs(
-        self, tasks: Sequence[Task], programs: Sequence[str | None], *, run_visible: bool = False
-    ) -> list[Judgement]:
+    def judge_programs(self, tasks: Sequence[Task], programs: Sequence[str | None]) -> list[Judgement]:
         """As `judge`, for programs that are extracted already; None: the completion had none."""
         if len(tasks) != len(programs):
             raise ValueError(f"one task per program; received {len(tasks)} tasks and {len(programs)} programs")
@@ -65,37 +64,24 @@ class Judge:
                 judgements.append(_infra(outages[_key(task)]))
             else:
                 judgements.append(_nothing_to_run(plans[index], program))
-        return self._with_visible(tasks, programs, judgements) if run_visible else judgements
+        return judgements
 
-    def _run(self, jobs: dict[int, Job]) -> dict[int, Execution]:
+    def _run(self, jobs: dict[_K, Job]) -> dict[_K, Execution]:
         return dict(zip(jobs, self._executor.run(list(jobs.values())), strict=True)) if jobs else {}
 
     def _learn_expected(self, tasks: Sequence[Task]) -> dict[_Key, Execution]:
-        """Run the references that have not run yet; those that the sandbox failed on, to be tried next time."""
-        new = {_key(task): task for task in tasks if task.style == "evalplus" and _key(task) not in self._expected}
-        runs = self._executor.run([oracle_job(task) for task in new.values()]) if new else []
-        outages = {}
-        for (key, task), run in zip(new.items(), runs, strict=True):
-            if run.outcome.is_infrastructure:
-                outages[key] = run
-            else:
-                self._expected[key] = read_oracle(task, run)
+        """Run the references that have not run yet. Return the sandbox's failures, which the next call retries."""
+        new = {
+            _key(task): (task, reference)
+            for task in tasks
+            if (reference := STYLES[task.style].reference) and _key(task) not in self._expected
+        }
+        runs = self._run({key: reference.job(task) for key, (task, reference) in new.items()})
+        outages = {key: run for key, run in runs.items() if run.outcome.is_infrastructure}
+        for key, (task, reference) in new.items():
+            if key not in outages:
+                self._expected[key] = reference.read(task, runs[key])
         return outages
-
-    def _with_visible(
-        self, tasks: Sequence[Task], programs: Sequence[str | None], judgements: Sequence[Judgement]
-    ) -> list[Judgement]:
-        shown: dict[int, Task] = {}
-        for index, task in enumerate(tasks):
-            alone = replace(task, hidden_tests=task.visible_tests, visible_tests=())
-            try:
-                if task.visible_tests and plan(alone, allow_weak=self._allow_weak).total:
-                    shown[index] = alone
-            except UnsupportedTest:
-                continue  # only hidden tests are promised to be judged
-        seen = self.judge_programs(list(shown.values()), [programs[index] for index in shown])
-        visible = dict(zip(shown, (judgement.per_test for judgement in seen), strict=True))
-        return [replace(judgement, visible=visible.get(index, ())) for index, judgement in enumerate(judgements)]
 
 
 def _key(task: Task) -> _Key:

@@ -1,4 +1,4 @@
-"""From completions to verdicts: every reward function, weighted and added up."""
+"""From completions to verdicts: the weighted sum of all reward functions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from types import TracebackType
 from typing import Literal, Self
 
 from coupled.reward.extract import Extraction, extract
-from coupled.reward.function_process import LOAD_SECONDS, FunctionProcess
-from coupled.reward.functions import RewardSpec
+from coupled.reward.functions import LOAD_SECONDS, FunctionProcess, RewardSpec
 from coupled.reward.judge import Judge
 from coupled.reward.types import Judgement, RewardError, Status, Task, Verdict
 from coupled.sandbox import Executor, Limits
@@ -21,15 +20,15 @@ PUBLISHED = (RewardSpec(name="code", weight=2.0), RewardSpec(name="format", weig
 
 OnError = Literal["stop", "mask"]
 MAX_FAILURES = 3
-"""So often a user's function that fails is asked about parts of a batch; the rest of the batch is not tried."""
+"""Failed calls of a user's function on parts of a batch, after which the rest of the batch is not tried."""
 
 
 class Scorer:
-    """Scores completions. A context manager; the executor is the caller's to close, and without `code` none is needed.
+    """Scores completions. A context manager. The caller closes the executor, which only the function `code` needs.
 
-    `timeout_seconds` bounds one call of a user's function; `on_error` says what one that fails does: `stop` raises
-    RewardError, `mask` leaves the completions that it fails on without a score. `allow_weak` is the judge's. Raises
-    RewardError for a function that cannot be loaded.
+    `timeout_seconds` bounds one call of a user's function. `on_error` selects the effect of a failed call: `stop`
+    raises RewardError, `mask` leaves the completions that it fails on without a score. `allow_weak` is passed to the
+    judge. Raises RewardError for a function that cannot be loaded.
     """
 
     def __init__(
@@ -71,11 +70,11 @@ class Scorer:
 
     @property
     def has_judge(self) -> bool:
-        """Whether programs are run at all."""
+        """True when a reward function needs the programs to run."""
         return self._judge is not None
 
     def patience(self, tasks: Sequence[Task]) -> float:
-        """Seconds that the user's functions may take for these, when all fail and are asked prompt by prompt."""
+        """Seconds that the user's functions may take for these tasks, when all fail and are called prompt by prompt."""
         num_calls = 1 + len({task.uid for task in tasks})
         return len(self._users) * (num_calls * self._timeout_seconds + MAX_FAILURES * LOAD_SECONDS)
 
@@ -84,10 +83,10 @@ class Scorer:
     ) -> list[Verdict]:
         """Return one verdict per completion; each program runs once, whatever the number of functions.
 
-        `judgements` are those of a `Judge` of the same executor, where the programs have been run already.
+        `judgements`, from a `Judge` with the same executor, replaces the runs of programs that have run already.
 
-        A sample without a verdict on its program, or of a function that failed on it, has no score at all (INFRA): a
-        sum without that part would be a reward for something else. Raises RewardError for a user's function that
+        A sample whose program has no verdict, or on which a function failed, has no score at all (INFRA): a sum without
+        that part would be a reward for something else. Raises RewardError for a user's function that
         misbehaves, UnsupportedTest for a test that cannot be run, ValueError when the lengths differ.
         """
         if len(tasks) != len(completions):
@@ -103,7 +102,7 @@ class Scorer:
         theirs: dict[str, list[float | None]] = {}
         failed: dict[int, str] = {}
         for key, function in self._users.items():
-            theirs[key], why = self._ask(function, tasks, completions)
+            theirs[key], why = self._call(function, tasks, completions)
             failed |= why
         return [
             self._verdict(
@@ -125,12 +124,12 @@ class Scorer:
     ) -> None:
         self.close()
 
-    def _ask(
+    def _call(
         self, function: FunctionProcess, tasks: Sequence[Task], completions: Sequence[str]
     ) -> tuple[list[float | None], dict[int, str]]:
-        """Return the user's scores, and why there are none for the completions that the function fails on.
+        """Return the user's scores, and the error message for each completion that the function fails on.
 
-        It may have failed over one of them: with `mask` it is asked again prompt by prompt.
+        One completion may have caused the failure: with `mask` the function is called again prompt by prompt.
         """
         try:
             return function.score(tasks, completions, self._timeout_seconds), {}
@@ -144,9 +143,9 @@ class Scorer:
         groups = [[index for index, _ in group] for _, group in groupby(enumerate(tasks), key=lambda each: each[1].uid)]
         for places in groups:
             if len(groups) > 1 and num_failures < MAX_FAILURES:
-                asked = [tasks[place] for place in places], [completions[place] for place in places]
+                part = [tasks[place] for place in places], [completions[place] for place in places]
                 try:
-                    found = function.score(*asked, self._timeout_seconds)
+                    found = function.score(*part, self._timeout_seconds)
                 except RewardError as error:
                     num_failures += 1
                     why = str(error)

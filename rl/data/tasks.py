@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from coupled.reward import PROGRAM_STYLES, Style, Task, UnsupportedTest, known_task, plan, style_of
+from coupled.reward import PROGRAM_STYLES, Task, UnsupportedTest, known_task, plan, style_of
 from coupled.rl.data.rows import load_rows
 from coupled.rl.errors import DataError, nearest
 from coupled.rl.recipe.schema import COLUMNS, Data
@@ -107,7 +107,7 @@ def _text(row: dict[str, Any], columns: dict[str, str], name: str) -> str:
     return value
 
 
-def _inferred_style(row: dict[str, Any], columns: dict[str, str]) -> Style:
+def _inferred_style(row: dict[str, Any], columns: dict[str, str]) -> str:
     tests = row.get(columns.get("hidden_tests", "hidden_tests"))
     if isinstance(tests, list) and len(tests) == 1:
         tests = tests[0]

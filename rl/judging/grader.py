@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from coupled.reward import Judge, Judgement, Scorer, Task, Verdict
+from coupled.reward import Judge, Judgement, Scorer, Task, Verdict, num_runs
 from coupled.sandbox import (
     CachedExecutor,
     CacheStatistics,
@@ -59,7 +59,7 @@ class Grader:
 
     def patience(self, tasks: Sequence[Task]) -> float:
         """Seconds that scoring one completion of each may take when every program uses up its time, twice over."""
-        runs = sum(len(task.hidden_tests) if task.style == "stdio" else 1 for task in tasks)
+        runs = sum(map(num_runs, tasks))
         return 2 * runs * self._judge.limits.wall_seconds + self._scorer.patience(tasks)
 
     def cache_statistics(self) -> CacheStatistics:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from coupled.reward import Judge, Status, Task, UnsupportedTest, arguments_test, evalplus_task
-from coupled.reward.evalplus import matches, parse_arguments
+from coupled.reward.styles.evalplus import matches, parse_arguments
 from coupled.sandbox import Digest, Execution, Job, Limits, LocalExecutor, Opaque, Outcome
 from coupled.sandbox.jail.codec import digest
 
@@ -173,7 +173,9 @@ def test_a_reference_that_the_sandbox_failed_on_is_tried_again(executor: LocalEx
 
 @pytest.mark.parametrize("reference", ["def f(x): raise ValueError", "x = 1", "def f(", "import os\nos._exit(0)"])
 def test_a_reference_that_gives_no_value_is_refused_by_name(reference: str, executor: LocalExecutor) -> None:
-    with pytest.raises(UnsupportedTest, match="the reference of a task replies to every input; that of 't'"):
+    with pytest.raises(
+        UnsupportedTest, match="the reference of a task replies to every input; task 't' has one that fails on input 0"
+    ):
         Judge(executor).judge_programs([task(reference=reference)], ["def f(x): return x"])
 
 

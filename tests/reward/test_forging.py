@@ -295,7 +295,7 @@ def test_honest_programs_pass_after_all_forgers(tests: str, executor: LocalExecu
 
 
 def test_what_t2_lets_through_is_counted(executor: LocalExecutor) -> None:
-    """In one process a program can find the constants and patch the tests. The number is what docs/sandbox.md says."""
+    """In one process a program can find the constants and patch the tests. docs/sandbox.md states the same number."""
     judge = Judge(executor, SMALL, allow_weak=True)
     judgements = judge.judge_programs([WEAK] * len(FORGERS), list(FORGERS.values()))
     forged = {name: j.per_test for name, j in zip(FORGERS, judgements, strict=True) if j.passed}

@@ -35,7 +35,7 @@ def test_all_but_the_known_tests_can_be_split_into_calls_and_checks(rows: list[d
         except UnsupportedTest:
             refused.append(row["task_id"])
     print(f"{len(rows) - len(refused)} of {len(rows)} problems convertible; not: {refused}")
-    # 126 tests a function called `sum`, which without an entry point is the checker's; 596 asks for sys.getsizeof.
+    # 126 tests a function called `sum`, which without an entry point is the checker's; 596 needs sys.getsizeof.
     assert refused == [126, 596]
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from coupled.reward import Judge, Judgement, Status, Task, UnsupportedTest, plan
-from coupled.reward.programs import split_check
-from coupled.reward.stdio import same_output
+from coupled.reward.styles.check import split_check
+from coupled.reward.styles.stdio import same_output
 from coupled.sandbox import Limits, LocalExecutor
 
 SMALL = Limits(cpu_seconds=1, wall_seconds=30.0, memory_mb=128)
@@ -257,11 +257,11 @@ def test_each_method_of_a_test_class_is_judged_apart(executor: LocalExecutor) ->
             "'your_solution_module', which the sandbox does not have",
         ),
         ("from . import f\nassert f(f(1)) == 1", "relative module"),
-        ("assert f([1]).val == 1", "asks a reply of 'f' for 'val'"),
+        ("assert f([1]).val == 1", "reads 'val' of a reply of 'f'"),
         ("assert np.allclose([f(x) for x in [1]], [2])", "takes 'allclose' from 'np'"),
         ("assert [f(x) for x in [1]] and f.ok", "takes 'ok' from 'f'"),
-        ("assert isclose(f(1), 2.0)", "'isclose' may be the program's or python's"),
-        ("assert f(2) == sqrt(4)", "'sqrt' may be the program's or python's"),
+        ("assert isclose(f(1), 2.0)", "'isclose' may be the program's or Python's"),
+        ("assert f(2) == sqrt(4)", "'sqrt' may be the program's or Python's"),
         ("f = len\nassert f(f([[]])) == 1", "calls nothing of the program"),
     ],
 )
@@ -383,15 +383,16 @@ def f(x):
     assert judged(executor, shown, snoop).summary == "pass"  # and does find what it is given
 
 
-def test_visible_tests_are_told_apart_and_never_counted(executor: LocalExecutor) -> None:
-    task = Task(
-        uid="t", prompt="", visible_tests=("assert f(1) == 1", "assert f(2) == 3"), hidden_tests=("assert f(3) == 3",)
-    )
+def test_visible_tests_are_never_run_or_counted(executor: LocalExecutor) -> None:
+    shown, hidden = ("assert f(1) == 1", "assert f(2) == 3"), ("assert f(3) == 3",)
+    task = Task(uid="t", prompt="", visible_tests=shown, hidden_tests=hidden)
+    the_shown_alone = Task(uid="t", prompt="", hidden_tests=shown)
+    program = "def f(x): return x"
     judge = Judge(executor, SMALL)
-    (both,) = judge.judge_programs([task], ["def f(x): return x"], run_visible=True)
-    assert (both.visible, both.per_test, both.pass_rate) == ((True, False), (True,), 1.0)
-    (hidden,) = judge.judge_programs([task], ["def f(x): return x"])
-    assert (hidden.visible, hidden.pass_rate) == ((), 1.0)
+    (judgement, of_shown) = judge.judge_programs([task, the_shown_alone], [program, program])
+    assert (judgement.per_test, judgement.pass_rate) == ((True,), 1.0)
+    assert of_shown.per_test == (True, False)
+    assert len(plan(task).job(program, SMALL).calls) == 1
 
 
 def test_programs_of_many_kinds_of_tasks_are_judged_in_one_batch(executor: LocalExecutor) -> None:

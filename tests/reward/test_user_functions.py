@@ -12,7 +12,7 @@ from unittest.mock import patch
 import pytest
 
 from coupled.reward import RewardError, RewardSpec, Scorer, Status, Task, Verdict
-from coupled.reward.function_process import FunctionProcess
+from coupled.reward.functions.process import FunctionProcess
 from coupled.reward.score import MAX_FAILURES
 
 TASKS = [
@@ -141,8 +141,8 @@ def test_a_function_that_ends_or_hangs_is_named_and_is_started_anew_for_the_next
 
 
 def test_a_function_may_import_the_modules_beside_its_file(tmp_path: Path) -> None:
-    (tmp_path / "helpers.py").write_text("TWO = 2.0\n")
-    assert scores(tmp_path, "from helpers import TWO\ndef score(completions): return [TWO] * 3") == [2.0] * 3
+    (tmp_path / "scales.py").write_text("TWO = 2.0\n")
+    assert scores(tmp_path, "from scales import TWO\ndef score(completions): return [TWO] * 3") == [2.0] * 3
 
 
 def test_a_process_that_is_killed_between_calls_is_replaced_and_leaves_no_descriptor(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_a_function_ends_with_the_process_that_asked_it(tmp_path: Path) -> None:
     parent.wait()
     child = Path("/proc") / (tmp_path / "pid").read_text()
     while child.exists():
-        assert time.monotonic() < deadline, "it outlives whoever could hear its answer"
+        assert time.monotonic() < deadline, "it outlives the process that reads its answers"
         time.sleep(0.02)
 
 

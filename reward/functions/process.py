@@ -1,7 +1,7 @@
-"""A reward function of the user in a process of its own: what hangs can be ended, what crashes ends nobody else.
+"""A reward function of the user in a process of its own: a hang can be ended, and a crash ends no other process.
 
-It is loaded once and keeps its state from call to call, until it has to be started again. What it prints goes where
-this process prints.
+The function is loaded once and keeps its state from call to call, until its process has to be started again. Its output
+goes where this process prints.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from coupled.reward.functions import call_function, columns_of, load_function
+from coupled.reward.functions.user import call_function, columns_of, load_function
 from coupled.reward.types import RewardError, Task
 
 PROGRAM = """
 import json, sys
 sys.path[:] = json.loads(sys.argv[2])
-from coupled.reward.function_process import serve
+from coupled.reward.functions.process import serve
 serve(int(sys.argv[1]))
 """
 """The process finds modules where this one does."""
 LOAD_SECONDS = 600.0
-"""The user's file may load a model of its own."""
+"""Limit for loading the user's file, which may load a model of its own."""
 LEAVE_SECONDS = 5.0
-"""What it may take to end by itself when it is not needed any more."""
+"""Time that the process has to end by itself when it is closed."""
 
 
 class FunctionProcess:
-    """Calls `file.py:function` elsewhere. RewardError when there is no such function, or its file fails to import."""
+    """Calls `file.py:function` in another process. RewardError when it does not exist or its file fails to import."""
 
     def __init__(self, path: str, root: Path) -> None:
         self.label = path
@@ -93,7 +93,7 @@ class FunctionProcess:
                 self._end()
                 raise RewardError(too_late)
             value, problem = self._connection.recv()
-        except KeyboardInterrupt:  # its answer would be taken for that of the next call
+        except KeyboardInterrupt:  # the next call would read this call's answer
             self._end()
             raise
         except (EOFError, ConnectionError):
@@ -114,13 +114,13 @@ def _end(process: subprocess.Popen[bytes], connection: Connection) -> None:
     process.stdin.close()
     with contextlib.suppress(subprocess.TimeoutExpired):
         process.wait(LEAVE_SECONDS)
-    with contextlib.suppress(ProcessLookupError):  # its own processes, too
+    with contextlib.suppress(ProcessLookupError):  # and the processes that it started
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
 def serve(descriptor: int) -> None:
-    """What the process runs: the function, once for each message, until nobody sends any more."""
+    """Main of the process: calls the function once for each message, until the connection closes."""
     threading.Thread(target=_end_with_the_other, daemon=True).start()
     with Connection(descriptor) as connection:
         path, root = connection.recv()
@@ -147,6 +147,6 @@ def serve(descriptor: int) -> None:
 
 
 def _end_with_the_other() -> None:
-    """Standard input is held open by the process that started this one; nobody waits for an answer after its end."""
+    """End this process when the one that started it, which holds standard input open, has ended."""
     os.read(0, 1)
     os._exit(1)

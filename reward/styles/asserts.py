@@ -1,26 +1,40 @@
-"""Tests in `assert` form, split in two: calls for the sandbox, and a check for the host.
+"""Style `assert`: each test is asserts over calls, split in two: calls for the sandbox, and a check for the host.
 
 `assert set(f([1, 2])) == {1, 2}` becomes the call `f([1, 2])` and the check `set(□) == {1, 2}`: the program
-sees inputs only, the expected value never leaves the host. Done once per test and kept.
+sees inputs only, the expected value never leaves the host (tier T0). Each test is split once and kept. Tests that
+cannot be split run as a program beside the one under test (tier T1).
 """
 
 from __future__ import annotations
 
 import ast
 import builtins
+import itertools
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from coupled.reward.expressions import FAILURES, FUNCTIONS, NoReply, Slot, Unsupported, evaluate, function_name
-from coupled.reward.programs import bound_by, library_names, looks_like_a_class, unclear_names
+from coupled.reward.styles.expressions import FAILURES, FUNCTIONS, NoReply, Slot, Unsupported, evaluate, function_name
+from coupled.reward.styles.programs import (
+    as_part,
+    bound_by,
+    build_program,
+    has_assert,
+    library_names,
+    looks_like_a_class,
+    parsed,
+    program_plan,
+    refused,
+    unclear_names,
+)
+from coupled.reward.styles.style import Expected, Plan, TestStyle
 from coupled.reward.types import Task, UnsupportedTest
-from coupled.sandbox import Call, CallResult
+from coupled.sandbox import Call, CallResult, Execution, Job, Limits, TestProgram
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParsedTest:
-    """One test: what to call, and what must hold of the replies."""
+    """One test: the calls, and the checks that must hold for the replies."""
 
     text: str
     calls: tuple[Call, ...]
@@ -35,6 +49,34 @@ class ParsedTest:
             return False
 
 
+def plan(task: Task, expected: Expected | None = None) -> Plan:
+    """Return how the task is judged: T0 where every test can be split, else T1. Raises UnsupportedTest."""
+    try:
+        tests = parse_tests(task)
+    except UnsupportedTest:
+        return program_plan(task, asserts_program(task.hidden_tests, task.entry_point, task.setup))
+    return calls_plan(task, tests)
+
+
+def calls_plan(task: Task, tests: Sequence[ParsedTest]) -> Plan:
+    """Return the plan that sends the calls of all tests to the program and checks the replies here (tier T0)."""
+    calls = tuple(call for test in tests for call in test.calls)
+
+    def job(program: str, limits: Limits) -> Job:
+        return Job(uid=task.uid, source=program, setup=task.setup, calls=calls, limits=limits)
+
+    def verdicts(run: Execution) -> tuple[bool, ...]:
+        """A test whose calls were answered before the program ended still counts: slow is not wrong."""
+        passed, start = [], 0
+        for test in tests:
+            end = start + len(test.calls)
+            passed.append(test.holds(run.results[start:end]))
+            start = end
+        return tuple(passed)
+
+    return Plan(tier="T0", total=len(tests), job=job, verdicts=verdicts)
+
+
 def parse_tests(task: Task) -> tuple[ParsedTest, ...]:
     """Return the hidden tests of a task; UnsupportedTest naming the first that cannot be split."""
     return tuple(parse_test(text, task.entry_point, task.setup) for text in task.hidden_tests)
@@ -44,9 +86,9 @@ def parse_tests(task: Task) -> tuple[ParsedTest, ...]:
 def parse_test(text: str, entry_point: str | None, setup: str = "") -> ParsedTest:
     """Split one test, which is one or more asserts and maybe `import math`.
 
-    Calls of `entry_point` go to the program, and no others. Without one, calls of every name that neither python
-    nor the setup gives do, and of methods of a fresh object, `Class().method`. Their arguments must be literals, or
-    literals combined by what `expressions` has. Raises UnsupportedTest.
+    Calls of `entry_point` go to the program, and no others. Without one, the program receives the calls of every name
+    that neither Python nor the setup defines, and of methods of a fresh object, `Class().method`. Arguments must be
+    literals, or literals combined by the operations of `expressions`. Raises UnsupportedTest.
     """
     try:
         module = ast.parse(text.strip())
@@ -79,8 +121,21 @@ def parse_test(text: str, entry_point: str | None, setup: str = "") -> ParsedTes
     return ParsedTest(text=text, calls=calls, checks=tuple(checks))
 
 
+@lru_cache(maxsize=1 << 12)
+def asserts_program(texts: tuple[str, ...], entry_point: str | None, setup: str) -> TestProgram:
+    """Return the test program of a list of tests: each is one part. Raises UnsupportedTest."""
+    count = itertools.count()
+    module = parsed(setup)
+    for text in texts:
+        body = parsed(text).body
+        if not any(map(has_assert, body)):
+            raise refused(text, "it asserts nothing, so it would pass without a program")
+        module.body = [*module.body, as_part(body, count)]
+    return build_program("\n".join((setup, *texts)), module, next(count), entry_point)
+
+
 def _is_only_compared(index: int, checks: Sequence[ast.expr]) -> bool:
-    """True when all that is asked of a reply is whether it equals a value of the test."""
+    """True when the test only compares the reply with a value for equality."""
     for check in checks:
         slots = [node for node in ast.walk(check) if isinstance(node, Slot)]
         if any(slot.index == index for slot in slots):
@@ -97,7 +152,7 @@ _WALKERS = ("list", "tuple", "set", "frozenset", "sorted", "sum", "min", "max", 
 
 
 def _use_of_items(index: int, checks: Sequence[ast.expr]) -> str:
-    """Return `walked` or `counted` when that is all a test does with a reply, as in `list(f(3))`; else nothing."""
+    """Return `walked` or `counted` when a test does nothing else with a reply, as in `list(f(3))`; else no text."""
     for node in (node for check in checks for node in ast.walk(check)):
         match node:
             case ast.Call(func=function, args=[Slot() as slot]) if slot.index == index:
@@ -136,11 +191,11 @@ class _Splitter(ast.NodeTransformer):
         return None
 
     def is_free(self, node: ast.Name) -> bool:
-        """True when nobody but the program can have given the name: a builtin of the program's could be anything."""
+        """True when only the program can define the name: a builtin that the program redefines could be anything."""
         return function_name(node) is None and not hasattr(builtins, node.id) and node.id not in self.bound
 
     def is_class(self, node: ast.Name, method: str) -> bool:
-        """True for a class of the program. Of a function's reply, a method would be the program's word."""
+        """True for a class of the program. A method of a function's reply would be code of the program's choice."""
         if self.entry_point is None:
             return self.is_free(node) and looks_like_a_class(node.id)
         owner, dot, _ = self.entry_point.partition("().")
@@ -160,8 +215,7 @@ def _literal(node: ast.expr) -> object:
 def _check_supported(node: ast.AST) -> None:
     """Raise Unsupported when the evaluator lacks any part of the check.
 
-    Found out by evaluating each part without replies: what is missing shows as Unsupported, the rest as a
-    failure.
+    It evaluates each part without replies: a missing construct shows as Unsupported, anything else as a failure.
     """
     if isinstance(node, ast.expr) and not isinstance(node, Slot | ast.Slice):
         try:
@@ -170,7 +224,7 @@ def _check_supported(node: ast.AST) -> None:
             if isinstance(error, Unsupported):
                 raise
         except FAILURES as error:
-            # Whatever the program replies, it would fail: too large for this evaluator, if the test is no nonsense.
+            # It would fail for every reply: if the test makes sense, it is too large for this evaluator.
             raise Unsupported(f"{ast.unparse(node)[:80]!r} cannot be evaluated: {error}") from None
     if isinstance(node, ast.BinOp) and any(isinstance(node.op, op) and _has_kind(node, kinds) for op, kinds in _OTHERS):
         raise Unsupported(f"{type(node.op).__name__} of anything but numbers: {ast.unparse(node)[:80]!r}")
@@ -183,7 +237,7 @@ def _check_supported(node: ast.AST) -> None:
 
 
 _OTHERS = ((ast.Mod, (ast.Constant, ast.JoinedStr)), (ast.BitOr, (ast.Dict, ast.DictComp)))
-"""Operators that python has for more than numbers and sets, and what gives that away."""
+"""Operators that Python defines for more than numbers and sets, and the operands that show such a use."""
 
 
 def _has_kind(node: ast.BinOp, kinds: tuple[type[ast.expr], ...]) -> bool:
@@ -200,3 +254,6 @@ def _unsupported(text: str, reason: str) -> UnsupportedTest:
         f"a test is asserts over calls of the program with literal arguments; received {text[:300]!r}: "
         f"{reason}: drop the task, or rewrite the test"
     )
+
+
+STYLE = TestStyle(name="assert", plan=plan)

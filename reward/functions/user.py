@@ -1,10 +1,4 @@
-"""Reward functions: the built-in names, and functions of the user loaded from a file.
-
-A user's function has the signature that TRL's GRPO reward functions have, sync or async:
-`def score(prompts, completions, **columns) -> list[float | None]`. Columns are lists with one entry per
-completion: the dataset's, and the task's own `uid`, `visible_tests`, `hidden_tests`, `entry_point` and
-`setup`. A function without `**` gets those it names. None means: not scored by this function.
-"""
+"""Reward functions of the user: loaded from a file, called with columns, and checked."""
 
 from __future__ import annotations
 
@@ -18,48 +12,13 @@ import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from coupled.reward.functions.spec import nearest
 from coupled.reward.types import RewardError, Task
 
-BUILT_IN = ("code", "format")
-"""`code`: share of the hidden tests passed, 0 unless the format is right. `format`: see `extract`."""
-
 _OWN_COLUMNS = ("uid", "visible_tests", "hidden_tests", "entry_point", "setup")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RewardSpec:
-    """One reward function and its weight: a built-in by `name`, or a user's by `path`.
-
-    Example: `RewardSpec(path="my_reward.py:score", weight=0.5)`.
-    """
-
-    name: str | None = None
-    path: str | None = None
-    """`file.py:function`, relative to the root given to the scorer."""
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        if (self.name is None) == (self.path is None):
-            raise RewardError(
-                f"a reward function has a name or a path; received name={self.name!r}, path={self.path!r}: "
-                f"give one; built-in names: {', '.join(BUILT_IN)}"
-            )
-        if self.name is not None and self.name not in BUILT_IN:
-            raise RewardError(
-                f"a reward function's name is one of the built-in ones; received {self.name!r}: "
-                f"{_nearest(self.name, BUILT_IN)}, or give the path of your own as 'file.py:function'"
-            )
-        if not math.isfinite(self.weight):
-            raise RewardError(f"a weight is a finite number; {self.key} has {self.weight!r}")
-
-    @property
-    def key(self) -> str:
-        """The name of its part in a verdict: the built-in's, or the function's."""
-        return self.name or str(self.path).rpartition(":")[2]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,18 +39,18 @@ def load_function(path: str, root: Path) -> UserFunction:
         siblings = [entry.name for entry in file.parent.glob("*.py")] if file.parent.is_dir() else []
         raise RewardError(
             f"the file of a reward function must exist; received {path!r}, looked for {file.resolve()}: "
-            f"{_nearest(file.name, siblings)}"
+            f"{nearest(file.name, siblings)}"
         )
     module = _import_file(file.resolve(), path)
     function = getattr(module, name, None)
     if not callable(function):
         known = [key for key, value in vars(module).items() if inspect.isfunction(value)]
-        raise RewardError(f"{file.name} must define the function {name!r}; {path!r}: {_nearest(name, known)}")
+        raise RewardError(f"{file.name} must define the function {name!r}; {path!r}: {nearest(name, known)}")
     return UserFunction(label=path, call=function)
 
 
 def columns_of(tasks: Sequence[Task], completions: Sequence[str]) -> dict[str, list[Any]]:
-    """Return what a user's function may ask for: name -> one entry per completion."""
+    """Return the columns that a user's function may take: name → one entry per completion."""
     offered: dict[str, list[Any]] = {name: [getattr(task, name) for task in tasks] for name in _OWN_COLUMNS}
     names = {name for task in tasks for name in task.columns}
     offered |= {name: [task.columns.get(name) for task in tasks] for name in sorted(names)}
@@ -142,7 +101,7 @@ def _arguments(function: UserFunction, offered: Mapping[str, list[Any]]) -> dict
     if missing:
         raise RewardError(
             f"a reward function's parameters are prompts, completions and columns of the dataset; "
-            f"{function.label} requires {missing[0]!r}: {_nearest(missing[0], offered)}"
+            f"{function.label} requires {missing[0]!r}: {nearest(missing[0], offered)}"
         )
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return dict(offered)
@@ -173,8 +132,3 @@ def _is_finite(number: Any) -> bool:
         return math.isfinite(number)
     except OverflowError:  # an int beyond all floats
         return False
-
-
-def _nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
-    match = get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {match[0]!r}?" if match else f"there are: {', '.join(sorted(known)) or 'none'}"

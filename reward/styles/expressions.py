@@ -1,9 +1,8 @@
-"""A small, bounded evaluator for what a test says about the values a program returned.
+"""A small, bounded evaluator of a test's checks over the values that a program returned.
 
-It walks the expression of the test over values that came out of the sandbox. Those are builtins, but their
-size and content are the program's: every operation here costs at most a little more than its operands' size,
-and what could cost more (powers, repetition, arithmetic on huge ints, walking a huge range, hashing
-colliding keys) is refused.
+It evaluates the expression of the test over values from the sandbox. These are builtins, but the program chooses their
+size and content: every operation here costs at most a little more than its operands' size, and operations that could
+cost more (powers, repetition, arithmetic on huge ints, walking a huge range, hashing colliding keys) are refused.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from coupled.sandbox import CallResult
 from coupled.sandbox.jail.codec import MAX_NODES, build_set, check_collisions, range_length
 
 MAX_BITS = 1 << 14
-"""Size of an int that arithmetic is done on, or that it may give."""
+"""Largest int, in bits, that arithmetic reads or returns."""
 
 FAILURES = (TypeError, ValueError, ArithmeticError, LookupError, AttributeError, RecursionError, MemoryError)
-"""What `evaluate` raises when a value does not have what the test asks of it: the test has failed."""
+"""Exceptions of `evaluate` when a value does not allow an operation of the test: the test has failed."""
 
 
 class NoReply(LookupError):
@@ -47,7 +46,7 @@ class Slot(ast.expr):
 
 
 def evaluate(node: ast.expr, replies: Sequence[CallResult]) -> Any:
-    """Return the value of an expression; `replies[i]` is what the call in slot i gave.
+    """Return the value of an expression; `replies[i]` is the reply to the call in slot i.
 
     Raises one of FAILURES when the values do not allow the operation, Unsupported for a construct it lacks.
     """
@@ -278,4 +277,4 @@ FUNCTIONS: dict[str, tuple[Callable[..., Any], int, tuple[str, ...]]] = {
     "str": (str, 1, ()),
     "math.isclose": (_isclose, 2, ("rel_tol", "abs_tol")),
 }
-"""What a test may call besides the program: the function, its most positional arguments, its keywords."""
+"""Functions that a test may call besides the program: the function, its maximum of positional arguments, keywords."""

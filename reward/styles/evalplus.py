@@ -1,4 +1,6 @@
-"""EvalPlus: inputs whose expected values the reference gives, compared as EvalPlus compares.
+"""Style `evalplus`: inputs whose expected values the reference gives, compared as EvalPlus compares (tier T0).
+
+`Task.oracle` names the comparison:
 
 equal     equal; floats, or everything where the task has a tolerance, within rtol 1e-7 and the tolerance
 set       equal as sets
@@ -13,77 +15,81 @@ The tolerance of one input never reaches another: each comparison is a function 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
-from coupled.reward.types import RewardError, Task, UnsupportedTest
-from coupled.sandbox import CodecError
+from coupled.reward.styles.style import Expected, Plan, ReferenceRun, TestStyle
+from coupled.reward.types import Task, UnsupportedTest
+from coupled.sandbox import Call, CodecError, Execution, Job, Limits
 from coupled.sandbox.jail.codec import build_set, decode, encode, is_floats
+
+REFERENCE_LIMITS = Limits(cpu_seconds=120, wall_seconds=600.0, memory_mb=4096, output_kb=1 << 18)
+"""Limits of a reference, which comes from the dataset and runs once per task."""
+SLOWDOWN = 4
+"""A program may take this many times the processor time of the reference, on top of the limits."""
+OUTPUT_KB = 1 << 16
+"""Bound of all replies together, for tasks with hundreds of inputs."""
 
 RTOL = 1e-7
 FLOAT_ATOL = 1e-6
 """Absolute tolerance of a reply whose expected value is floats, in a task without one."""
 
-_SET = "similar_elements find_char_long common_in_nested_lists extract_singly larg_nnum intersection_array Diff"
-ORACLES: dict[str, dict[str, str]] = {
-    "humaneval": {"find_zero": "root"},
-    "mbpp": dict.fromkeys((*_SET.split(), "find_dissimilar"), "set")
-    | dict.fromkeys(("check_str", "text_match_three", "text_starta_endb"), "not_none")
-    | {
-        "are_equivalent": "anything",
-        "sum_div": "or_zero",
-        "surface_Area": "pyramid",
-        "digit_distance_nums": "digits",
-    },
-}
-"""The tasks that are not compared by `equal`, by benchmark and entry point."""
 
-# JSON has no tuples, sets and complex numbers: which arguments of MBPP+ were some. T: tuple; L: list of the rest;
-# *: every item (or argument) alike; ".": as it is.
-_SHAPES: dict[str, str] = {
-    "*T": "2 116 132 143 222 261 273 394 399 421 424 429 470 560 579 596 616 630 726 740 744 809",
-    "*LT": "63 64 70 94 120 237 272 299 400 409 417 438 473 614 780",
-    "LT .": "75 413 444 753",
-    ". T": "106 750",
-    "T .": "250 405 446 617 720 763 808",
-    "*TT": "259 401 445",
-    "T . .": "307",
-    "*N": "580 615 791",
-    "*U": "278",
-    "DT . .": "722",
-    "LS": "115",
-    "F C": "124",
-    "C": "252",
-}
-_SHAPE_OF = {number: shape for shape, numbers in _SHAPES.items() for number in numbers.split()}
+def plan(task: Task, expected: Expected | None = None) -> Plan:
+    """Return how the task is judged, input by input. `expected` is needed to run the plan, not to make it."""
+    arguments = tuple(map(parse_arguments, task.hidden_tests))
+
+    def job(program: str, limits: Limits) -> Job:
+        assert expected is not None
+        calls = tuple(
+            _call(task, text, is_exact(task, value))
+            for text, value in zip(task.hidden_tests, expected.values, strict=True)
+        )
+        limits = replace(
+            limits,
+            cpu_seconds=limits.cpu_seconds + math.ceil(SLOWDOWN * expected.cpu_seconds),
+            wall_seconds=limits.wall_seconds + SLOWDOWN * expected.wall_seconds,
+            output_kb=max(limits.output_kb, OUTPUT_KB),
+        )
+        return Job(uid=task.uid, source=program, setup=task.setup, calls=calls, limits=limits)
+
+    def verdicts(run: Execution) -> tuple[bool, ...]:
+        assert expected is not None
+        return tuple(
+            reply.raised is None and matches(task, args, reply.value, value)
+            for args, reply, value in zip(arguments, run.results, expected.values, strict=False)
+        )
+
+    return Plan(tier="T0", total=len(arguments), job=job, verdicts=verdicts)
 
 
-def evalplus_task(row: Mapping[str, Any]) -> Task:
-    """Return the task of a row of HumanEval+ or MBPP+, with every base and plus input a hidden test.
+def reference_job(task: Task) -> Job:
+    """Return the job that gives the expected values: the reference, called with every input."""
+    may_digest = task.oracle == "equal" and task.atol == 0
+    calls = tuple(replace(_call(task, text, may_digest), keep_floats=may_digest) for text in task.hidden_tests)
+    limits = REFERENCE_LIMITS
+    return Job(uid=f"{task.uid} reference", source=task.reference, setup=task.setup, calls=calls, limits=limits)
 
-    RewardError when a column is missing.
-    """
-    missing = [name for name in ("task_id", "prompt", "entry_point", "canonical_solution") if name not in row]
-    if missing:
-        raise RewardError(f"a row of EvalPlus has a column {missing[0]!r}; received {sorted(row)}")
-    benchmark, _, number = str(row["task_id"]).partition("/")
-    inputs = [*row["base_input"], *row["plus_input"]]
-    if benchmark == "Mbpp":
-        inputs = [_shaped(args, _SHAPE_OF.get(number, "*.")) for args in inputs]
-    entry_point = str(row["entry_point"])
-    return Task(
-        uid=str(row["task_id"]),
-        prompt=str(row["prompt"]),
-        hidden_tests=tuple(arguments_test(args) for args in inputs),
-        entry_point=entry_point,
-        style="evalplus",
-        reference=str(row["prompt"]) + "\n" + str(row["canonical_solution"])
-        if benchmark == "HumanEval"
-        else str(row["canonical_solution"]),
-        oracle=ORACLES.get(benchmark.lower(), {}).get(entry_point, "equal"),
-        atol=float(row["atol"]),
-    )
+
+def read_reference(task: Task, run: Execution) -> Expected:
+    """Return the expected values; UnsupportedTest when the reference does not give one for every input."""
+    bad = next((index for index, reply in enumerate(run.results) if reply.raised), len(run.results))
+    if bad < len(task.hidden_tests):
+        raised = run.results[bad].raised if bad < len(run.results) else None
+        raise UnsupportedTest(
+            f"the reference of a task replies to every input; task {task.uid!r} has one that fails on input {bad} "
+            f"({raised or run.outcome}, {run.detail[:200]!r}): drop the task, or fix its reference"
+        )
+    values = tuple(reply.value for reply in run.results)
+    return Expected(values=values, cpu_seconds=run.usage.cpu_seconds, wall_seconds=run.usage.wall_seconds)
+
+
+def validate(task: Task) -> None:
+    """Raise ValueError for a task without the reference and the function that give the expected values."""
+    if not (task.reference and task.entry_point):
+        raise ValueError(f"style 'evalplus' needs reference and entry_point; task {task.uid!r} lacks one: add it")
 
 
 def arguments_test(args: Sequence[object]) -> str:
@@ -93,7 +99,7 @@ def arguments_test(args: Sequence[object]) -> str:
 
 @lru_cache(maxsize=1 << 12)
 def parse_arguments(text: str) -> tuple[object, ...]:
-    """Return the arguments that `arguments_test` was given, or those of a JSON list; UnsupportedTest else."""
+    """Return the arguments in a text of `arguments_test`, or in a JSON list; UnsupportedTest for any other text."""
     try:
         args = decode(text)
     except CodecError:
@@ -175,27 +181,11 @@ def _digit_distance(left: int, right: int) -> int:
     return sum(abs(int(a) - int(b)) for a, b in zip(str(left).zfill(width), str(right).zfill(width), strict=True))
 
 
-def _shaped(args: Sequence[Any], shape: str) -> list[Any]:
-    if shape.startswith("*"):
-        return [_value(arg, shape[1:]) for arg in args]
-    return [_value(arg, one) for arg, one in zip(args, shape.split(), strict=True)]
+def _call(task: Task, text: str, may_digest: bool) -> Call:
+    assert task.entry_point is not None
+    return Call(function=task.entry_point, args=parse_arguments(text), may_digest=may_digest)
 
 
-def _value(arg: Any, shape: str) -> Any:
-    match shape[0]:
-        case ".":
-            return arg
-        case "C":
-            return complex(arg)
-        case "F":
-            return float(arg)
-        case "S":  # the dataset's own author made the empty one a dict
-            return set(arg) if isinstance(arg, list) and arg else {}
-        case "D":
-            return {key: _value(item, shape[1:]) for key, item in arg.items()}
-        case "N":
-            return tuple(_value(item, "N") for item in arg) if isinstance(arg, list) else arg
-        case "U":
-            return tuple(tuple(item) if isinstance(item, list) else item for item in arg)
-    items = [_value(item, shape[1:]) for item in arg] if len(shape) > 1 else arg
-    return tuple(items) if shape[0] == "T" else list(items)
+STYLE = TestStyle(
+    name="evalplus", plan=plan, validate=validate, reference=ReferenceRun(job=reference_job, read=read_reference)
+)
