@@ -27,6 +27,8 @@ _is_all = os.environ.get("COUPLED_CHECKED_TYPES") == "all"
 install_import_hook("coupled.rl" if _is_all else [f"coupled.rl.{part}" for part in TENSOR_CODE], "beartype.beartype")
 
 import pytest
+
+pytest.register_assert_rewrite("helpers")
 import torch
 
 # Triton asks when it is first imported, which transformers does: without a GPU, kernels are interpreted.
