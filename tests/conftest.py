@@ -20,10 +20,15 @@ from jaxtyping import install_import_hook
 with patch("random.getrandbits", random.Random(0).getrandbits):
     import beartype.door  # noqa: F401
 
-# Before anything of coupled.rl is imported: from here on every call in it is checked against its annotations.
-install_import_hook("coupled.rl", "beartype.beartype")
+TENSOR_CODE = ("types", "model", "estimators", "objective", "rollout", "likelihood", "trainer")
+"""Parts of rl/ whose calls are checked against their annotations, shapes included."""
+# Before anything of coupled.rl is imported. `scripts/check --all` checks the calls of the rest as well.
+_is_all = os.environ.get("COUPLED_CHECKED_TYPES") == "all"
+install_import_hook("coupled.rl" if _is_all else [f"coupled.rl.{part}" for part in TENSOR_CODE], "beartype.beartype")
 
 import pytest
+
+pytest.register_assert_rewrite("helpers")
 import torch
 
 # Triton asks when it is first imported, which transformers does: without a GPU, kernels are interpreted.
@@ -54,6 +59,15 @@ HEAD_ROWS = 48
 """More than there are tokens, as in published checkpoints: the head is padded."""
 
 MakePolicy = Callable[..., Policy]
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep together what shares something costly: a Ray, or what a module opens once for its tests."""
+    for item in items:
+        if item.get_closest_marker("ray") is not None:
+            item.add_marker(pytest.mark.xdist_group("ray"))
+        elif any(f.scope == "module" for fs in item._fixtureinfo.name2fixturedefs.values() for f in fs):  # type: ignore[attr-defined]
+            item.add_marker(pytest.mark.xdist_group(item.location[0]))
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
