@@ -32,7 +32,8 @@ from transformers import (
 from coupled.rl.errors import CheckpointError
 from coupled.rl.keys import integer_seed
 from coupled.rl.model.families import Family, family_of
-from coupled.rl.model.policy import DIFFUSION_FILE, Policy
+from coupled.rl.model.policy import Policy
+from coupled.rl.model.weights import DIFFUSION_FILE
 
 ADAPTER_CONFIG = "adapter_config.json"
 REMOTE_CODE_WARNING = (
@@ -115,10 +116,14 @@ def load_policy(
     return Policy(model.to(device).eval(), tokenizer, found, compute_dtype)
 
 
-def add_adapter(policy: Policy, *, rank: int, alpha: float, targets: tuple[str, ...], seed: int) -> None:
-    """Wrap the model with LoRA adapters [Hu et al. 2021]; only they are trained.
+def add_adapter(policy: Policy, *, rank: int, alpha: float, targets: tuple[str, ...], seed: int) -> Policy:
+    """The policy with LoRA adapters in its layers, which alone are trained [Hu et al. 2021].
 
-    `lora_B` starts at zero, so the policy with fresh adapters equals its base exactly.
+    `lora_B` starts at zero, so the policy with fresh adapters equals its base exactly. The adapters are put into the
+    layers of the given policy, which must not be used any more.
+
+    Raises:
+        CheckpointError: `targets` are not linear layers of the model.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -127,18 +132,18 @@ def add_adapter(policy: Policy, *, rank: int, alpha: float, targets: tuple[str, 
         torch.manual_seed(integer_seed(seed, "adapter"))
         with _without_deprecations():
             try:
-                policy.model = get_peft_model(policy.model, config).eval()
+                return policy.replaced(model=get_peft_model(policy.model, config).eval())
             except ValueError as error:
                 raise CheckpointError(
                     f"model.adapter.targets must name linear layers of the model; {list(targets)} does not: {error}"
                 ) from error
 
 
-def merge_adapter(policy: Policy) -> None:
-    """Add the adapters' product to the weights they adapt, and forget them: W ← W + α/r · B A."""
+def merge_adapter(policy: Policy) -> Policy:
+    """The policy without adapters, whose product is added to the weights they adapt, in place: W ← W + α/r · B A."""
     model: Any = policy.model
     with _without_deprecations():
-        policy.model = model.merge_and_unload()
+        return policy.replaced(model=model.merge_and_unload())
 
 
 # --- weights --------------------------------------------------------------------------------------------------------
@@ -348,8 +353,8 @@ def _load_adapter(folder: Path, chosen: Mapping[str, Any], **options: Any) -> Po
         remembered["end_tokens"] = tuple(remembered.get("end_tokens", ()))
     policy = load_policy(base_path, **(remembered | dict(chosen)), **options)
     with _without_deprecations():
-        policy.model = PeftModel.from_pretrained(policy.model, str(folder), is_trainable=True).eval()
-    return policy
+        adapted = PeftModel.from_pretrained(policy.model, str(folder), is_trainable=True).eval()
+    return policy.replaced(model=adapted)
 
 
 @contextmanager

@@ -85,14 +85,12 @@ def token_logp(
     line: Int[Tensor, " M"],
     targets: Int[Tensor, " M"],
     temperature: float = 1.0,
-    *,
-    chunk_logits: int | None = None,
 ) -> Float[Tensor, " M"]:
     """log p(target_m) under the distribution of the row `line_m`, in nats. Differentiable once.
 
-    `chunk_logits`: logits made at a time; none takes `CHUNK_LOGITS` of the device.
+    At most `CHUNK_LOGITS` logits of the device are in memory at a time.
     """
-    most = CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cuda"]) if chunk_logits is None else chunk_logits
+    most = CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cuda"])
     num_rows = max(1, most // head.num_tokens)
     if len(hidden) <= num_rows:
         return _plain_logp(head, hidden, line, targets, temperature)

@@ -35,13 +35,13 @@ def denoise(
     *,
     seed: int,
     weight_version: int = 0,
-    watch: Callable[[int, np.ndarray], None] | None = None,
+    on_step: Callable[[int, np.ndarray], None] | None = None,
 ) -> list[Rollout]:
     """Denoise one completion per request, all in one batch.
 
     Each row's numbers are keyed by (seed, uid, step, position), so they do not depend on which rows share the batch.
     A row leaves the batch as soon as every position before its first end token is settled: nothing later can change
-    its text. MASK is never sampled. `watch` is shown every step with the canvases [B, C] after it.
+    its text. MASK is never sampled. `on_step` receives the number of every step and the canvases [B, C] after it.
 
     Raises:
         RolloutError: the sampler keeps keys and values that it would have nothing to keep for.
@@ -61,8 +61,8 @@ def denoise(
         if len(here) == 0:
             continue
         rows.commit(here, _take_step(policy, rows, here, sampler, step, draws[:, here, step.number], cached), step)
-        if watch is not None:
-            watch(step.number, rows.canvas_ids.cpu().numpy())
+        if on_step is not None:
+            on_step(step.number, rows.canvas_ids.cpu().numpy())
         live = live[~_is_done(rows.canvas_ids[live], policy, sampler)]
         if len(live) == 0:
             break

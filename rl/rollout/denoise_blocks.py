@@ -74,13 +74,13 @@ def denoise_blocks(
     *,
     seed: int,
     weight_version: int = 0,
-    watch: Callable[[int, np.ndarray], None] | None = None,
+    on_step: Callable[[int, np.ndarray], None] | None = None,
 ) -> list[Rollout]:
     """Denoise one completion per request, all in one batch.
 
     A row's numbers are keyed by (seed, uid, step of the block, position), so they do not depend on the batch. It leaves
     as soon as every position before its first end token is settled, so that there is nothing for `end_fill` to fill.
-    `watch` is shown every step with the canvases [B, C] after it.
+    `on_step` receives the number of every step and the canvases [B, C] after it.
 
     Raises:
         RolloutError: the sampler has a setting that is for full attention alone.
@@ -128,8 +128,8 @@ def denoise_blocks(
                 rows=live[row_of[picked]], places=place[picked], choice=choice, step=block * block_length + step
             )
             rows.forwards[live[is_masked.any(-1)]] += 1
-            if watch is not None:
-                watch(block * block_length + step, rows.canvas_ids.cpu().numpy())
+            if on_step is not None:
+                on_step(block * block_length + step, rows.canvas_ids.cpu().numpy())
         stays = torch.ones_like(live, dtype=torch.bool)
         if sampler.has_early_exit:
             stays = ~is_settled(rows.canvas_ids[live], policy.mask_id, policy.end_ids)

@@ -10,7 +10,6 @@ Shapes: B rollouts, S prompt + canvas, R replayed steps (of all rollouts), N com
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -203,8 +202,7 @@ class _Diagnosis:
     def _mask_token(self, rollouts: Sequence[Rollout]) -> str | None:
         policy = self._policy
         for mask_id in _other_mask_ids(policy, rollouts):
-            other = copy.copy(policy)
-            other.mask_id = mask_id
+            other = policy.replaced(mask_id=mask_id)
             # The side that masks with another token forbids that one in its draws, or still forbids MASK.
             if any(
                 self._agree(self._plain(forbidding, self._replay, self._temperature, mask_id), self._wanted)
@@ -252,8 +250,7 @@ class _Diagnosis:
     def _shift(self) -> str | None:
         family = self._policy.family
         for shift in {0, 1} - {family.shift}:
-            other = copy.copy(self._policy)
-            other.family = replace(family, shift=shift)
+            other = self._policy.replaced(family=replace(family, shift=shift))
             if self._agree(self._plain(other, self._replay, self._temperature), self._wanted):
                 return (
                     f"the logit shift: {self._sides(str(shift), str(family.shift))}. Set model.shift to what the "
