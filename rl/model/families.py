@@ -53,7 +53,7 @@ class Family:
     """An autoregressive architecture that is opened as a diffusion model, to be adapted."""
 
     def stated(self) -> dict[str, str | int | None]:
-        """What a saved configuration says of it, so that the checkpoint is opened without being told again."""
+        """Entries of a saved configuration from which the checkpoint can be opened without further settings."""
         stated: dict[str, str | int | None] = {"family": self.name, "shift": self.shift}
         if self.block_length is None and FAMILIES[self.name].block_length is None:
             return stated
@@ -83,7 +83,7 @@ class Family:
 
 
 OF_THE_PUBLISHED_CODE = ("model_type", "auto_map", "architectures", "attn_implementation", "_attn_implementation")
-"""What `config.json` says of the modelling code that we do not run."""
+"""Keys of `config.json` that describe modelling code, which is not run."""
 
 QWEN_ENDS = ("<|im_end|>", "<|endoftext|>")
 

@@ -106,7 +106,7 @@ def test_nothing_ends_while_something_moves(watchdog: Make, ended: list[int]) ->
 
 
 @pytest.mark.parametrize(
-    ("family", "cache"), [({}, "none"), ({}, "prefix"), ({}, "dual"), ({"block_length": 4}, "none")], ids=str
+    ("family", "cache"), [({}, "none"), ({}, "prefix"), ({}, "dual"), ({"block_length": 2}, "none")], ids=str
 )
 def test_each_pass_through_the_layers_is_a_beat_in_rollouts(
     tiny_policy: MakePolicy, beats: Beats, family: dict[str, int], cache: str
