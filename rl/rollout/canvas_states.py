@@ -4,10 +4,10 @@ Attention is to the whole sequence, so that one committed token changes every st
 exact. Sharing equal inputs is exact: the completions of a prompt start from one canvas, and are computed once as long
 as they agree.
 
-With a cache (approximate), the keys and values of some columns are those of the last refresh [Fast-dLLM]:
+With a cache (approximate), some columns keep the keys and values of the last refresh [Fast-dLLM]:
 
-    prefix   of everything before the block that is denoised
-    dual     of everything outside of it; what is behind it is MASK, or what it was at the last refresh
+    prefix   all columns before the block that is denoised
+    dual     all columns outside of that block; those behind it are MASK, or as they were at the last refresh
 
 Shapes: R rows, S prompt + canvas, N wanted positions, U distinct states, D hidden size.
 """

@@ -92,7 +92,7 @@ class RankFailures:
         Raises:
             RankLostError: a rank was lost, or the ranks waited for each other for too long.
             RankError: a rank has failed by itself.
-            Exception: whatever `run` raises for reasons of its own.
+            Exception: any error of `run` that is not a consequence of another rank's end.
         """
         try:
             return run()

@@ -113,7 +113,7 @@ class RankGroup:
 
     @property
     def bodies(self) -> list[nn.Module]:
-        """See `Learner.bodies`; those of this process."""
+        """See `Learner.bodies`; the modules of this process."""
         return self._learner.bodies
 
     def anchor(
