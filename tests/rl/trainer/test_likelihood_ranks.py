@@ -17,7 +17,7 @@ from helpers.toys import MakePolicy, make_recipe
 from coupled.rl.errors import RankError
 from coupled.rl.fit import fit
 from coupled.rl.model.loading import load_policy
-from coupled.rl.model.weights import save_policy
+from coupled.rl.model.weights import save_policy, trainable_state
 from coupled.rl.recipe.schema import Recipe
 from coupled.rl.run_folder.folder import RunFolder
 from coupled.rl.trainer.rank_process import ProcessRankHandle
@@ -154,8 +154,8 @@ def test_a_checkpoint_of_two_ranks_is_resumed_by_one_and_opens_as_always(
     assert_goes_on(run_case(Case(recipe=recipe, resumes=written)), expected)
     one, two = load_policy(folder / kind / "from-1"), load_policy(written)
     assert two.family.block_length == one.family.block_length == 3, "it attends as it was trained"
-    for name, tensor in one.trainable_state().items():
-        torch.testing.assert_close(two.trainable_state()[name], tensor, atol=TOLERANCE, rtol=0)
+    for name, tensor in trainable_state(one).items():
+        torch.testing.assert_close(trainable_state(two)[name], tensor, atol=TOLERANCE, rtol=0)
 
 
 # --- whole runs ---------------------------------------------------------------------------------------------------
