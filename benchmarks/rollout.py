@@ -43,7 +43,6 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from coupled.rl.data.prompts import encode_prompts
 from coupled.rl.data.tasks import load_tasks
 from coupled.rl.model import vocabulary
-from coupled.rl.model.cuda_graphs import Graphs
 from coupled.rl.model.families import FAMILIES
 from coupled.rl.model.open import open_policy
 from coupled.rl.model.policy import Policy
@@ -311,8 +310,6 @@ GPU_ARMS = (
         patches=(("coupled.rl.rollout.row_statistics.is_fused", lambda _: False),),
     ),
 )
-GRAPHS = ("coupled.rl.model.policy.Policy.graphs", Graphs()), ("coupled.rl.model.cuda_graphs.MOST_COLUMNS", 10**9)
-GPU_ARMS = (*GPU_ARMS, Arm(name="rl, CUDA graphs", baseline=WHOLE, patches=GRAPHS))
 BLOCKS = "coupled.rl.rollout.denoise_blocks."
 ANEW = "everything anew"
 BLOCK_ARMS = (

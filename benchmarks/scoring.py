@@ -177,7 +177,7 @@ def make_policy(size: Size, kind: type[Policy] = Policy) -> Policy:
     policy = kind(model, tokenizer, FAMILIES["dream"], dtype)
     if size.adapter:
         targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-        add_adapter(policy, rank=size.adapter, alpha=2.0 * size.adapter, targets=targets, seed=0)
+        policy = add_adapter(policy, rank=size.adapter, alpha=2.0 * size.adapter, targets=targets, seed=0)
     return policy
 
 

@@ -167,7 +167,7 @@ def sample(
     task = None if tests is None else read_task(tests)
     with CanvasView(console, is_shown=watch) as view:
         _, rollout = sample_checkpoint(
-            checkpoint, prompt, recipe, tuple(overrides or ()), temperature=temperature, seed=seed, watch=view.show
+            checkpoint, prompt, recipe, tuple(overrides or ()), temperature=temperature, seed=seed, on_step=view.show
         )
     console.print("[dim]── completion ──[/dim]")
     console.print(rollout.text, markup=False, highlight=False)

@@ -11,7 +11,7 @@ class CoupledError(ValueError):
     """Base of every error that the user's input can cause; the command line prints it without a traceback."""
 
     exit_code: ClassVar[int] = 2
-    """Of the command: 2 wants something mended first; 75 (EX_TEMPFAIL) may succeed when the run is resumed."""
+    """Exit status of the command: 2 needs a correction first; 75 (EX_TEMPFAIL) may succeed when the run is resumed."""
 
 
 class RecipeError(CoupledError):
@@ -19,7 +19,7 @@ class RecipeError(CoupledError):
 
 
 class DataError(CoupledError):
-    """A dataset is missing, unreadable, or lacks what the recipe says it has."""
+    """A dataset is missing, unreadable, or lacks the fields that the recipe names."""
 
 
 class CheckpointError(CoupledError):
@@ -27,7 +27,7 @@ class CheckpointError(CoupledError):
 
 
 class SaveError(CheckpointError):
-    """A checkpoint could not be written; those before it are whole."""
+    """A checkpoint could not be written; earlier checkpoints are whole."""
 
     exit_code = 75
 
@@ -41,11 +41,11 @@ class RolloutError(CoupledError):
 
 
 class RankError(CoupledError):
-    """The ranks of the trainer cannot work together, or one of them says what is wrong."""
+    """The ranks of the trainer do not fit together, or one of them has failed by itself."""
 
 
 class RankLostError(RankError):
-    """A rank of the trainer is gone with its process or host, or did not answer in time. Resuming may well succeed."""
+    """A rank of the trainer was lost with its process or host, or did not answer in time. Resuming may succeed."""
 
     exit_code = 75
 

@@ -38,7 +38,7 @@ def fit(recipe: Recipe, resume: str = "never") -> Path:
     with ExitStack() as opened:
         learner = opened.enter_context(closing(open_likelihood_learner(recipe, policy, run.path)))
         watchdog = Watchdog(stall_seconds(recipe), run.path)
-        policy.on_pass = watchdog.moved
+        watchdog.beat_on(*learner.bodies)
         opened.callback(watchdog.close)
         done, cursor = 0, Cursor()
         if (latest := run.latest()) is not None:

@@ -78,7 +78,8 @@ class Run:
         self.learner = RLLearner(recipe, policy) if learner is None else learner
         self._events = events or EventLog()
         self._watchdog = Watchdog(stall_seconds(recipe), folder.path, state=engine.oldest)
-        self._events.on_result = self.policy.on_pass = self._watchdog.moved
+        self._events.on_result = self._watchdog.moved
+        self._watchdog.beat_on(*self.learner.bodies)
         self._version = 0
         """Of the weights that rolled out the step under way."""
         self._staleness = 0

@@ -122,11 +122,6 @@ class MaskPair:
     first: Bool[Tensor, "B C"]
     second: Bool[Tensor, "B C"]
 
-    @staticmethod
-    def complementary(ratio: Float[Tensor, " B"], first: Bool[Tensor, "B C"], valid: Bool[Tensor, "B C"]) -> MaskPair:
-        """The coupled pair: each valid position is masked in exactly one of the two, by construction."""
-        return MaskPair(ratio=ratio, first=first & valid, second=valid & ~first)
-
     def rows(self, index: slice) -> MaskPair:
         return MaskPair(ratio=self.ratio[index], first=self.first[index], second=self.second[index])
 

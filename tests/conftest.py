@@ -42,6 +42,7 @@ import coupled.rl.cluster.transport
 import coupled.rl.rollout.engine
 from coupled.rl.model.families import Family
 from coupled.rl.model.policy import Policy
+from coupled.rl.model.weights import save_policy
 from coupled.sandbox import Executor
 
 # beartype checks a protocol by its method names, which Python allows only for protocols that are marked so.
@@ -153,7 +154,7 @@ def tiny_folder(tiny_policy: MakePolicy, tmp_path: Path) -> Callable[..., Path]:
 
     def make(name: str = "checkpoint", **options: object) -> Path:
         folder = tmp_path / name
-        tiny_policy(**options).save(folder)
+        save_policy(tiny_policy(**options), folder)
         return folder
 
     return make

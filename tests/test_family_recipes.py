@@ -23,6 +23,7 @@ from coupled.rl.commands.dry_run import (
 )
 from coupled.rl.model.families import family_of
 from coupled.rl.model.loading import load_policy
+from coupled.rl.model.weights import save_policy
 from coupled.rl.recipe.read import load_recipe
 from coupled.rl.recipe.schema import Cluster
 from coupled.rl.run_folder.folder import read_rows
@@ -79,7 +80,7 @@ def tiny_checkpoint(family: str, folder: Path) -> Path:
         for name, parameter in policy.model.named_parameters():
             if "norm" not in name:
                 parameter.normal_(0, 0.15, generator=stream)
-    policy.save(folder / "checkpoint")
+    save_policy(policy, folder / "checkpoint")
     return folder / "checkpoint"
 
 

@@ -8,6 +8,7 @@ import torch
 
 from coupled.rl.errors import CheckpointError
 from coupled.rl.model.loading import load_policy, merge_adapter
+from coupled.rl.model.weights import save_policy
 from coupled.rl.run_folder.find import find_checkpoint
 
 
@@ -27,8 +28,8 @@ def export_checkpoint(path: Path, out: Path, *, merge: bool, dtype: torch.dtype)
     if merge:
         if not policy.has_adapter:
             raise CheckpointError(f"{checkpoint} holds all weights and no adapter: there is nothing to merge")
-        merge_adapter(policy)
+        policy = merge_adapter(policy)
     out.mkdir(parents=True, exist_ok=True)
     policy.model.to(dtype)
-    policy.save(out)
+    save_policy(policy, out)
     return out

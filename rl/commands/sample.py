@@ -27,11 +27,11 @@ def sample_checkpoint(
     *,
     temperature: float,
     seed: int,
-    watch: Callable[[Policy, int, np.ndarray], None] | None = None,
+    on_step: Callable[[Policy, int, np.ndarray], None] | None = None,
 ) -> tuple[Policy, Rollout]:
     """Denoise one completion of a prompt with the recipe's sampler at the given temperature.
 
-    `watch` is shown the policy, the step and the canvas [C] after each step, as it happens.
+    `on_step` receives the policy, the step and the canvas [C] after each step.
     """
     checkpoint = find_checkpoint(path)
     chosen = recipe_for(checkpoint, recipe, overrides)
@@ -44,8 +44,8 @@ def sample_checkpoint(
         raise DataError("the prompt has no tokens; ask something")
 
     def show(step: int, canvases: np.ndarray) -> None:
-        if watch is not None:
-            watch(policy, step, canvases[0])
+        if on_step is not None:
+            on_step(policy, step, canvases[0])
 
-    (rollout,) = roll_out(policy, [Request(uid="sample", prompt_ids=ids)], sampler, seed=seed, watch=show)
+    (rollout,) = roll_out(policy, [Request(uid="sample", prompt_ids=ids)], sampler, seed=seed, on_step=show)
     return policy, rollout

@@ -1,8 +1,7 @@
-"""Per-token log-probability estimates of a completion, whatever the estimator and the model family.
+"""Per-token log-probability estimates of a completion, for every estimator and model family.
 
 A diffusion model has no left-to-right likelihood. With `V` the valid positions and `ℓ_k(M)` the log-probability of
-token k when the positions M are masked and the others are visible, an estimator (`rl/estimators`) says which masks to
-look through, and
+token k when the positions M are masked and the others are visible, an estimator (`rl/estimators`) draws the masks, and
 
     s_k = 1/total · Σ_views 1[k ∈ scored] · ℓ_k(hidden) / divisor
 
@@ -33,6 +32,8 @@ def estimate_logp(
     draw: MaskDraw,
     estimator: Estimator,
     temperature: float = 1.0,
+    *,
+    skips_empty_views: bool = True,
 ) -> Float[Tensor, "B C"]:
     """s_k of every valid token, in nats; 0 elsewhere. Differentiable; fp32. Their sum is the completion's score.
 
@@ -41,9 +42,12 @@ def estimate_logp(
 
     An estimate E of the completion as a whole is spread evenly, s_k = E/L: the ratio of every token is then
     exp((E - E_old)/L), and the k2 penalties ½ (s_k - s_k^ref)² of a completion add up to ½ (E - E_ref)²/L [ESPO].
+
+    `skips_empty_views` leaves out forward passes that score no token. Ranks that gather layers together must make
+    equally many passes, whatever their masks, and set it to False.
     """
     scores = torch.zeros(batch.valid.shape, device=batch.ids.device)
-    forwards = draw.forwards if policy.is_in_lockstep else that_score(draw.forwards)
+    forwards = that_score(draw.forwards) if skips_empty_views else draw.forwards
     for terms in _terms(policy, batch, draw, estimator, temperature, forwards):
         for term in terms:
             scores = scores + term
@@ -57,14 +61,17 @@ def backward_by_view(
     estimator: Estimator,
     slope: Float[Tensor, "B C"],
     temperature: float = 1.0,
+    *,
+    skips_empty_views: bool = True,
 ) -> None:
     """Add Σ_k slope_k · ∂s_k/∂θ to the gradients, one view at a time: no two of them are in memory together.
 
     A loss is not linear in s, but s is linear in the views. So with slope = ∂loss/∂s, taken at the s of a pass without
-    gradients, each view adds its own share to ∂loss/∂θ, however many there are.
+    gradients, each view adds its own share to ∂loss/∂θ, however many there are. `skips_empty_views`: as for
+    `estimate_logp`.
     """
     forwards: tuple[tuple[View, ...], ...] = tuple((view,) for view in draw.views)
-    if not policy.is_in_lockstep:
+    if skips_empty_views:
         forwards = that_score(forwards)
     for terms in _terms(policy, batch, draw, estimator, temperature, forwards):
         (_estimate_of(terms[0], batch, draw) * slope).sum().backward()
@@ -105,7 +112,7 @@ def spread_over_tokens(scores: Float[Tensor, " B"], valid: Bool[Tensor, "B C"]) 
 
 
 def that_score(forwards: tuple[tuple[View, ...], ...]) -> tuple[tuple[View, ...], ...]:
-    """Forward passes that score something; at least one, so that the result always has a gradient."""
+    """The forward passes that score a token; at least one pass, so that the result always has a gradient."""
     return tuple(views for views in forwards if any(bool(view.scored.any()) for view in views)) or forwards[:1]
 
 
@@ -130,7 +137,7 @@ def _view_logp(
 
 
 def canvas_for_scoring(batch: TrainBatch, mask_id: int, post_eos: str) -> Int[Tensor, "B S"]:
-    """Prompt and canvas as scoring sees them: positions after the end token as the sampler left them, or MASK."""
+    """Prompt and canvas as scoring reads them: after the end token the sampler's tokens (`kept`), or else MASK."""
     if post_eos == "kept":
         return batch.ids
     ids = batch.ids.clone()
@@ -139,7 +146,7 @@ def canvas_for_scoring(batch: TrainBatch, mask_id: int, post_eos: str) -> Int[Te
 
 
 def without_tail(batch: TrainBatch, draw: MaskDraw, mask_id: int) -> tuple[TrainBatch, MaskDraw]:
-    """The same completions with nothing after their ends: each row moves right, and its tail becomes padding.
+    """The same completions cut after their ends: each row moves right, and its tail becomes padding.
 
     Padding is never attended and positions count from the first real token, so a row is scored as if its canvas had
     L positions. Example: a prompt p and the canvas [a, end, x, y] → 2 more positions of padding, then [p, a, end].
@@ -208,7 +215,7 @@ def fully_masked_logp(
     canvas = batch.canvas_length
     rows = torch.zeros_like(ids, dtype=torch.bool)
     rows[:, -canvas:] = batch.valid
-    # The padding length joins the comparison: equal ids with different padding are different inputs.
+    # The padding length is compared as well: equal ids with different padding are different inputs.
     inputs = torch.cat((batch.pad_lengths[:, None], ids.masked_fill(rows, policy.mask_id)), dim=1)
     distinct, which = torch.unique(inputs, dim=0, return_inverse=True)
     needed = torch.zeros((len(distinct), ids.shape[1]), dtype=torch.bool, device=ids.device)

@@ -1,7 +1,7 @@
-"""Who attends to whom, whatever the padding: the positions and the attention masks of batched sequences.
+"""Positions and attention masks of batched sequences, for any padding.
 
-A `Layout` says of every column which sequence it belongs to and at which position of it, so that rows may be padded on
-either side, or hold several sequences one after the other. Everything else follows from it:
+A `Layout` has the sequence that every column belongs to, and the column's position in it. Rows may be padded on either
+side, or hold several sequences one after the other. The masks follow from it:
 
     full attention      a token attends to all tokens of its own sequence
     block attention     to its own block of B positions and to all earlier blocks of its sequence; blocks are counted
@@ -25,7 +25,7 @@ PADDING = -1
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Layout:
-    """Where each token stands. Example: two sequences of 3 and 2 tokens packed into a row of 6 have
+    """Sequence and position of every token. Example: two sequences of 3 and 2 tokens packed into a row of 6 have
     `sequence` [0, 0, 0, 1, 1, -1] and `position` [0, 1, 2, 0, 1, 0]."""
 
     sequence: Int[Tensor, "B S"]
@@ -56,15 +56,8 @@ def left_padded(pad_lengths: Int[Tensor, " B"], length: int) -> Layout:
     return Layout(sequence=torch.where(position >= 0, 0, PADDING), position=position.clamp(min=0))
 
 
-def right_padded(lengths: Int[Tensor, " B"], length: int) -> Layout:
-    """One sequence a row, `lengths` tokens long, with padding after it."""
-    place = torch.arange(length, device=lengths.device).expand(len(lengths), -1)
-    is_real = place < lengths[:, None]
-    return Layout(sequence=torch.where(is_real, 0, PADDING), position=torch.where(is_real, place, 0))
-
-
-def packed(lengths: tuple[tuple[int, ...], ...], device: torch.device | str = "cpu") -> Layout:
-    """Several sequences a row, without gaps; `lengths` are those of each row's sequences."""
+def packed(lengths: tuple[tuple[int, ...], ...]) -> Layout:
+    """Several sequences per row without gaps, on the CPU; `lengths` holds the lengths of each row's sequences."""
     width = max(sum(row) for row in lengths)
     sequence = torch.full((len(lengths), width), PADDING)
     position = torch.zeros((len(lengths), width), dtype=torch.int64)
@@ -74,18 +67,18 @@ def packed(lengths: tuple[tuple[int, ...], ...], device: torch.device | str = "c
             sequence[row, start : start + size] = number
             position[row, start : start + size] = torch.arange(size)
             start += size
-    return Layout(sequence=sequence.to(device), position=position.to(device))
+    return Layout(sequence=sequence, position=position)
 
 
 def may_attend(query: Layout, key: Layout, *, block_length: int | None = None) -> Bool[Tensor, "B Q K"]:
-    """Which keys a query reads. Padding is never read; what padding itself reads is of no account."""
+    """Keys that each query reads. Padding is never read; the reads of padding itself are unspecified."""
     allowed = key.is_real[:, None, :]
     if bool((key.sequence > 0).any()):  # packed
         allowed = allowed & (query.sequence[:, :, None] == key.sequence[:, None, :])
     if block_length is not None:
         own, other = query.position // block_length, key.position // block_length
         return allowed & (own[:, :, None] >= other[:, None, :])
-    # All queries of a row read alike; a query of size 1 is broadcast.
+    # All queries of a row read the same keys: a query dimension of size 1 is broadcast.
     return allowed
 
 
@@ -120,7 +113,7 @@ def additive(allowed: Bool[Tensor, "B Q K"], dtype: torch.dtype) -> Float[Tensor
 
 
 def first_column_of_blocks(layout: Layout, rows: Bool[Tensor, "B S"], block_length: int) -> int:
-    """The first column of any block that has a token in `rows`, over the whole batch; 0 where there is none.
+    """The first column of any block with a token in `rows`, over the whole batch; 0 if there is none.
 
     Example: blocks of 4, no padding, the first of `rows` at position 6 → 4.
     """

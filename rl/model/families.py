@@ -1,7 +1,7 @@
 """Model families as data: which transformers class, which names, which logit shift, which attention.
 
-A family is not a modelling file: the classes of transformers reproduce the published modelling code once they are told
-who attends to whom. What differs is written here as names and numbers; `docs/families.md` says how to add one.
+A family is not a modelling file: the classes of transformers reproduce the published modelling code, given an
+attention mask. The differences are names and numbers, listed here; `docs/families.md` describes how to add a family.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Renames = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
-    """What the project must know of a diffusion language model besides its weights."""
+    """Description of a kind of diffusion language models: everything that is needed besides the weights."""
 
     name: str
     model_type: str
@@ -32,9 +32,9 @@ class Family:
     signs: tuple[str, ...] = ()
     """`model_type` or class names in a checkpoint's `config.json` by which the family is recognised, in lower case."""
     mask_token: str | None = None
-    """The mask token by name, for tokenizers that do not say which of theirs it is."""
+    """The mask token by name, for tokenizers that do not declare one."""
     mask_id: int | None = None
-    """The mask token by number, where neither the tokenizer nor `config.json` tells."""
+    """The mask token by number, where neither the tokenizer nor `config.json` has one."""
     end_tokens: tuple[str, ...] = ()
     """Tokens that end a completion besides the tokenizer's own end and pad tokens; those that it lacks are skipped."""
     settings: Renames = ()
@@ -53,7 +53,7 @@ class Family:
     """An autoregressive architecture that is opened as a diffusion model, to be adapted."""
 
     def stated(self) -> dict[str, str | int | None]:
-        """What a saved configuration says of it, so that the checkpoint is opened without being told again."""
+        """Entries of a saved configuration from which the checkpoint can be opened without further settings."""
         stated: dict[str, str | int | None] = {"family": self.name, "shift": self.shift}
         if self.block_length is None and FAMILIES[self.name].block_length is None:
             return stated
@@ -83,7 +83,7 @@ class Family:
 
 
 OF_THE_PUBLISHED_CODE = ("model_type", "auto_map", "architectures", "attn_implementation", "_attn_implementation")
-"""What `config.json` says of the modelling code that we do not run."""
+"""Keys of `config.json` that describe modelling code, which is not run."""
 
 QWEN_ENDS = ("<|im_end|>", "<|endoftext|>")
 
@@ -250,7 +250,7 @@ FAMILIES = {
 def family_of(
     config: dict[str, Any], *, name: str | None = None, shift: int | None = None, block_length: int | None = None
 ) -> Family:
-    """The family of a checkpoint, from its own `config.json` or from what the recipe says.
+    """The family of a checkpoint, from its own `config.json` or from the recipe's settings.
 
     A checkpoint saved by this project carries `diffusion: {family, shift}`, and `block_length` where attention goes by
     blocks. Otherwise `model_type` and the class names decide. `block_length` 0 is attention to the whole sequence.
@@ -279,7 +279,7 @@ def family_of(
 
 
 def supported() -> str:
-    """What can be opened, one family a line, and how to add to it."""
+    """The families, one per line, and the page that describes how to add one."""
     diffusion = [f for f in FAMILIES.values() if not f.is_autoregressive]
     lines = [f"  {f.name:<17} {f.members}" for f in diffusion]
     adapted = ", ".join(f.name for f in FAMILIES.values() if f.is_autoregressive)

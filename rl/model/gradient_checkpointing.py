@@ -1,4 +1,4 @@
-"""Gradient checkpointing: layers keep their inputs alone, and are computed a second time in the backward pass."""
+"""Gradient checkpointing: layers keep only their inputs, and are computed a second time in the backward pass."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from coupled.rl.model.policy import Policy
 
 
 def checkpoint_gradients(policy: Policy) -> None:
-    """From here on the layers of the policy recompute. Gradients stay what they are: nothing in a layer is random.
+    """Let the layers of the policy recompute from here on. Gradients do not change: nothing in a layer is random.
 
-    The switch that transformers has works in training mode only, and a policy is always in evaluation mode: scoring
-    must see what the rollout saw, whatever dropout the checkpoint's configuration names.
+    The switch of transformers works in training mode only, and a policy is always in evaluation mode: scoring and
+    rollout must compute the same, whatever dropout the checkpoint's configuration has.
     """
     for layer in policy.layers:
-        # Of the bound method, so that a copy of the layer recomputes itself and not this one.
+        # The bound method is wrapped, so that a copy of the layer recomputes itself and not this one.
         layer.forward = partial(_recompute, layer.forward)
 
 

@@ -1,9 +1,9 @@
-"""The last layer of a body, for those columns alone whose states are read.
+"""The last layer of a body, evaluated only at the columns whose states are read.
 
-Every column reads the keys and values of all others. Its query, what attention gives it, its feed-forward part and the
-last norm are its own, and nothing comes after them: of the last layer only keys and values are wanted of the columns
-that nobody predicts from. The layer's own forward pass runs on the others; the keys and values of all columns are
-handed to it as what it takes for a cache.
+Every column reads the keys and values of all others. Its query, its attention output, its feed-forward part and the
+last norm concern that column alone, and no layer follows: for columns that no token is predicted from, the last layer
+needs only keys and values. The layer's own forward pass runs on the columns that are read; the keys and values of all
+columns are passed to it in place of a cache.
 
 Shapes: R rows, S columns, M columns of a row that are read, D hidden size, H heads, K of keys and values, E their size.
 """
@@ -25,12 +25,12 @@ HAS_KEY_NORM = {
     "transformers.models.qwen3.modeling_qwen3.Qwen3Attention": True,
     "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeAttention": True,
 }
-"""Attention whose keys are a projection, normed or not, and turned by position. Layers with another one run whole; so
-does one of these names in the code of a checkpoint."""
+"""Attention classes whose keys are a projection rotated by position → whether the keys are normed. Layers with another
+class run whole, as do layers of a checkpoint's own code, even under these names."""
 
 
 def is_known(layer: nn.Module) -> bool:
-    """Whether it is known how the layer makes keys and values."""
+    """True if the layer's way to make keys and values is known."""
     return _name(getattr(layer, "self_attn", None)) in HAS_KEY_NORM
 
 
@@ -39,9 +39,9 @@ def _name(module: object) -> str:
 
 
 def read_columns(rows: Bool[Tensor, "R S"]) -> tuple[Int[Tensor, "R M"], Bool[Tensor, "R M"]]:
-    """The columns that are read of each row, as many as of the row with most, and which of them are no filling.
+    """The columns that are read of each row, padded to the same number, and a mask that is False at the padding.
 
-    Example: rows [0 1 1] and [1 0 0] → [1 2] and [0 1], of which the last one is filling.
+    Example: rows [0 1 1] and [1 0 0] → [1 2] and [0 1], of which the last entry is padding.
     """
     counts = rows.sum(-1)
     columns = rows.byte().sort(dim=-1, descending=True, stable=True).indices[:, : int(counts.max())]
@@ -50,9 +50,9 @@ def read_columns(rows: Bool[Tensor, "R S"]) -> tuple[Int[Tensor, "R M"], Bool[Te
 
 @contextmanager
 def only(layer: Any, columns: Int[Tensor, "R M"], **others: Any) -> Iterator[None]:
-    """While it is open, the layer gives the states of these columns of each row, [R, M, D].
+    """Let the layer return the states of these columns of each row, [R, M, D], for the duration of the block.
 
-    `others` take the place of what is handed to the attention function.
+    `others` replace keyword arguments of the attention function.
     """
 
     def select(
@@ -76,7 +76,7 @@ def only(layer: Any, columns: Int[Tensor, "R M"], **others: Any) -> Iterator[Non
 
 
 class _OfAllColumns:
-    """What an attention takes for its cache: instead of its own keys and values it gets these."""
+    """Stands for the cache of an attention: returns these keys and values in place of the attention's own."""
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self._both = keys, values
@@ -88,7 +88,7 @@ class _OfAllColumns:
 def _keys_and_values(
     layer: Any, hidden: Float[Tensor, "R S D"], turns: tuple[Tensor, Tensor]
 ) -> tuple[Float[Tensor, "R K S E"], Float[Tensor, "R K S E"]]:
-    """Of all columns, as the layer's attention makes them."""
+    """Keys and values of all columns, as the layer's attention makes them."""
     attention = layer.self_attn
     normed = layer.input_layernorm(hidden)
     by_head = (*hidden.shape[:2], -1, attention.head_dim)

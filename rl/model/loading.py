@@ -1,8 +1,8 @@
 """Opening checkpoints: published ones as they are, our own, adapters, and autoregressive models to be adapted.
 
-No code of a checkpoint is run. Its `config.json` says of which family it is, a class of transformers computes it, and
-what was loaded is compared with the files: every weight has found its place, and what is not in the files is what the
-configuration says.
+No code of a checkpoint is run. Its `config.json` names the family, a class of transformers computes it, and the loaded
+model is compared with the files: every weight has its place, and buffers that no file holds equal those that the
+configuration implies.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from transformers import (
 from coupled.rl.errors import CheckpointError
 from coupled.rl.keys import integer_seed
 from coupled.rl.model.families import Family, family_of
-from coupled.rl.model.policy import DIFFUSION_FILE, Policy
+from coupled.rl.model.policy import Policy
+from coupled.rl.model.weights import DIFFUSION_FILE
 
 ADAPTER_CONFIG = "adapter_config.json"
 REMOTE_CODE_WARNING = (
@@ -59,9 +60,9 @@ def load_policy(
     """Open a checkpoint: a model folder, or an adapter folder that names its base.
 
     Args:
-        family, shift, block_length, mask_token, end_tokens: instead of what the checkpoint and its family say; a
-            `block_length` of 0 is attention to the whole sequence. An autoregressive model gets its `mask_token` added
-            where its tokenizer has none of that name.
+        family, shift, block_length, mask_token, end_tokens: override the checkpoint's and its family's settings; a
+            `block_length` of 0 is attention to the whole sequence. For an autoregressive model, `mask_token` is added
+            to the vocabulary if the tokenizer has no token of that name.
         from_scratch_seed: read only `config.json` and the tokenizer, and draw the weights.
         trust_remote_code: run the modelling code in the checkpoint's folder instead of the family's class.
 
@@ -115,10 +116,14 @@ def load_policy(
     return Policy(model.to(device).eval(), tokenizer, found, compute_dtype)
 
 
-def add_adapter(policy: Policy, *, rank: int, alpha: float, targets: tuple[str, ...], seed: int) -> None:
-    """Wrap the model with LoRA adapters [Hu et al. 2021]; only they are trained.
+def add_adapter(policy: Policy, *, rank: int, alpha: float, targets: tuple[str, ...], seed: int) -> Policy:
+    """The policy with LoRA adapters in its layers, which alone are trained [Hu et al. 2021].
 
-    `lora_B` starts at zero, so the policy with fresh adapters equals its base exactly.
+    `lora_B` starts at zero, so the policy with fresh adapters equals its base exactly. The adapters are put into the
+    layers of the given policy, which must not be used any more.
+
+    Raises:
+        CheckpointError: `targets` are not linear layers of the model.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -127,18 +132,18 @@ def add_adapter(policy: Policy, *, rank: int, alpha: float, targets: tuple[str, 
         torch.manual_seed(integer_seed(seed, "adapter"))
         with _without_deprecations():
             try:
-                policy.model = get_peft_model(policy.model, config).eval()
+                return policy.replaced(model=get_peft_model(policy.model, config).eval())
             except ValueError as error:
                 raise CheckpointError(
                     f"model.adapter.targets must name linear layers of the model; {list(targets)} does not: {error}"
                 ) from error
 
 
-def merge_adapter(policy: Policy) -> None:
-    """Add the adapters' product to the weights they adapt, and forget them: W ← W + α/r · B A."""
+def merge_adapter(policy: Policy) -> Policy:
+    """The policy without adapters, whose product is added to the weights they adapt, in place: W ← W + α/r · B A."""
     model: Any = policy.model
     with _without_deprecations():
-        policy.model = model.merge_and_unload()
+        return policy.replaced(model=model.merge_and_unload())
 
 
 # --- weights --------------------------------------------------------------------------------------------------------
@@ -148,7 +153,7 @@ def published_weights(folder: Path, family: Family, config: Any) -> dict[str, Te
     """All tensors of a folder under the names that the transformers class has for them.
 
     Raises:
-        CheckpointError: two of them would take the same name, or a fused one has not the rows that its parts need.
+        CheckpointError: two tensors would take the same name, or a fused one has a wrong number of rows.
     """
     weights: dict[str, Tensor] = {}
     for file in sorted(folder.glob("*.safetensors")):
@@ -162,13 +167,13 @@ def published_weights(folder: Path, family: Family, config: Any) -> dict[str, Te
 
 
 def verify_buffers(model: nn.Module) -> None:
-    """What no checkpoint holds, the rotary frequencies, must be what the configuration says.
+    """Compare the rotary frequencies, which no checkpoint holds, with those that the configuration implies.
 
-    transformers builds models without memory first; buffers that nobody fills afterwards hold whatever was there, and
-    the model computes nonsense without a word.
+    transformers builds models without memory first; buffers that are not filled afterwards hold arbitrary values, and
+    the model computes nonsense silently.
 
     Raises:
-        CheckpointError: they are not, or a weight was never filled.
+        CheckpointError: they differ, or a weight was never filled.
     """
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_meta:
@@ -213,7 +218,7 @@ def _load_weights(path: Path | str, family: Family, config: Any, attention: str,
 
 
 def _compare_sizes(folder: Path, model: nn.Module) -> None:
-    """As many numbers in the files as in the model: two weights that took the same place would leave too few."""
+    """Compare the count of numbers in the files and in the model: two weights in the same place would leave too few."""
     in_files = 0
     for file in folder.glob("*.safetensors"):
         with safe_open(file, "pt") as tensors:
@@ -283,7 +288,7 @@ def _run_remote_code(path: Path | str, dtype: torch.dtype) -> Any:
     for loader in (AutoModelForCausalLM, AutoModel):
         try:
             model = loader.from_pretrained(path, trust_remote_code=True, dtype=dtype)
-        except Exception as error:  # code of others: anything may happen
+        except Exception as error:  # the checkpoint's own code: any type
             errors.append(f"{loader.__name__}: {error}")
             continue
         if isinstance(getattr(model, "model", None), nn.Module) and hasattr(model, "lm_head"):
@@ -348,20 +353,24 @@ def _load_adapter(folder: Path, chosen: Mapping[str, Any], **options: Any) -> Po
         remembered["end_tokens"] = tuple(remembered.get("end_tokens", ()))
     policy = load_policy(base_path, **(remembered | dict(chosen)), **options)
     with _without_deprecations():
-        policy.model = PeftModel.from_pretrained(policy.model, str(folder), is_trainable=True).eval()
-    return policy
+        adapted = PeftModel.from_pretrained(policy.model, str(folder), is_trainable=True).eval()
+    return policy.replaced(model=adapted)
 
 
 @contextmanager
 def _without_deprecations() -> Iterator[None]:
-    # peft asks transformers for attributes that are on their way out; a user of ours can do nothing about it.
+    # peft reads deprecated attributes of transformers; our users cannot change that.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         yield
 
 
 def require_end_token(tokenizer: Any, path: Path | str) -> None:
-    """Raise CheckpointError when no completion could ever end."""
+    """Return if the tokenizer has an end token.
+
+    Raises:
+        CheckpointError: it has none, so that no completion could ever end.
+    """
     if tokenizer.eos_token_id is None:
         raise CheckpointError(
             f"the tokenizer of {path} names no end token, so no completion would ever end: set eos_token in its "

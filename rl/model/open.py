@@ -8,17 +8,16 @@ from typing import Any
 import torch
 
 from coupled.rl.errors import CheckpointError
-from coupled.rl.model.cuda_graphs import Graphs
 from coupled.rl.model.loading import add_adapter, load_policy
 from coupled.rl.model.policy import Policy
 from coupled.rl.recipe.schema import Model, Recipe
 
 
 def open_policy(model: Model, seed: int) -> Policy:
-    """The policy a recipe asks for: a checkpoint or a fresh architecture, with adapters if wanted.
+    """The policy that a recipe describes: a checkpoint or a fresh architecture, with adapters if it has some.
 
     Raises:
-        CheckpointError: see `load_policy`; or a device that is not there.
+        CheckpointError: see `load_policy`; or the device is absent.
     """
     device = pick_device(model.device)
     policy = load_policy(
@@ -31,13 +30,12 @@ def open_policy(model: Model, seed: int) -> Policy:
     )
     if model.adapter is not None and not policy.has_adapter:
         adapter = model.adapter
-        add_adapter(policy, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets, seed=seed)
-    policy.graphs = Graphs() if model.has_cuda_graphs else None
+        return add_adapter(policy, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets, seed=seed)
     return policy
 
 
 def how_to_open(model: Model) -> dict[str, Any]:
-    """What a recipe says of a checkpoint in place of the checkpoint itself, as arguments of `load_policy`."""
+    """Recipe settings that override the checkpoint's metadata, as keyword arguments of `load_policy`."""
     return {
         "family": model.family,
         "shift": model.shift,
@@ -59,7 +57,7 @@ def pick_device(wanted: str) -> str:
 
 
 def use_threads(recipe: Recipe) -> None:
-    """Set torch's thread count for this process, when the recipe names one, or several ranks share the cores."""
+    """Set torch's thread count for this process where the recipe names one, or where several ranks share the cores."""
     if recipe.num_threads:
         torch.set_num_threads(recipe.num_threads)
     elif (num_ranks := recipe.cluster.trainer_ranks) > 1:

@@ -1,7 +1,7 @@
 """Rows of several lengths in one line of tokens, without padding.
 
-All that a layer does but attention is done to each token by itself, so that rows may stand one after the other.
-Attention is within each row: neighbours of equal length are read out of the line as a batch, and no mask is needed.
+A layer treats each token by itself except in attention, so that rows may stand one after the other. Attention is within
+each row: neighbours of equal length are cut out of the line as a batch, and no mask is needed.
 
 Shapes: R rows, S columns, T real columns of all rows, N read ones, H heads, K of keys and values, E their size.
 """
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from coupled.rl.shapes import Bool, Float, Int
 
 WITHIN_RUNS = "within_runs"
-"""What `attend_within_runs` is called in a configuration."""
+"""Name of `attend_within_runs` in a configuration."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,9 +29,9 @@ class Run:
 
     num_rows: int
     queries: int
-    """Columns of each row that read."""
+    """Columns of each row that are queries."""
     keys: int
-    """Columns of each row that are read."""
+    """Columns of each row that are keys."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -46,15 +46,15 @@ class Line:
     position: Int[Tensor, "1 T"]
     runs: tuple[Run, ...]
     columns: Int[Tensor, "1 N"]
-    """Those that are read."""
+    """The columns whose states are read."""
     read_runs: tuple[Run, ...]
-    """`runs` where those alone are queries."""
+    """`runs` with only these columns as queries."""
     back: Int[Tensor, " N"]
-    """Where each read column of the rows, row by row, stands among `columns`."""
+    """Index in `columns` of each column that is read, row by row."""
 
 
 def line_up(ids: Int[Tensor, "R S"], pad_lengths: Int[Tensor, " R"], read: Bool[Tensor, "R S"]) -> Line:
-    """A line of rows that are padded on the left, and the columns that are read of them."""
+    """The line of rows that are padded on the left, and the columns to read."""
     width = ids.shape[1]
     sizes = [(width - pad, count) for pad, count in zip(pad_lengths.tolist(), read.sum(-1).tolist(), strict=True)]
     order = sorted(range(len(sizes)), key=sizes.__getitem__)
@@ -75,8 +75,8 @@ def line_up(ids: Int[Tensor, "R S"], pad_lengths: Int[Tensor, " R"], read: Bool[
 
 @contextmanager
 def within_runs(config: Any) -> Iterator[None]:
-    """While it is open, layers of this configuration attend within the runs that a pass is given."""
-    # With it comes all of transformers' modelling, which whoever has a model has imported.
+    """Let layers of this configuration attend within the runs of each pass, for the duration of the block."""
+    # The import loads all of transformers' modelling; a program with a model has loaded it already.
     from transformers import AttentionInterface
 
     AttentionInterface.register(WITHIN_RUNS, attend_within_runs)
@@ -119,5 +119,5 @@ def attend_within_runs(
 
 
 def _runs(sizes: list[tuple[int, int]]) -> tuple[Run, ...]:
-    """Rows of so many queries and keys, the equal ones put together."""
+    """Runs of neighbours with equal numbers of queries and keys."""
     return tuple(Run(num_rows=len(list(same)), queries=size[0], keys=size[1]) for size, same in groupby(sizes))

@@ -1,14 +1,11 @@
-"""The model behind one small protocol: log-probabilities of tokens at chosen positions, whatever the family."""
+"""Log-probabilities and hidden states of a diffusion language model at chosen positions, the same for every family."""
 
 from __future__ import annotations
 
 import copy
-import hashlib
-import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,32 +14,26 @@ from transformers import Cache
 
 from coupled.rl.errors import CheckpointError
 from coupled.rl.model.attention import Layout, additive, first_column_of_blocks, left_padded, may_attend, two_streams
-from coupled.rl.model.cuda_graphs import Graphs, fill_up, is_small
 from coupled.rl.model.families import Family
 from coupled.rl.model.last_layer import is_known, only, read_columns
 from coupled.rl.model.packing import line_up, within_runs
+from coupled.rl.model.special_tokens import find_end_ids, find_mask_id
 from coupled.rl.model.vocabulary import OutputHead, forbid, project, token_logp
 from coupled.rl.shapes import Bool, Float, Int
 
-DIFFUSION_FILE = "diffusion.json"
-"""In an adapter's folder: how its base was opened."""
-
 
 class Policy:
-    """A diffusion language model with its tokenizer, and LoRA adapters if asked for.
+    """A diffusion language model with its tokenizer, and with LoRA adapters if its model is wrapped in them.
 
     Args:
         model: a transformers causal-LM class whose body is `model.model` and whose head is `model.lm_head`.
         tokenizer: must know a mask token and at least one end token.
         family: logit shift, attention and architecture.
         compute_dtype: float32, or bfloat16 for autocast in the forward pass. Log-softmax is fp32 in either case.
+
+    Raises:
+        CheckpointError: no mask token, no end token, or a tokenizer with more tokens than the model embeds.
     """
-
-    is_in_lockstep = False
-    """Set while other ranks, who hold parts of the weights, make as many passes as this one does."""
-
-    graphs: Graphs | None = None
-    """Where rollouts replay small passes."""
 
     def __init__(
         self, model: nn.Module, tokenizer: Any, family: Family, compute_dtype: torch.dtype = torch.float32
@@ -51,8 +42,6 @@ class Policy:
         self.tokenizer = tokenizer
         self.family = family
         self.compute_dtype = compute_dtype
-        self._reference_model: nn.Module | None = None
-        self.has_moving_reference = False
         config = self._base.config
         self.mask_id = find_mask_id(tokenizer, config, family)
         self.end_ids = find_end_ids(tokenizer, config, family)
@@ -64,8 +53,15 @@ class Policy:
                 "they are not of the same checkpoint: point model.path at a folder that holds both"
             )
 
-        self.on_pass: Callable[[], None] = lambda: None
-        """Called before each pass through the layers."""
+    def replaced(
+        self, *, model: nn.Module | None = None, family: Family | None = None, mask_id: int | None = None
+    ) -> Policy:
+        """The same policy with another model, family or mask token. What is not named is shared, not copied."""
+        other = copy.copy(self)
+        other.model = self.model if model is None else model
+        other.family = self.family if family is None else family
+        other.mask_id = self.mask_id if mask_id is None else mask_id
+        return other
 
     @property
     def _base(self) -> Any:
@@ -92,6 +88,12 @@ class Policy:
         return len(self.tokenizer)
 
     @property
+    def body(self) -> nn.Module:
+        """Embedding and layers, without the head: every forward pass calls this module once."""
+        body: nn.Module = self._base.model
+        return body
+
+    @property
     def layers(self) -> Iterator[nn.Module]:
         """The blocks of the body, from the input to the output."""
         yield from self._base.model.layers
@@ -116,12 +118,12 @@ class Policy:
         rows: Bool[Tensor, "B S"],
         clean: Int[Tensor, "B S"] | None = None,
     ) -> Float[Tensor, "N D"]:
-        """The states that predict the tokens *at* the positions `rows`, aligned whatever the family's shift.
+        """The states that predict the tokens *at* the positions `rows`, aligned for any logit shift of the family.
 
-        Padding (the first `pad_lengths` positions of a row, or what a `Layout` says) is never attended, and positions
-        count from the first real token. With block attention, `clean` is what earlier blocks hold, so that all blocks
-        are read as they are met while decoding, in one forward pass (None: `ids` themselves); with full attention
-        there are no earlier blocks, and it is not read.
+        Padding (the first `pad_lengths` positions of a row, or the padding of a `Layout`) is never attended, and
+        positions count from the first real token. With block attention, `clean` holds the tokens of earlier blocks, so
+        that one forward pass reads every block as decoding meets it (None: `ids` themselves). With full attention
+        there are no earlier blocks, and `clean` is ignored.
         """
         layout = pad_lengths if isinstance(pad_lengths, Layout) else left_padded(pad_lengths, ids.shape[1])
         block_length = self.family.block_length
@@ -133,8 +135,8 @@ class Policy:
     def hidden_read(
         self, ids: Int[Tensor, "B S"], pad_lengths: Int[Tensor, " B"], rows: Bool[Tensor, "B S"]
     ) -> Float[Tensor, "N D"]:
-        """As `hidden_at`, with full attention and without gradients: no padding, and not more of the last layer than is
-        read. Where a layer is of an unknown class it is the same as `hidden_at`."""
+        """`hidden_at` for full attention without gradients: without padding; the last layer is evaluated only at the
+        columns that are read. Falls back to `hidden_at` where a layer is of an unknown class."""
         layers = list(self.layers)
         if not all(map(is_known, layers)):
             return self.hidden_at(ids, pad_lengths, rows)
@@ -145,18 +147,9 @@ class Policy:
                 nothing = torch.ones((1, 1, 1), dtype=torch.bool, device=ids.device)
                 return self.hidden_after(line.ids, line.position, nothing, runs=line.runs)[0, line.back]
         columns, is_there = read_columns(source)
-        if self.graphs is None or not is_small(ids):
-            return self._whole_rows(ids, columns)[is_there]
-        self.on_pass()
-        found = self.graphs.run(self.model, self._whole_rows, (ids, fill_up(columns, ids.shape[1])))
-        return found[:, : columns.shape[1]][is_there]
-
-    def _whole_rows(self, ids: Int[Tensor, "B S"], columns: Int[Tensor, "B M"]) -> Float[Tensor, "B M D"]:
-        """The states of some columns of rows without padding; nothing is looked at on the host."""
-        *_, last = self.layers
         position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        with only(last, columns):
-            return self.hidden_after(ids, position, torch.ones_like(ids, dtype=torch.bool)[:, None])
+        with only(layers[-1], columns):
+            return self.hidden_after(ids, position, torch.ones_like(ids, dtype=torch.bool)[:, None])[is_there]
 
     def logits_at(
         self,
@@ -165,9 +158,9 @@ class Policy:
         rows: Bool[Tensor, "B S"],
         clean: Int[Tensor, "B S"] | None = None,
     ) -> Float[Tensor, "N V"]:
-        """Logits for the tokens at the positions `rows`, as `hidden_at` reads them, raw and at least fp32.
+        """Raw logits for the tokens at the positions `rows`, at least fp32; arguments as for `hidden_at`.
 
-        They are projected there only: [B, S, V] never exists.
+        Only these positions are projected: [B, S, V] never exists.
         """
         return project(self.head, self.hidden_at(ids, pad_lengths, rows, clean))
 
@@ -196,9 +189,9 @@ class Policy:
         temperature: float = 1.0,
         clean: Int[Tensor, "B S"] | None = None,
     ) -> Float[Tensor, " M"]:
-        """As `logp_at`, for any number of tokens at a position: token m is scored at the `line_m`-th of `rows`.
+        """`logp_at` for any number of tokens per position: token m is scored at the `line_m`-th of `rows`.
 
-        `clean` is what earlier blocks hold, as in `hidden_at`.
+        `clean` holds the tokens of earlier blocks, as in `hidden_at`.
         """
         return token_logp(self.head, self.hidden_at(ids, pad_lengths, rows, clean), line, targets, temperature)
 
@@ -214,12 +207,11 @@ class Policy:
         cache: Cache | None = None,
         **others: Any,
     ) -> Float[Tensor, "B _ D"]:
-        """Hidden states of `ids` at `positions`; the keys are those in the cache, then their own, which are added.
+        """Hidden states of `ids` at `positions`. The keys are the cached ones, then the columns' own, which are cached.
 
-        Of all Q columns, unless the last layer was told of which (`last_layer.only`). `others` are handed to the
-        attention function.
+        All Q columns are returned, or those that `last_layer.only` selects. `others` are passed to the attention
+        function.
         """
-        self.on_pass()
         attention = additive(allowed, self._mask_dtype)
         with self._autocast():
             out = self._base.model(
@@ -233,7 +225,7 @@ class Policy:
         return out.last_hidden_state
 
     def attend(self, block_length: int | None) -> None:
-        """Switch who attends to whom, and say so in the configuration that is saved with the weights."""
+        """Switch to attention within blocks (None: full), also in the configuration that is saved with the weights."""
         self.family = replace(self.family, block_length=block_length)
         self.config.diffusion = {**(getattr(self.config, "diffusion", None) or {}), **self.family.stated()}
         if "block_length" not in self.family.stated():
@@ -249,9 +241,9 @@ class Policy:
     ) -> Float[Tensor, "B S D"]:
         """The states that predict each position of `rows`, moved to it by the family's shift.
 
-        Both streams in one pass; of the noisy one only the blocks from the first that is asked for. With shift 1 the
-        first position of a block is predicted from the last one of the block before it, which is in the clean stream:
-        what a decoder has, too, once that block is done.
+        One pass reads both streams; the noisy one begins at the first block that `rows` touches. With shift 1 the first
+        position of a block is predicted from the last position of the block before it, in the clean stream: the state
+        that a decoder has when that block is done.
         """
         first = first_column_of_blocks(layout, rows, block_length)
         noisy = layout.columns(slice(first, None))
@@ -277,197 +269,7 @@ class Policy:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute_dtype)
 
-    # --- the reference that KL pulls towards -------------------------------------------------------------------
-
-    def freeze_reference(self, *, is_moving: bool = False, copied: nn.Module | None = None) -> None:
-        """Remember the present weights as the reference; with adapters they are simply turned off.
-
-        `is_moving`: the reference is to follow by `mix_reference`, so that with adapters, too, it is a copy. A copy
-        shares whatever is not trained: of an adapted policy it holds the adapters alone. `copied`: the copy, where it
-        is not to be made here.
-        """
-        self.has_moving_reference = is_moving
-        if copied is not None:
-            self._reference_model = copied
-        elif is_moving or not self.has_adapter:
-            shared = {id(p): p for p in self.model.parameters() if not p.requires_grad}
-            self._reference_model = copy.deepcopy(self.model, shared).requires_grad_(False).eval()
-
-    @torch.no_grad()
-    def mix_reference(self, share: float) -> None:
-        """θ_ref ← share · θ + (1 - share) · θ_ref: 1 replaces the reference, a small share is a moving average.
-
-        Of adapters the factors are mixed, which is not the mean of the two products.
-        """
-        for name, tensor in self.reference_tensors().items():
-            live = self.model.get_parameter(name)
-            tensor.copy_(share * live + (1 - share) * tensor)
-
-    def reference_state(self) -> dict[str, Tensor]:
-        """Name → tensor of a copied reference, on the CPU."""
-        return {name: whole_tensor(tensor).cpu() for name, tensor in self.reference_tensors().items()}
-
-    def load_reference_state(self, state: dict[str, Tensor]) -> None:
-        """Put `reference_state()` back, in place.
-
-        Raises:
-            CheckpointError: it is the state of another model.
-        """
-        mine = self.reference_tensors()
-        if {n: t.shape for n, t in mine.items()} != {n: t.shape for n, t in state.items()}:
-            raise CheckpointError(
-                f"the saved reference ({len(state)} tensors) is not of this model ({len(mine)} trained tensors); "
-                "is model.adapter the same as when it was saved?"
-            )
-        for name, tensor in mine.items():
-            tensor.data.copy_(shard_like(state[name], tensor))
-
-    def reference_tensors(self) -> dict[str, Tensor]:
-        """Name → tensor of a copied reference, in place: this rank's share where the weights are split."""
-        if self._reference_model is None:
-            raise RuntimeError("freeze_reference(is_moving=True) was not called: there is no copy that could move")
-        trained = {n for n, p in self.model.named_parameters() if p.requires_grad}
-        return {n: p.detach() for n, p in self._reference_model.named_parameters() if n in trained}
-
-    @contextmanager
-    def reference(self) -> Iterator[Policy]:
-        """The policy with the reference weights: the copy, or else adapters off."""
-        if self._reference_model is None and self.has_adapter:
-            with self.model.disable_adapter():  # type: ignore[operator]
-                yield self
-            return
-        if self._reference_model is None:
-            raise RuntimeError("freeze_reference() was not called before reference()")
-        live, self.model = self.model, self._reference_model
-        try:
-            yield self
-        finally:
-            self.model = live
-
-    # --- weights ------------------------------------------------------------------------------------------------
-
-    def trainable_state(self) -> dict[str, Tensor]:
-        """Name → tensor of everything that training changes, on the CPU. Of split weights all ranks must ask."""
-        return {n: whole_tensor(p.detach()).cpu() for n, p in self.model.named_parameters() if p.requires_grad}
-
-    def load_trainable_state(self, state: dict[str, Tensor]) -> None:
-        """Put `trainable_state()` of an equal policy into this one, in place.
-
-        Raises:
-            CheckpointError: names or shapes differ.
-        """
-        mine = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        if mine.keys() != state.keys():
-            odd = sorted(mine.keys() ^ state.keys())[:3]
-            raise CheckpointError(
-                f"the saved weights are not of this model: {len(mine)} trainable tensors here, {len(state)} saved, "
-                f"differing in {odd}; is model.adapter the same as when they were saved?"
-            )
-        for name, parameter in mine.items():
-            if parameter.shape != state[name].shape:
-                raise CheckpointError(
-                    f"{name} has shape {tuple(parameter.shape)} here and {tuple(state[name].shape)} in the checkpoint"
-                )
-            parameter.data.copy_(shard_like(state[name], parameter))
-
-    def save(self, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
-        """Write an adapter, or the whole model, with the tokenizer: a folder that `load_policy` opens.
-
-        `weights`: all of them, where the model holds a part.
-        """
-        # Adapters never train embeddings, and a new MASK gets the same row whenever its base is opened.
-        chosen: dict[str, Any] = {"save_embedding_layers": False} if self.has_adapter else {}
-        if weights is not None:
-            chosen["state_dict"] = weights
-        self.model.save_pretrained(folder, **chosen)  # type: ignore[operator]
-        self.tokenizer.save_pretrained(folder)
-        if self.has_adapter:
-            # The base's own files may not say how it was opened.
-            (folder / DIFFUSION_FILE).write_text(json.dumps(self._how_opened()) + "\n")
-
-    def _how_opened(self) -> dict[str, Any]:
-        stated = getattr(self.config, "diffusion", None) or {}
-        return {
-            "family": self.family.name,
-            "shift": self.family.shift,
-            "block_length": self.family.block_length or 0,
-            "mask_token": self.tokenizer.convert_ids_to_tokens(self.mask_id),
-            "end_tokens": self.tokenizer.convert_ids_to_tokens(stated.get("end_ids", [])),
-        }
-
 
 def before(rows: Bool[Tensor, "B S"]) -> Bool[Tensor, "B S"]:
     """The positions one to the left of `rows`. Example: [0, 1, 1, 0] → [1, 1, 0, 0]."""
     return torch.cat((rows[:, 1:], torch.zeros_like(rows[:, :1])), dim=1)
-
-
-def digest_of(state: dict[str, Tensor]) -> str:
-    """Names weights by their contents: equal digests, equal names, types, shapes and values."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        tensor = state[name].contiguous()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def whole_tensor(tensor: Tensor) -> Tensor:
-    """All of a tensor of which ranks hold shares; all of them must ask. Others are returned as they are."""
-    return tensor.full_tensor() if is_split(tensor) else tensor  # type: ignore[attr-defined]
-
-
-def shard_like(tensor: Tensor, like: Any) -> Tensor:
-    """This rank's share of a tensor that every rank has whole, split as `like` is; all of it if that is not split."""
-    if not is_split(like):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
-
-
-def is_split(tensor: Tensor) -> bool:
-    """Whether ranks hold shares of it: a DTensor, whose module costs a third of a second to import."""
-    return hasattr(tensor, "device_mesh")
-
-
-def find_mask_id(tokenizer: Any, config: Any, family: Family) -> int:
-    """The mask token: what the tokenizer says, else `config.json`, else the family by name, else by number.
-
-    Raises:
-        CheckpointError: none of them does.
-    """
-    if tokenizer.mask_token_id is not None:
-        return int(tokenizer.mask_token_id)
-    if getattr(config, "mask_token_id", None) is not None:
-        return int(config.mask_token_id)
-    if family.mask_token is not None and (found := _known_ids(tokenizer, (family.mask_token,))):
-        return found[0]
-    if family.mask_id is not None:
-        return family.mask_id
-    raise CheckpointError(
-        "a diffusion model needs a mask token: neither tokenizer.mask_token nor config.mask_token_id is set; "
-        "set model.mask_token, to a token of the checkpoint that is to be reused or to a new one"
-    )
-
-
-def find_end_ids(tokenizer: Any, config: Any, family: Family) -> tuple[int, ...]:
-    """What ends a completion: the tokenizer's end and pad tokens, and those that the family has besides.
-
-    Raises:
-        CheckpointError: nothing does.
-    """
-    stated = (getattr(config, "diffusion", None) or {}).get("end_ids")
-    if stated:
-        return tuple(sorted(stated))
-    ids = {tokenizer.eos_token_id, tokenizer.pad_token_id, *_known_ids(tokenizer, family.end_tokens)} - {None}
-    if not ids:
-        raise CheckpointError(
-            "the tokenizer names no end token (tokenizer.eos_token), so no completion would ever end; set "
-            "model.end_tokens to the tokens that end one"
-        )
-    return tuple(sorted(ids))
-
-
-def _known_ids(tokenizer: Any, names: tuple[str, ...]) -> list[int]:
-    vocabulary = tokenizer.get_vocab() if names else {}
-    return [vocabulary[name] for name in names if name in vocabulary]

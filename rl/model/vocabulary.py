@@ -2,8 +2,8 @@
 
     ℓ_m = z[line_m, target_m] / T - log Σ_v exp(z[line_m, v] / T),   z = h Wᵀ, with forbidden tokens at -inf
 
-Logits are made for a few rows at a time, log-softmax is fp32 (fp64 for fp64 logits), and what is kept for the backward
-pass is of the size of the hidden states. With p the softmax of a row and g_m what the loss says of token m,
+Logits are made for a few rows at a time, log-softmax is fp32 (fp64 for fp64 logits), and the tensors kept for the
+backward pass are of the size of the hidden states. With p the softmax of a row and g_m the slope of the loss in ℓ_m,
 
     ∂ℓ_m/∂h[line_m] = (W[target_m] - Σ_v p_v W_v) / T       Σ_v p_v W_v is taken in the forward pass if W is frozen
     ∂ℓ/∂W           = Σ_m g_m · (onehot(target_m) - p) h[line_m]ᵀ / T      the logits are computed a second time
@@ -34,7 +34,7 @@ hundred rows at a time keep the product with the weight from being bound by read
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OutputHead:
-    """What turns hidden states into logits, and which tokens it may name.
+    """Projection of hidden states to logits, and the tokens that it may name.
 
     Example: `OutputHead(module=model.lm_head, mask_id=4, num_tokens=877)` for a head of 896 rows.
     """
@@ -45,11 +45,11 @@ class OutputHead:
     num_tokens: int
     """Rows of the head from here on are padding, and forbidden."""
     compute_dtype: torch.dtype = torch.float32
-    """Of the projection; float32 takes the weights as they are."""
+    """Data type of the projection; float32 uses the weights in their own."""
 
     @property
     def plain_weight(self) -> Tensor | None:
-        """The weight [V, D], if the module is that and nothing more: no bias, no adapter, no hook, no shards."""
+        """The weight [V, D], if the module is a bare matrix: no bias, no adapter, no hook, no shards."""
         module = self.module
         if type(module) is not nn.Linear or module.bias is not None:
             return None
@@ -58,7 +58,7 @@ class OutputHead:
 
 
 def raw_logits(head: OutputHead, hidden: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
-    """Logits of all rows of the head, as the product in `compute_dtype` leaves them."""
+    """Logits of all rows of the head, in the type that the product in `compute_dtype` returns."""
     is_fp32 = head.compute_dtype == torch.float32
     with nullcontext() if is_fp32 else torch.autocast(hidden.device.type, dtype=head.compute_dtype):
         logits: Tensor = head.module(hidden)
@@ -85,14 +85,12 @@ def token_logp(
     line: Int[Tensor, " M"],
     targets: Int[Tensor, " M"],
     temperature: float = 1.0,
-    *,
-    chunk_logits: int | None = None,
 ) -> Float[Tensor, " M"]:
     """log p(target_m) under the distribution of the row `line_m`, in nats. Differentiable once.
 
-    `chunk_logits`: logits made at a time; none takes `CHUNK_LOGITS` of the device.
+    At most `CHUNK_LOGITS` logits of the device are in memory at a time.
     """
-    most = CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cuda"]) if chunk_logits is None else chunk_logits
+    most = CHUNK_LOGITS.get(hidden.device.type, CHUNK_LOGITS["cuda"])
     num_rows = max(1, most // head.num_tokens)
     if len(hidden) <= num_rows:
         return _plain_logp(head, hidden, line, targets, temperature)

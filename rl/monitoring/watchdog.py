@@ -1,7 +1,7 @@
-"""Ends this process, to be resumed, when nothing in it has moved for too long.
+"""Ends this process, so that it can be resumed, when it makes no progress for too long.
 
-Workers that hang are the coordinator's business. What hangs here (a kernel, a collective, a file system, a lock of a
-library) cannot be interrupted from inside; what was committed is kept, and the exit status asks for a resumption.
+The coordinator handles workers that hang. A hang of this process (in a kernel, a collective, a file system, a lock of a
+library) cannot be interrupted from inside; checkpoints stay intact, and the exit status requests a resumption.
 """
 
 from __future__ import annotations
@@ -14,21 +14,25 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from coupled.rl.cluster.types import HEALTH, ClusterError
 from coupled.rl.recipe.schema import Recipe
 
 FILE = "stalled.txt"
 TICKS = 20
-"""Looks in the time that is allowed. Silence is counted in looks: a process that was stopped itself has not hung."""
+"""Checks within the allowed time. Silence is counted in checks: a process that was itself stopped has not hung."""
 STATE_SECONDS = 5.0
-"""How long it may take to ask what the workers do, and to write it down: who answers may be what hangs."""
+"""Limit on querying the workers' state and on writing it: the component that answers may be the one that hangs."""
 PATIENCE_WITH_FILES = 4 * 3600.0
-"""More seconds for what reads or writes many gigabytes, or a stream from far away."""
+"""Additional seconds for phases that read or write many gigabytes, or a stream from far away."""
 
 
 def stall_seconds(recipe: Recipe) -> float:
-    """So much silence ends the process; coordinator and ranks, which can say more of it, notice it before that."""
+    """Allowed silence in seconds: longer than the limits of coordinator and ranks, whose errors are more precise."""
     waits = [HEALTH[recipe.cluster.health].stall_seconds]
     if recipe.cluster.trainer_ranks > 1:
         waits.append(recipe.cluster.trainer_timeout_seconds)
@@ -36,12 +40,12 @@ def stall_seconds(recipe: Recipe) -> float:
 
 
 class Watchdog:
-    """Counts the seconds since something moved, from `start` to `close`.
+    """Counts the seconds without progress, from `start` to `close`.
 
     Args:
-        seconds: so much silence is too much; a `phase` may be allowed more.
-        folder: where the stacks of all threads are written to when it is.
-        state: says in a line what workers have and who is waited for.
+        seconds: the silence that ends the process; a `phase` may be allowed more.
+        folder: the run folder, where the stacks of all threads are written to.
+        state: one line about the workers and their unfinished jobs, for the message.
     """
 
     def __init__(
@@ -58,24 +62,40 @@ class Watchdog:
         self._end = end
         self._phases: list[tuple[str, float]] = [("the run", 0.0)]
         self._silence = 0.0
+        self._hooks: list[RemovableHandle] = []
         self._has_closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def start(self) -> None:
-        """Watch from now on."""
+        """Start watching."""
         self._thread.start()
 
     def close(self) -> None:
-        """Watch no more. Harmless when repeated, and when it never began."""
+        """Stop watching, and remove the hooks. Idempotent; harmless before `start`."""
         self._has_closed.set()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
 
     def moved(self) -> None:
-        """Something was done: the count begins anew."""
+        """Report progress: the count starts again at 0."""
         self._silence = 0.0
+
+    def beat_on(self, *modules: nn.Module) -> None:
+        """Report progress before every forward pass of the modules, until `close`.
+
+        A policy calls `Policy.body` once in every pass, and the module around it in none: hook the body.
+        """
+
+        # A function, because copies of a module copy its hooks: a bound method would be copied with its watchdog.
+        def beat(module: nn.Module, arguments: Any) -> None:
+            self.moved()
+
+        self._hooks += [module.register_forward_pre_hook(beat) for module in modules]
 
     @contextmanager
     def phase(self, name: str, more_seconds: float = 0.0) -> Iterator[None]:
-        """What the process is doing, for the message; it may be silent for `more_seconds` more than usually."""
+        """Name what the process does, for the message, and allow it `more_seconds` of silence besides the usual."""
         self._phases.append((name, more_seconds))
         self.moved()
         try:
@@ -97,22 +117,22 @@ class Watchdog:
         found: list[str] = []
         _try(lambda: found.append(self._state()))
         state = f"{found[0]}. " if found and found[0] else ""
-        said = (
-            f"error: nothing has moved in {name!r} for {self._silence:.0f} s. {state}The stacks of all threads are in "
-            f"{self._folder / FILE}. What was committed is kept: continue with resume=auto"
+        message = (
+            f"error: no progress in phase {name!r} for {self._silence:.0f} s. {state}The stacks of all threads are in "
+            f"{self._folder / FILE}. Checkpoints are intact: continue with resume=auto"
         )
-        _try(lambda: print(said, file=sys.stderr, flush=True))
-        _try(lambda: self._write(said))
+        _try(lambda: print(message, file=sys.stderr, flush=True))
+        _try(lambda: self._write(message))
         self._end(ClusterError.exit_code)
 
-    def _write(self, said: str) -> None:
+    def _write(self, message: str) -> None:
         with contextlib.suppress(OSError), (self._folder / FILE).open("w") as file:
-            print(said, file=file, flush=True)
+            print(message, file=file, flush=True)
             faulthandler.dump_traceback(file, all_threads=True)
 
 
 def _try(do: Callable[[], None]) -> None:
-    """Give something a few seconds: it may never return, where a lock or a file system is what hangs."""
+    """Run something for `STATE_SECONDS` at most: it may never return, where a lock or a file system is what hangs."""
     tries = threading.Thread(target=do, daemon=True)
     tries.start()
     tries.join(STATE_SECONDS)

@@ -21,17 +21,19 @@ def add_gradient(
     denominator: int,
     *,
     is_silent: bool = False,
+    skips_empty_views: bool = True,
 ) -> LossOutput:
     """Add what these rows give to the gradient of the loss of the whole batch, whose `denominator` is given.
 
     `is_silent`: make the same passes and add nothing, for the sake of ranks that wait for this one's share of a layer.
+    `skips_empty_views`: as for `estimate_logp`.
 
     With `optimizer.has_two_passes` the scores are first estimated without gradients, the loss is differentiated at
     them, and the scores then view by view: the memory of one masked input, for one more forward pass of each.
     """
     has_two_passes = recipe.optimizer.has_two_passes
     with torch.set_grad_enabled(not has_two_passes):
-        new = estimate_logp(policy, batch, masks, recipe.estimator, temperature)
+        new = estimate_logp(policy, batch, masks, recipe.estimator, temperature, skips_empty_views=skips_empty_views)
     if has_two_passes:
         new.requires_grad_()
     old = new.detach() if anchor.old is None else anchor.old
@@ -41,5 +43,7 @@ def add_gradient(
     (0 * output.loss if is_silent else output.loss).backward()
     if has_two_passes:
         assert new.grad is not None, "new is a leaf, and the loss depends on it"
-        backward_by_view(policy, batch, masks, recipe.estimator, new.grad, temperature)
+        backward_by_view(
+            policy, batch, masks, recipe.estimator, new.grad, temperature, skips_empty_views=skips_empty_views
+        )
     return output

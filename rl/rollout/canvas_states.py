@@ -1,13 +1,13 @@
-"""Hidden states of canvases that are being denoised, each input computed once, or in part from a cache.
+"""Hidden states of canvases during denoising: equal inputs are computed once, and a cache can supply a part.
 
 Attention is to the whole sequence, so that one committed token changes every state: no cache of keys and values is
-exact. Exact is only that equal inputs have equal states; the completions of a prompt start from one canvas, and as long
-as they agree they are computed once.
+exact. Sharing equal inputs is exact: the completions of a prompt start from one canvas, and are computed once as long
+as they agree.
 
-With a cache (approximate), the keys and values of some columns are those of the last refresh [Fast-dLLM]:
+With a cache (approximate), some columns keep the keys and values of the last refresh [Fast-dLLM]:
 
-    prefix   of everything before the block that is denoised
-    dual     of everything outside of it; what is behind it is MASK, or what it was at the last refresh
+    prefix   all columns before the block that is denoised
+    dual     all columns outside of that block; those behind it are MASK, or as they were at the last refresh
 
 Shapes: R rows, S prompt + canvas, N wanted positions, U distinct states, D hidden size.
 """
@@ -45,7 +45,7 @@ def _each(hidden: Float[Tensor, "N D"]) -> tuple[Float[Tensor, "N D"], Int[Tenso
 
 
 def distinct_rows(ids: Int[Tensor, "R S"]) -> tuple[Int[Tensor, " U"], Int[Tensor, " R"]]:
-    """Where each distinct row stands first, and which of them every row is.
+    """The first index of each distinct row, and the number of every row among them.
 
     Example: rows a, b, a → [0, 1] and [0, 1, 0].
     """
@@ -96,7 +96,7 @@ class CachedStates:
             self._cache.batch_select_indices(torch.isin(self._rows, rows).nonzero()[:, 0])
             self._rows = rows
         if self._cache.get_seq_length() == 0:
-            self._cache = DynamicCache()  # one that holds nothing does not forget how many rows it was used with
+            self._cache = DynamicCache()  # an empty cache still has the number of rows that it was used with
         allowed = torch.cat((layout.is_real[:, ~is_computed], layout.is_real[:, is_computed]), dim=1)
         hidden = self._policy.hidden_after(
             ids[:, is_computed], layout.position[:, is_computed], allowed[:, None, :], self._cache

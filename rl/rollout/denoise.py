@@ -35,16 +35,16 @@ def denoise(
     *,
     seed: int,
     weight_version: int = 0,
-    watch: Callable[[int, np.ndarray], None] | None = None,
+    on_step: Callable[[int, np.ndarray], None] | None = None,
 ) -> list[Rollout]:
     """Denoise one completion per request, all in one batch.
 
     Each row's numbers are keyed by (seed, uid, step, position), so they do not depend on which rows share the batch.
     A row leaves the batch as soon as every position before its first end token is settled: nothing later can change
-    its text. MASK is never sampled. `watch` is shown every step with the canvases [B, C] after it.
+    its text. MASK is never sampled. `on_step` receives the number of every step and the canvases [B, C] after it.
 
     Raises:
-        RolloutError: the sampler keeps keys and values that it would have nothing to keep for.
+        RolloutError: `cache=dual` without blocks, where there is nothing to cache.
     """
     if sampler.cache == "dual" and not sampler.block_length:
         raise RolloutError(
@@ -61,8 +61,8 @@ def denoise(
         if len(here) == 0:
             continue
         rows.commit(here, _take_step(policy, rows, here, sampler, step, draws[:, here, step.number], cached), step)
-        if watch is not None:
-            watch(step.number, rows.canvas_ids.cpu().numpy())
+        if on_step is not None:
+            on_step(step.number, rows.canvas_ids.cpu().numpy())
         live = live[~_is_done(rows.canvas_ids[live], policy, sampler)]
         if len(live) == 0:
             break
@@ -71,11 +71,11 @@ def denoise(
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Commit:
-    """What R rows commit in a step: M positions in all, row by row."""
+    """M positions that R rows commit in a step, row by row."""
 
     is_chosen: Bool[Tensor, "R C"]
     is_filled: Bool[Tensor, "R C"]
-    """Those of them that are filled with an end token instead of waiting for their turn."""
+    """The chosen positions that `end_fill` fills with an end token out of turn."""
     choice: Choice
 
 
@@ -96,7 +96,7 @@ def _take_step(
     nothing = torch.zeros_like(is_masked)
     token_draws, order_draws = draws
     if sampler.order == "origin" and not (sampler.is_parallel or sampler.end_fill is not None):
-        # Nothing that the model says matters to where: only the chosen positions are read.
+        # The choice of positions does not depend on the model: only the chosen ones are read.
         scores = order_draws.masked_fill(~is_masked, float("-inf")).float()
         is_chosen = choose_positions(scores, scores, scores, count, sampler)
         hidden, which = _states(policy, rows, here, is_chosen, step, cached)
@@ -140,7 +140,7 @@ def _states(
     step: Step,
     cached: CachedStates | None,
 ) -> tuple[Float[Tensor, "U D"], Int[Tensor, " N"]]:
-    """The hidden states that predict the tokens at these places of the canvases, and which of them each place has."""
+    """The hidden states that predict the tokens at these places of the canvases, and which of them each place reads."""
     ids, pad_lengths = rows.ids[here], rows.pad_lengths[here]
     wanted = torch.zeros_like(ids, dtype=torch.bool)
     wanted[:, rows.prompt_width :] = places
@@ -156,7 +156,7 @@ def _is_done(canvases: Int[Tensor, "R C"], policy: Policy, sampler: Sampler) -> 
 
 
 class Record:
-    """When and how surely the positions of B canvases were committed, and what that took."""
+    """Step, log-probability and entropy of every committed position of B canvases, and the forward passes of each."""
 
     def __init__(self, policy: Policy, num_rows: int, canvas: int) -> None:
         self._policy = policy
@@ -177,7 +177,7 @@ class Record:
         *,
         is_filled: Bool[Tensor, " M"] | None = None,
     ) -> None:
-        """Write down M positions of one step; those that are filled bring no entropy, but their own bound."""
+        """Record M positions of one step. Filled positions add no entropy, but a bound of their own."""
         committed = choice.entropy.float()
         self._step[rows, places] = step
         self._logp[rows, places] = choice.logp.float()
@@ -193,7 +193,7 @@ class Record:
     def rollout(
         self, row: int, request: Request, canvas_ids: Int[Tensor, " C"], weight_version: int, sampler: Sampler
     ) -> Rollout:
-        """What a finished row has become."""
+        """The rollout of a finished row."""
         arrays = (canvas_ids, self._step[row], self._logp[row], self._entropy[row])
         ids, step, logp, entropy = (array.cpu().numpy().copy() for array in arrays)
         return make_rollout(
@@ -212,7 +212,7 @@ class Record:
 
 
 class _Rows:
-    """The rows of a batch, and what has become of their canvases."""
+    """The rows of a batch, and the state of their canvases."""
 
     def __init__(self, policy: Policy, requests: list[Request], canvas: int) -> None:
         self._policy = policy
@@ -233,7 +233,7 @@ class _Rows:
         return self.ids[:, self.prompt_width :]
 
     def commit(self, here: Int[Tensor, " R"], commit: Commit, step: Step) -> None:
-        """Write down what the rows `here` commit."""
+        """Record the commits of the rows `here`."""
         row_of, place = commit.is_chosen.nonzero(as_tuple=True)
         row, choice = here[row_of], commit.choice
         self.ids[row, self.prompt_width + place] = choice.tokens
@@ -241,7 +241,7 @@ class _Rows:
         self._record.commit(row, place, choice, step.number, is_filled=commit.is_filled[commit.is_chosen])
 
     def rollout(self, row: int, request: Request, weight_version: int, sampler: Sampler) -> Rollout:
-        """The record of a finished row."""
+        """The rollout of a finished row."""
         return self._record.rollout(row, request, self.canvas_ids[row], weight_version, sampler)
 
 
@@ -269,7 +269,7 @@ def keyed_draws(requests: list[Request], sampler: Sampler, seed: int, num_steps:
 
 @runtime_checkable
 class Detokenizer(Protocol):
-    """What turns token ids into text, and says where it ends: a policy, or a causal model."""
+    """Converts token ids to text, and knows the end tokens: a policy, or a causal model."""
 
     tokenizer: Any
     end_ids: tuple[int, ...]

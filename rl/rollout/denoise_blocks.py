@@ -1,8 +1,8 @@
 """Rollout of block-diffusion models: block after block, each denoised with all earlier ones in a key-value cache.
 
-Blocks of B positions are counted from the first token of the prompt. Whole blocks of the prompt are read once; what is
-left of it stands, unmasked, in the first block that is generated. A block is denoised in a few steps, each of which
-reads the block and the cache; then one more pass over the finished block puts its keys and values into the cache. That
+Blocks of B positions are counted from the first token of the prompt. Whole blocks of the prompt are read once; the rest
+of the prompt stands, unmasked, in the first block that is generated. A block is denoised in a few steps, each of which
+reads the block and the cache; then one more pass over the finished block puts its keys and values into the cache. This
 is exact: no later block can change an earlier one [BD3-LM; SDAR; Stable-DiffCoder].
 
 Shapes: R rows, L positions of a block, W positions from a row's first generated block on, K keys in the cache.
@@ -30,7 +30,7 @@ from coupled.rl.types import Rollout
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Line:
-    """Where the rows of a batch stand: each from the start of its first generated block on.
+    """The rows of a batch, each from the start of its first generated block on.
 
     Example: prompts of 5 and 2 tokens, blocks of 4, a canvas of 3 give lines [p5 · · ·] and [p1 p2 · · ·], which start
     at positions 4 and 0.
@@ -74,16 +74,16 @@ def denoise_blocks(
     *,
     seed: int,
     weight_version: int = 0,
-    watch: Callable[[int, np.ndarray], None] | None = None,
+    on_step: Callable[[int, np.ndarray], None] | None = None,
 ) -> list[Rollout]:
     """Denoise one completion per request, all in one batch.
 
-    A row's numbers are keyed by (seed, uid, step of the block, position), so they do not depend on the batch. It leaves
-    as soon as every position before its first end token is settled, so that there is nothing for `end_fill` to fill.
-    `watch` is shown every step with the canvases [B, C] after it.
+    A row's numbers are keyed by (seed, uid, step of the block, position), so they do not depend on the batch. A row
+    leaves as soon as every position before its first end token is settled, so that `end_fill` has nothing to fill.
+    `on_step` receives the number of every step and the canvases [B, C] after it.
 
     Raises:
-        RolloutError: the sampler has a setting that is for full attention alone.
+        RolloutError: the sampler has a setting for full attention only.
     """
     if sampler.block_length or sampler.cache != "none":
         raise RolloutError(
@@ -128,8 +128,8 @@ def denoise_blocks(
                 rows=live[row_of[picked]], places=place[picked], choice=choice, step=block * block_length + step
             )
             rows.forwards[live[is_masked.any(-1)]] += 1
-            if watch is not None:
-                watch(block * block_length + step, rows.canvas_ids.cpu().numpy())
+            if on_step is not None:
+                on_step(block * block_length + step, rows.canvas_ids.cpu().numpy())
         stays = torch.ones_like(live, dtype=torch.bool)
         if sampler.has_early_exit:
             stays = ~is_settled(rows.canvas_ids[live], policy.mask_id, policy.end_ids)
@@ -145,7 +145,7 @@ def denoise_blocks(
 
 
 class _Rows:
-    """The rows of a batch, and what has become of their canvases."""
+    """The rows of a batch, and the state of their canvases."""
 
     def __init__(self, line: Line, policy: Policy) -> None:
         self._line = line
@@ -159,19 +159,19 @@ class _Rows:
         return self._record.forwards
 
     def is_masked(self, rows: Int[Tensor, " R"], columns: slice) -> Bool[Tensor, "R L"]:
-        """Canvas positions of a block that are still to be committed."""
+        """Canvas positions of a block that are not committed yet."""
         place, is_canvas = self._line.place[rows][:, columns], self._line.is_canvas[rows][:, columns]
         ids = self.canvas_ids[rows].gather(1, place.clamp(0, self._line.canvas - 1))
         return (ids == self._mask_id) & is_canvas
 
     def commit(self, *, rows: Int[Tensor, " M"], places: Int[Tensor, " M"], choice: Choice, step: int) -> None:
-        """Write down what is committed, row by row, in one step."""
+        """Record the commits of one step, row by row."""
         self.canvas_ids[rows, places] = choice.tokens
         self._line.ids[rows, places + self._line.tail[rows]] = choice.tokens
         self._record.commit(rows, places, choice, step)
 
     def rollout(self, row: int, request: Request, weight_version: int, sampler: Sampler) -> Rollout:
-        """The record of a finished row."""
+        """The rollout of a finished row."""
         return self._record.rollout(row, request, self.canvas_ids[row], weight_version, sampler)
 
 

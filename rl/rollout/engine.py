@@ -17,7 +17,7 @@ from coupled.rl.types import Rollout
 
 @runtime_checkable
 class HasWeights(Protocol):
-    """What holds the weights that rollouts are made with: a policy, or the trainer of several ranks."""
+    """Holder of the weights that rollouts are made with: a learner, or the trainer of several ranks."""
 
     def trainable_state(self) -> dict[str, Tensor]:
         """Name → tensor of everything that training changes, on the CPU."""
@@ -69,14 +69,14 @@ def roll_out(
     *,
     seed: int,
     weight_version: int = 0,
-    watch: Callable[[int, np.ndarray], None] | None = None,
+    on_step: Callable[[int, np.ndarray], None] | None = None,
 ) -> list[Rollout]:
     """Denoise one batch in the way of the policy's family: the whole canvas at once, or block after block.
 
-    `watch` is shown every step with the canvases [B, C] after it.
+    `on_step` receives the number of every step and the canvases [B, C] after it.
     """
     decode = denoise if policy.family.block_length is None else denoise_blocks
-    return decode(policy, requests, sampler, seed=seed, weight_version=weight_version, watch=watch)
+    return decode(policy, requests, sampler, seed=seed, weight_version=weight_version, on_step=on_step)
 
 
 FEWEST_ROWS = 8

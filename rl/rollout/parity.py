@@ -1,16 +1,15 @@
-"""Does scoring see what the rollout saw? A few rollouts are replayed through scoring before a run trains.
+"""Check that scoring and rollout agree: a few rollouts are replayed through scoring before a run trains.
 
-A rollout and the scores that train on it are two computations of one policy. When they differ in the mask token, the
-padding, the temperature or the logit shift, training goes on, and towards the wrong thing. The check puts canvases
-back as they were before each denoising step, has `Policy.logp_at` score what that step committed, and compares with
-the log-probabilities that the rollout recorded.
+A rollout and the scores that train on it are two computations of one policy. Training does not fail when they differ in
+the mask token, the padding, the temperature or the logit shift; it optimises the wrong objective. The check restores
+the canvas before each denoising step, scores the tokens that the step committed with `Policy.logp_at`, and compares
+with the log-probabilities that the rollout recorded.
 
 Shapes: B rollouts, S prompt + canvas, R replayed steps (of all rollouts), N committed tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -31,12 +30,12 @@ NUM_ROLLOUTS = 4
 NUM_STEPS = 8
 """Few rows: at most 8 forward passes of 4 rows to roll out, and 32 rows to score."""
 TOLERANCE_NATS = {"cpu": 1e-5, "gpu": 1e-3, "bfloat16": 0.05}
-"""What passes: the largest difference in float32, and in bfloat16 the mean one, for there a logit of 16 is rounded to
-1/16 and single tokens say little. A replay is batched unlike the rollout, so that a GPU sums in another order. What is
-looked for is a tenth of a nat and more on average; in bfloat16 a temperature that is a few per cent off passes.
+"""Limit on the largest difference in float32, and on the mean one in bfloat16, where a logit of 16 is rounded to 1/16
+and single tokens are noisy. A replay is batched unlike the rollout, so that a GPU sums in another order. Mistakes to
+find make a tenth of a nat and more on average; in bfloat16 a temperature that is a few per cent off passes.
 """
 TEMPERATURES = (0.05, 20.0)
-"""Where the diagnosis looks for the temperature that was used."""
+"""Range in which the diagnosis searches for the temperature that was used."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -48,18 +47,18 @@ class Replay:
     """
 
     uids: tuple[str, ...]
-    """Of R rows: the rollout."""
+    """The rollout of each row."""
     steps: tuple[int, ...]
-    """Of R rows: the denoising step."""
+    """The denoising step of each row."""
     ids: Int[Tensor, "R S"]
-    """Prompt and canvas as the sampler left it in the end."""
+    """Prompt and finished canvas."""
     pad_lengths: Int[Tensor, " R"]
     masked: Bool[Tensor, "R S"]
-    """What was MASK before the step."""
+    """Positions that were MASK before the step."""
     committed: Bool[Tensor, "R S"]
-    """What the step commits."""
+    """Positions that the step commits."""
     recorded: Float[Tensor, " N"]
-    """The rollout's log-probabilities of what was committed, in nats, row by row."""
+    """The rollout's log-probabilities of the committed tokens, in nats, row by row."""
 
 
 def prompts_to_check(prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -70,7 +69,7 @@ def prompts_to_check(prompts: Sequence[Prompt]) -> list[Prompt]:
 
 
 def sampler_for_parity(sampler: Sampler, block_length: int | None = None) -> Sampler:
-    """The run's sampler, exact, in few steps and blocks, without the nucleus: scoring is of the whole distribution."""
+    """The run's sampler, exact, in few steps and blocks, without the nucleus: scores are of the whole distribution."""
     canvas = sampler.canvas
     if block_length is not None:
         # A row is replayed once for each step of each block.
@@ -92,7 +91,7 @@ def replay_of(policy: Policy, prompts: Sequence[Prompt], rollouts: Sequence[Roll
     step = torch.tensor([step for _, _, step in rows], device=policy.device)[:, None]
     ids = batch.ids[which]
     masked, committed = torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool)
-    # What no step committed (-1) was MASK to the end.
+    # A position that no step committed (-1) was MASK to the end.
     masked[:, -batch.canvas_length :] = (commit_step < 0) | (commit_step >= step)
     committed[:, -batch.canvas_length :] = commit_step == step
     return Replay(
@@ -110,16 +109,16 @@ def replay_of(policy: Policy, prompts: Sequence[Prompt], rollouts: Sequence[Roll
 def check_parity(
     policy: Policy, prompts: Sequence[Prompt], rollouts: Sequence[Rollout], temperature: float, batch_size: int
 ) -> float:
-    """The difference in nats between recorded and replayed log-probabilities, which is within the tolerance.
+    """The difference in nats between recorded and replayed log-probabilities, if it is within the tolerance.
 
     Args:
         prompts: one per rollout.
         rollouts: of the policy's present weights, sampled without a nucleus.
-        temperature: what scoring divides logits by.
+        temperature: the divisor of logits in scoring.
         batch_size: rows per forward pass.
 
     Raises:
-        RolloutError: they differ. The message names what would explain it.
+        RolloutError: it is not. The message names the setting that explains the difference.
     """
     replay = replay_of(policy, prompts, rollouts)
     is_exact = policy.compute_dtype == torch.float32
@@ -156,21 +155,21 @@ def _batches(replay: Replay, size: int) -> Iterator[slice]:
 
 
 def _score(policy: Policy, replay: Replay, rows: slice, temperature: float, *, cut: int = 0) -> Float[Tensor, " N"]:
-    """Through the code that scores training batches; `cut` leading positions are left out, which must be padding."""
+    """Scores by the code that scores training batches. `cut` leading positions, all padding, are left out."""
     ids = replay.ids[rows, cut:]
     masked = ids.masked_fill(replay.masked[rows, cut:], policy.mask_id)
     return policy.logp_at(masked, replay.pad_lengths[rows] - cut, replay.committed[rows, cut:], ids, temperature)
 
 
-# --- the diagnosis: change one thing at a time, and see what it gives -------------------------------------------------
+# --- the diagnosis: change one setting at a time, and compare ---------------------------------------------------------
 
 
 class _Diagnosis:
-    """Looks for the one setting under which the two sides agree.
+    """Finds the one setting that explains the difference.
 
-    Everything is computed once more in the plain way: logits, divided by the temperature, log-softmax. If that gives
-    what the rollout recorded, scoring is at fault, and the setting that is looked for is the one that gives what
-    scoring gave. Otherwise it is the one that gives what the rollout recorded.
+    The scores are computed once more in the plain way: logits, divided by the temperature, log-softmax. If they equal
+    the recorded ones, scoring is at fault, and the diagnosis searches the setting that reproduces its scores. Otherwise
+    the rollout is at fault, and the setting is searched that reproduces the recorded values.
     """
 
     def __init__(
@@ -191,7 +190,7 @@ class _Diagnosis:
         self._wanted = scored if self._scoring_is_odd else replay.recorded
 
     def reason(self, rollouts: Sequence[Rollout]) -> str:
-        """What explains the difference, and the remedy."""
+        """The explanation of the difference, and the remedy."""
         tried = (self._mask_token(rollouts), self._padding(), self._found_temperature(), self._shift())
         return next(
             (f"What explains it is {reason}" for reason in tried if reason is not None),
@@ -203,9 +202,8 @@ class _Diagnosis:
     def _mask_token(self, rollouts: Sequence[Rollout]) -> str | None:
         policy = self._policy
         for mask_id in _other_mask_ids(policy, rollouts):
-            other = copy.copy(policy)
-            other.mask_id = mask_id
-            # The side that masks with another token forbids that one in its draws, or still forbids MASK.
+            other = policy.replaced(mask_id=mask_id)
+            # The side that masks with another token forbids that token in its draws, or still forbids MASK.
             if any(
                 self._agree(self._plain(forbidding, self._replay, self._temperature, mask_id), self._wanted)
                 for forbidding in (other, policy)
@@ -252,8 +250,7 @@ class _Diagnosis:
     def _shift(self) -> str | None:
         family = self._policy.family
         for shift in {0, 1} - {family.shift}:
-            other = copy.copy(self._policy)
-            other.family = replace(family, shift=shift)
+            other = self._policy.replaced(family=replace(family, shift=shift))
             if self._agree(self._plain(other, self._replay, self._temperature), self._wanted):
                 return (
                     f"the logit shift: {self._sides(str(shift), str(family.shift))}. Set model.shift to what the "
@@ -282,7 +279,7 @@ class _Diagnosis:
         return torch.cat(parts)
 
     def _fitting_temperature(self) -> float:
-        """Where the squared differences from what is wanted are smallest: a grid, then golden sections."""
+        """The temperature with the least squared differences from the wanted scores: a grid, then golden sections."""
 
         def misfit(log_temperature: float) -> float:
             plain = self._plain(self._policy, self._replay, math.exp(log_temperature))
@@ -299,7 +296,7 @@ class _Diagnosis:
 
 
 def _other_mask_ids(policy: Policy, rollouts: Sequence[Rollout]) -> list[int]:
-    """What else may have been MASK: what rollouts left where they committed nothing, and every special token."""
+    """Candidates for MASK: the tokens that rollouts left where they committed nothing, and every special token."""
     left = {int(i) for r in rollouts for i in r.canvas_ids[r.commit_step < 0]}
     named = {policy.pad_id, getattr(policy.config, "mask_token_id", None), *policy.tokenizer.all_special_ids}
     known = {i for i in named if i is not None}

@@ -1,11 +1,11 @@
-"""What hidden states say of masked positions: how sure each is, and which tokens the chosen ones get.
+"""Confidence of masked positions, the choice of positions, and the tokens that the chosen ones get.
 
 First every masked position gets a few numbers (entropy, probability of the likeliest token, margin), from logits that
-are made for some rows at a time and thrown away. Then positions are chosen, and only those get a distribution and a
-token. Both are exact: for `entropy` and `margin` the order does not depend on which tokens are drawn.
+are made for some rows at a time and released. Then positions are chosen, and only those get a distribution and a token.
+Both are exact: for `entropy` and `margin` the order does not depend on the tokens that are drawn.
 
-With a nucleus, confidence is that of the filtered distribution. It is bounded from the unfiltered one first, and
-computed only where the bounds leave it open whether a position is among the surest:
+With a nucleus, confidence is computed from the filtered distribution. It is bounded from the unfiltered one first, and
+computed only where the bounds do not decide whether a position is among the most confident:
 
     H(p) = P·H(q) + (1-P)·H(rest) + h(P),   P ≥ top_p,  0 ≤ H(rest) ≤ ln V
     ⇒ H(p) - h(top_p) - (1-top_p)·ln V  ≤  H(q)  ≤  H(p) / top_p          h: entropy of a coin
@@ -32,32 +32,32 @@ from coupled.rl.rollout.sampler import Sampler
 from coupled.rl.shapes import Bool, Float, Int
 
 ROUNDING = 1e-3
-"""What sums over a vocabulary may be off by, in nats."""
+"""Rounding error of sums over a vocabulary, in nats."""
 
 
-# --- how sure each position is ----------------------------------------------------------------------------------------
+# --- the confidence of each position ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Reading:
-    """What N masked positions say, under the tempered and filtered distribution, before a token is chosen."""
+    """Statistics of N masked positions under the tempered and filtered distribution, before tokens are chosen."""
 
     confidence: Float[Tensor, " N"]
-    """The surer, the earlier a position is committed."""
+    """Positions are committed in descending order of it."""
     entropy: Float[Tensor, " N"]
     best_probability: Float[Tensor, " N"]
-    """Of the likeliest token."""
+    """Probability of the likeliest token."""
     best_token: Int[Tensor, " N"] | None
-    """The likeliest token, where the sampler fills with it."""
+    """The likeliest token, if the sampler fills with it."""
     which: Int[Tensor, " N"]
-    """The hidden state that each position is read from."""
+    """Index of the hidden state that each position is read from."""
     tokens: Int[Tensor, " N"] | None = None
-    """What each position would get, where the order depends on it; else tokens are drawn for the chosen ones alone."""
+    """The token of each position, if the order depends on it; None: tokens are drawn only for the chosen positions."""
     logits: Float[Tensor, "U V"] | None = None
-    """Of the hidden states, tempered and unfiltered, less the greatest of each, if they are still there."""
+    """Logits of the hidden states, tempered and unfiltered, less the greatest of each row, if they were kept."""
 
     def source(self, picked: Bool[Tensor, " N"]) -> tuple[Int[Tensor, " M"], Float[Tensor, "M V"] | None]:
-        """The hidden states that some positions are read from, and their logits if they are still there."""
+        """The hidden states that the picked positions are read from, and their logits if they were kept."""
         states = self.which[picked]
         return states, None if self.logits is None else self.logits[states]
 
@@ -72,7 +72,7 @@ def read_out(
     count: Int[Tensor, " R"],
     which: Int[Tensor, " N"] | None = None,
 ) -> Reading:
-    """How sure each masked position is.
+    """Statistics of every masked position.
 
     Args:
         row_of: the row that each position belongs to, ascending.
@@ -110,12 +110,12 @@ def read_out(
 
 
 def _is_filtered(sampler: Sampler) -> bool:
-    """Whether some tokens are left out."""
+    """True if the sampler leaves tokens out."""
     return sampler.top_p < 1 or sampler.top_k > 0
 
 
 def _has_bounds(sampler: Sampler) -> bool:
-    """Whether the filtered confidence is bounded by the unfiltered one, and nothing else is asked of all positions."""
+    """True if the filtered confidence is bounded by the unfiltered one, and no other statistic needs all positions."""
     reads_all = sampler.is_parallel or sampler.end_fill is not None
     return sampler.order in ("entropy", "margin") and sampler.top_k == 0 and not reads_all
 
@@ -128,7 +128,7 @@ def _filtered(logits: Float[Tensor, "N V"], sampler: Sampler) -> Float[Tensor, "
 def _statistics(
     head: OutputHead, hidden: Float[Tensor, "N D"], sampler: Sampler, *, is_filtered: bool
 ) -> tuple[RowStatistics, Float[Tensor, "N V"] | None]:
-    """What the sampler asks of hidden states; and their logits, if they are there and nothing was left out."""
+    """The statistics that the sampler needs; and the logits, if they were made whole and unfiltered."""
     wanted = {"has_margin": sampler.order == "margin", "has_token": sampler.end_fill is not None}
     if is_filtered and _is_filtered(sampler):
         return measure(_filtered(tempered(head, hidden, sampler.temperature), sampler), **wanted), None
@@ -149,7 +149,7 @@ def _filtered_confidence(
     rivals: Bool[Tensor, " U"],
     sampler: Sampler,
 ) -> Float[Tensor, " K"]:
-    """Of the rivals among hidden states."""
+    """Confidence of the hidden states `rivals` under the filtered distribution."""
     if logits is not None:
         found = measure(_filtered(logits[rivals], sampler), has_margin=sampler.order == "margin", has_token=False)
         return _confidence(found, sampler)
@@ -165,7 +165,7 @@ def _with_tokens(
     token_draws: Float[Tensor, " N"],
     which: Int[Tensor, " N"],
 ) -> Reading:
-    """A reading where confidence is that of the token that is drawn, so that each position draws one."""
+    """A reading whose confidence is the drawn token's log-probability, so that each position draws a token."""
     parts, best = [], []
     for rows in chunks(head, hidden[which]):
         logits = _filtered(tempered(head, hidden[which[rows]], sampler.temperature), sampler)
@@ -183,7 +183,7 @@ def _with_tokens(
 
 
 def _bounds(found: RowStatistics, sampler: Sampler, num_tokens: int) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
-    """The least and the greatest that -confidence can be under the nucleus, from the unfiltered distribution."""
+    """Lower and upper bound of -confidence under the nucleus, from the unfiltered distribution."""
     top_p, is_alone = sampler.top_p, found.best_probability > sampler.top_p
     if sampler.order == "margin":
         margin = _confidence(found, sampler)
@@ -204,7 +204,7 @@ def _nth_smallest(values: Float[Tensor, " N"], row_of: Int[Tensor, " N"], count:
     return torch.where(count > 0, found, float("-inf"))
 
 
-# --- what the chosen ones get -----------------------------------------------------------------------------------------
+# --- tokens of the chosen positions -----------------------------------------------------------------------------------
 
 
 def choose_tokens(
@@ -217,7 +217,7 @@ def choose_tokens(
 ) -> Choice:
     """Draw a token for each chosen position, or take the given ones where they are not -1.
 
-    `logits`: those of a reading; none makes them from the hidden states.
+    `logits`: kept by a reading; None makes them from the hidden states.
     """
     parts = []
     for rows in chunks(head, hidden):
@@ -239,11 +239,11 @@ def choose_positions(
     count: Int[Tensor, " R"],
     sampler: Sampler,
 ) -> Bool[Tensor, "R L"]:
-    """The surest `count` masked positions of each row, and those that are sure enough besides.
+    """The `count` most confident masked positions of each row, and others above a threshold.
 
     With `confidence_threshold`, every position whose likeliest token has at least that probability; with
-    `entropy_bound` γ, the surest ones as long as Σ H - max H ≤ γ over them, which bounds what committing them at once
-    instead of one after the other can cost [EB-Sampler]. At least one position where any is masked.
+    `entropy_bound` γ, the most confident ones as long as Σ H - max H ≤ γ over them, which bounds the cost of committing
+    them at once instead of one after the other [EB-Sampler]. At least one position where any is masked.
 
     Args:
         scores: -inf where nothing is masked; a stable sort breaks ties by position, so that the choice does not depend

@@ -28,7 +28,8 @@ from coupled.rl.cluster.transport import Carrier, InlineTransport, Transport, Wo
 from coupled.rl.cluster.types import PATIENT, TRAINING, ClusterError, Counters, GroupKey, Health, State, Unit
 from coupled.rl.errors import CoupledError, RolloutError
 from coupled.rl.model.open import open_policy, use_threads
-from coupled.rl.model.policy import Policy, digest_of
+from coupled.rl.model.policy import Policy
+from coupled.rl.model.weights import digest_of, load_trainable_state, trainable_state
 from coupled.rl.recipe.schema import Recipe
 from coupled.rl.rollout.engine import HasWeights, request_chunks, roll_out
 from coupled.rl.rollout.sampler import Request, Sampler
@@ -87,9 +88,9 @@ class RolloutWorker:
 
     def load(self, version: int, handle: dict[str, SentTensor] | str) -> str:
         """Take the trainer's weights, arrays or a file; returns the digest of what is now in the policy."""
-        self._policy.load_trainable_state(received(handle))
+        load_trainable_state(self._policy, received(handle))
         self._version = version
-        return digest_of(self._policy.trainable_state())
+        return digest_of(trainable_state(self._policy))
 
     def generate(self, batch: Batch) -> list[Rollout]:
         """Denoise one batch."""

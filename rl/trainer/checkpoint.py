@@ -1,7 +1,7 @@
-"""What a checkpoint holds, and how it is read back into a live policy and optimizer.
+"""Checkpoints: written from a live policy, reference and optimizer, and read back into them.
 
-The weights are always whole files, which every command opens. Optimizer and moving reference are one file each, or
-where the weights are split over ranks, shards that each rank writes for itself. Either is read by any number of ranks.
+The weights are always whole files, which every command opens. Optimizer and moving reference are one file each or,
+where the weights are split over ranks, shards that each rank writes for itself. Any number of ranks reads either form.
 """
 
 from __future__ import annotations
@@ -18,40 +18,57 @@ from torch import Tensor
 
 from coupled.rl.errors import CheckpointError
 from coupled.rl.model.loading import load_policy
-from coupled.rl.model.policy import Policy, is_split, shard_like, whole_tensor
+from coupled.rl.model.policy import Policy
+from coupled.rl.model.reference import Reference
+from coupled.rl.model.weights import (
+    is_split,
+    load_trainable_state,
+    save_policy,
+    shard_like,
+    trainable_state,
+    whole_tensor,
+)
 
 STATE = "state.json"
 OPTIMIZER = "optimizer.pt"
 REFERENCE = "reference.pt"
 SHARDS = "shards"
-"""The folder of what ranks write for themselves, in the format of torch.distributed.checkpoint."""
+"""Folder of the shards that ranks write for themselves, in the format of torch.distributed.checkpoint."""
 CARRIED = "rollout_weights"
-"""A folder, so that no one takes it for the model's own weights."""
+"""Folder of earlier weights, apart from the model's own weight files."""
 
 
-def write_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Weights or adapter, tokenizer, optimizer and `state` (steps done, keys) into an empty folder.
+def write_checkpoint(
+    folder: Path, policy: Policy, reference: Reference, optimizer: torch.optim.Optimizer, state: dict[str, Any]
+) -> None:
+    """Write weights or adapter, tokenizer, optimizer and `state` (steps done, keys) into an empty folder.
 
-    There is no generator state to keep: all randomness is a function of the seed and the step. A reference that stays
-    where the run began is not kept either; one that moves is.
+    There is no generator state to write: all randomness is a function of the seed and the step. Of the references only
+    a moving one is written; the others are made again from the recipe.
 
     Raises:
-        OSError: the disk is full or not writable, whatever type the libraries say it with.
+        OSError: the disk is full or not writable; other types in which libraries report it are converted.
     """
     try:
-        policy.save(folder)
+        save_policy(policy, folder)
         torch.save(optimizer.state_dict(), folder / OPTIMIZER)
-        if policy.has_moving_reference:
-            torch.save(policy.reference_state(), folder / REFERENCE)
+        if reference.kind == "moving":
+            torch.save(reference.state(), folder / REFERENCE)
         (folder / STATE).write_text(json.dumps(state) + "\n")
     except (RuntimeError, SafetensorError) as error:
         raise OSError(str(error)) from error
 
 
 def write_sharded_checkpoint(
-    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, state: dict[str, Any], *, is_first: bool
+    folder: Path,
+    policy: Policy,
+    reference: Reference,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    *,
+    is_first: bool,
 ) -> None:
-    """The same from ranks that hold shares of the weights: all call it, and the first writes what is not a share.
+    """Write the same from ranks that hold shares of the weights: all call it, and the first writes the whole files.
 
     Raises:
         OSError: as `write_checkpoint`.
@@ -68,25 +85,27 @@ def write_sharded_checkpoint(
         for name, parameter in policy.model.named_parameters()
         for key, tensor in optimizer.state.get(parameter, {}).items()
     }
-    if policy.has_moving_reference:
-        shards |= {f"reference.{name}": tensor for name, tensor in policy.reference_tensors().items()}
+    shards |= _moving_tensors(reference)
     try:
         dcp.save(shards, checkpoint_id=folder / SHARDS)
         if is_first:
-            policy.save(folder, weights)
+            save_policy(policy, folder, weights)
             (folder / STATE).write_text(json.dumps(state) + "\n")
     except (RuntimeError, SafetensorError, dcp.api.CheckpointException) as error:
         raise OSError(str(error)) from error
 
 
-def read_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Put a checkpoint into `policy` (and its moving reference, if it has one) and `optimizer`; returns its state.
+def read_checkpoint(
+    folder: Path, policy: Policy, reference: Reference, optimizer: torch.optim.Optimizer
+) -> dict[str, Any]:
+    """Put a checkpoint into `policy`, a moving `reference` and `optimizer`; returns its state.
 
     Raises:
         CheckpointError: a part is missing, or the weights are of another model.
     """
     has_shards = (folder / SHARDS).is_dir()
-    needed = [STATE] if has_shards else [STATE, OPTIMIZER, *([REFERENCE] if policy.has_moving_reference else [])]
+    is_moving = reference.kind == "moving"
+    needed = [STATE] if has_shards else [STATE, OPTIMIZER, *([REFERENCE] if is_moving else [])]
     missing = [name for name in needed if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(f"{folder} lacks {' and '.join(missing)}: it cannot be resumed from, only evaluated")
@@ -96,21 +115,27 @@ def read_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
         shift=policy.family.shift,
         block_length=policy.family.block_length or 0,
     )
-    policy.load_trainable_state(saved.trainable_state())
+    load_trainable_state(policy, trainable_state(saved))
     if has_shards:
-        _read_shards(folder / SHARDS, policy, optimizer)
+        _read_shards(folder / SHARDS, policy, reference, optimizer)
     else:
-        # To the CPU first: what was on the first rank's GPU is not to go there again from all ranks.
+        # To the CPU first: otherwise every rank would load it to the first rank's GPU, where it was written from.
         whole = torch.load(folder / OPTIMIZER, weights_only=True, map_location="cpu")
         optimizer.load_state_dict(_shared_out(whole, optimizer))
-        if policy.has_moving_reference:
-            policy.load_reference_state(torch.load(folder / REFERENCE, weights_only=True))
+        if is_moving:
+            reference.load_state(torch.load(folder / REFERENCE, weights_only=True))
     state: dict[str, Any] = json.loads((folder / STATE).read_text())
     return state
 
 
-def _read_shards(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-    """Each rank reads what is its own, however many ranks wrote."""
+def _moving_tensors(reference: Reference) -> dict[str, Tensor]:
+    """The tensors of a moving reference under the names of a sharded checkpoint; none of the other kinds."""
+    tensors = reference.tensors() if reference.kind == "moving" else {}
+    return {f"reference.{name}": tensor for name, tensor in tensors.items()}
+
+
+def _read_shards(folder: Path, policy: Policy, reference: Reference, optimizer: torch.optim.Optimizer) -> None:
+    """Read this rank's share, from the shards of any number of ranks."""
     import torch.distributed as dist
     import torch.distributed.checkpoint as dcp
 
@@ -124,8 +149,7 @@ def _read_shards(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer)
         for key in (name.removeprefix(prefix) for name in known if name.startswith(prefix)):
             place = torch.zeros(()) if key == "step" else torch.zeros_like(parameter)
             wanted[prefix + key] = states.setdefault(index, {})[key] = place
-    reference = policy.reference_tensors() if policy.has_moving_reference else {}
-    wanted |= {f"reference.{name}": tensor for name, tensor in reference.items()}
+    wanted |= _moving_tensors(reference)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)  # one rank has none
@@ -136,7 +160,7 @@ def _read_shards(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer)
 
 
 def _shared_out(saved: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state of an optimizer of whole weights, for one of which this rank holds shares."""
+    """The state of an optimizer of whole weights, cut to this rank's shares where `optimizer` has split ones."""
     for index, parameter in enumerate(_parameters(optimizer)):
         if is_split(parameter):
             state = saved["state"].get(index, {})
@@ -149,7 +173,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
 
 
 def write_carried(folder: Path, carried: dict[int, dict[str, Tensor]]) -> None:
-    """Earlier weights that rollouts under way were begun with: a resumed run goes on with those rollouts as they were.
+    """Write the earlier weights that rollouts under way began with, so that a resumed run continues those rollouts.
 
     Raises:
         OSError: the disk is full or not writable.
@@ -164,6 +188,6 @@ def write_carried(folder: Path, carried: dict[int, dict[str, Tensor]]) -> None:
 
 
 def read_carried(folder: Path) -> dict[int, dict[str, Tensor]]:
-    """What `write_carried` wrote: version → weights."""
+    """Weights by version, as `write_carried` wrote them."""
     files = sorted((folder / CARRIED).glob("version_*.safetensors"))
     return {int(file.stem.removeprefix("version_")): load_file(file) for file in files}

@@ -1,4 +1,4 @@
-"""One process among the ranks of a trainer: its share of the work, and what it exchanges with the others."""
+"""One process among the ranks of a trainer: its share of the work, and its exchange with the others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """Which rank this is, of how many. A rank alone exchanges nothing, and needs no process group."""
+    """Index and number of ranks. A single rank exchanges nothing, and needs no process group."""
 
     index: int = 0
     size: int = 1
@@ -37,7 +37,7 @@ class Ranks:
         return tensor
 
     def gather(self, item: Item) -> list[Item]:
-        """Everybody's items by rank, on the first; nothing on the others."""
+        """The items of all ranks, in their order, on the first rank; nothing on the others."""
         if self.size == 1:
             return [item]
         found: list[Any] | None = [None] * self.size if self.is_first else None
@@ -45,7 +45,7 @@ class Ranks:
         return found or []
 
     def broadcast(self, item: Item | None) -> Item:
-        """What the first rank gives, on all of them."""
+        """The first rank's item, on all ranks."""
         box = [item]
         if self.size > 1:
             dist.broadcast_object_list(box)
@@ -61,7 +61,7 @@ ALONE = Ranks()
 
 
 def join(store: dist.Store, *, index: int, size: int, is_gpu: bool, timeout_seconds: float) -> Ranks:
-    """Meet the other ranks at `store`: tensors travel by gloo on a CPU and by NCCL between GPUs, objects by gloo."""
+    """Join the other ranks at `store`: tensors travel by gloo on a CPU and by NCCL between GPUs, objects by gloo."""
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if is_gpu else "gloo",
         store=dist.PrefixStore("ranks", store),
@@ -73,7 +73,7 @@ def join(store: dist.Store, *, index: int, size: int, is_gpu: bool, timeout_seco
 
 
 def add_gradients(ranks: Ranks, parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replace the gradient of each rank's rows by the sum over all ranks, in fp32. A rank may have had no rows."""
+    """Replace the gradient of each rank's rows by the sum over all ranks, in fp32. A rank may have no rows."""
     trained = list(parameters)
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
     flat = ranks.add(torch.cat([part.float().flatten() for part in parts]))

@@ -1,5 +1,7 @@
-"""What a rank of the trainer holds whatever the stage: policy and optimizer, of which adapters are replicated over the
-ranks and all weights are split."""
+"""Policy, reference and optimizer of one rank, for every stage.
+
+Adapters are replicated over the ranks, and whole models are split.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from coupled.rl.model.gradient_checkpointing import checkpoint_gradients
 from coupled.rl.model.policy import Policy
+from coupled.rl.model.reference import ReferenceKind, keep_reference
+from coupled.rl.model.weights import trainable_state
 from coupled.rl.recipe.schema import Recipe
 from coupled.rl.trainer.checkpoint import read_checkpoint, write_checkpoint, write_sharded_checkpoint
 from coupled.rl.trainer.collectives import Ranks, add_gradients
@@ -19,15 +23,13 @@ from coupled.rl.trainer.optimizer import apply_step, learning_rate, make_optimiz
 
 
 class Learner:
-    """Policy and optimizer of one rank. With several ranks, every method is called on all of them.
+    """Policy, reference and optimizer of one rank. With several ranks, every method is called on all of them.
 
     Args:
-        has_reference, is_moving: whether the policy as it is now is kept as the reference, and whether that will move.
+        reference: the kind of reference to keep of the present weights.
     """
 
-    def __init__(
-        self, recipe: Recipe, policy: Policy, ranks: Ranks, *, has_reference: bool = False, is_moving: bool = False
-    ) -> None:
+    def __init__(self, recipe: Recipe, policy: Policy, ranks: Ranks, reference: ReferenceKind = "none") -> None:
         self.recipe = recipe
         self.policy = policy
         self._ranks = ranks
@@ -36,50 +38,49 @@ class Learner:
         if ranks.size > 1 and not policy.has_adapter:
             from coupled.rl.trainer.sharding import shard
 
-            self._shards, self._reference_shards = shard(
-                policy, ranks.size, has_reference=has_reference, is_moving=is_moving
-            )
-        elif has_reference:
-            policy.freeze_reference(is_moving=is_moving)
+            self._shards, self.reference, self._reference_shards = shard(policy, ranks.size, reference)
+        else:
+            self.reference = keep_reference(policy, reference)
         self._optimizer = make_optimizer(policy, recipe.optimizer)
         if recipe.optimizer.has_gradient_checkpointing:
             checkpoint_gradients(policy)
 
     @property
+    def bodies(self) -> list[nn.Module]:
+        """The modules of which every forward pass calls one, once: the policy's body and a reference copy's."""
+        copied = self.reference.model
+        return [self.policy.body] + ([] if copied is None else [self.policy.replaced(model=copied).body])
+
+    @property
     def is_sharded(self) -> bool:
-        """Whether this rank holds a part of the weights."""
+        """True if this rank holds a share of the weights instead of all of them."""
         return self._shards is not None
 
     def trainable_state(self) -> dict[str, Tensor]:
-        """Name → tensor of everything that training changes, whole and on the CPU: what rollout workers are given."""
-        return self.policy.trainable_state()
+        """Name → tensor of everything that training changes, whole and on the CPU, as rollout workers receive it."""
+        return trainable_state(self.policy)
 
     # --- updates ------------------------------------------------------------------------------------------------------
 
     @contextmanager
     def _training(self) -> Iterator[None]:
-        """Where gradients are made: layers that are split are gathered as passes reach them."""
+        """Scope of the passes that make gradients: split layers are gathered as passes reach them."""
         if self._shards is None:
             yield
             return
-        self.policy.is_in_lockstep = True
-        try:
-            with self._shards.training():
-                yield
-        finally:
-            self.policy.is_in_lockstep = False
+        with self._shards.training():
+            yield
 
     def _passes(self, parts: Sequence[slice]) -> Iterator[tuple[slice, bool]]:
-        """This rank's micro-batches, and whether they are silent. Where weights are split every rank makes as many
-        passes as the others, if need be over rows that another one counts."""
+        """This rank's micro-batches, each with a flag that excludes it from the result. With split weights every rank
+        makes as many passes as the others, if need be over excluded rows, which another rank counts."""
         mine = self._ranks.share(parts)
         yield from ((rows, False) for rows in mine)
         if self.is_sharded and len(mine) < -(-len(parts) // self._ranks.size):
             yield parts[0], True
 
     def _add_gradients(self) -> None:
-        """Replace the gradient of this rank's rows by the batch's, which `_training` has done for weights that are
-        split."""
+        """Replace the gradient of this rank's rows by the batch's. For split weights `_training` has done so."""
         if self._ranks.size > 1 and not self.is_sharded:
             add_gradients(self._ranks, self.policy.trainable_parameters())
 
@@ -91,16 +92,16 @@ class Learner:
     # --- checkpoints --------------------------------------------------------------------------------------------------
 
     def write(self, folder: Path, state: dict[str, Any]) -> None:
-        """Write a checkpoint; `state` is kept with it."""
+        """Write a checkpoint together with `state`."""
         if self.is_sharded:
             is_first = self._ranks.is_first
-            write_sharded_checkpoint(folder, self.policy, self._optimizer, state, is_first=is_first)
+            write_sharded_checkpoint(folder, self.policy, self.reference, self._optimizer, state, is_first=is_first)
         elif self._ranks.is_first:
-            write_checkpoint(folder, self.policy, self._optimizer, state)
+            write_checkpoint(folder, self.policy, self.reference, self._optimizer, state)
 
     def read(self, folder: Path) -> dict[str, Any]:
-        """Go on from a checkpoint, made by however many ranks; returns what `write` was given as `state`."""
-        return read_checkpoint(folder, self.policy, self._optimizer)
+        """Load a checkpoint, written by any number of ranks; returns the `state` that `write` received."""
+        return read_checkpoint(folder, self.policy, self.reference, self._optimizer)
 
     def close(self) -> None:
-        """Nothing is held by one rank."""
+        """A single rank holds nothing to release; `RankGroup` has the same method."""

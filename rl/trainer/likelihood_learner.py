@@ -1,7 +1,7 @@
-"""What likelihood training trains, on one rank: the gradient of a step, micro-batch by micro-batch, and the step.
+"""The learner of the likelihood stages on one rank: the gradient of a step, micro-batch by micro-batch, and the step.
 
-Among N ranks each takes every N-th micro-batch, cut as one rank would cut them. Their losses are divided by what the
-whole batch is divided by, so that gradients are added.
+Among N ranks each takes every N-th micro-batch, cut as one rank would cut them. Losses are divided by the denominator
+of the whole batch, so that gradients add up.
 """
 
 from __future__ import annotations
@@ -19,27 +19,27 @@ from coupled.rl.trainer.learner import Learner
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LikelihoodUpdate:
-    """What one optimizer step did. Example: loss 0.14, gradient norm 0.5, rate 2e-4."""
+    """Result of one optimizer step. Example: loss 0.14, gradient norm 0.5, rate 2e-4."""
 
     loss: float
-    """Of the whole batch, in nats per position; on the first rank."""
+    """Mean over the whole batch, in nats per position; on the first rank."""
     grad_norm: float
-    """Of the joint gradient, before clipping."""
+    """Norm of the joint gradient, before clipping."""
     learning_rate: float
 
 
 class LikelihoodLearner(Learner):
-    """Policy and optimizer of one rank, of a recipe whose objective is settled."""
+    """Policy and optimizer of one rank. The recipe's objective must be settled."""
 
     def __init__(self, recipe: Recipe, policy: Policy, ranks: Ranks = ALONE) -> None:
-        # What the objective makes of the model is saved with it, so that rollout and evaluation attend alike.
+        # The objective decides the attention, which is saved with the model, so that rollout and evaluation use it.
         policy.attend(block_length_of(recipe.fit))
         super().__init__(recipe, policy, ranks)
 
     def fit(self, step: int, batch: LikelihoodBatch, noise: Noise) -> LikelihoodUpdate:
         """Optimizer step `step` (from 0) on the whole batch.
 
-        The number of forward passes depends on the number of rows alone: as ranks that gather layers together need it.
+        The number of forward passes depends on the number of rows alone, because ranks gather layers together.
         """
         recipe, total = self.recipe, 0.0
         num_positions = int(batch.carries_loss.sum())

@@ -7,23 +7,24 @@ from pathlib import Path
 from coupled.rl.model.policy import Policy
 from coupled.rl.recipe.schema import Recipe
 from coupled.rl.trainer.likelihood_learner import LikelihoodLearner
-from coupled.rl.trainer.rank_group import ProcessRankHandle, RankGroup, refuse_too_few_devices
+from coupled.rl.trainer.rank_group import RankGroup, refuse_too_few_devices
+from coupled.rl.trainer.rank_process import ProcessRankHandle
 from coupled.rl.trainer.rl_learner import RLLearner
 
 
 def open_rl_learner(recipe: Recipe, policy: Policy, folder: Path) -> RLLearner | RankGroup:
-    """What trains: this process alone, or with as many more, on this host or others, as the recipe asks for.
+    """The learner of an RL run: this process alone, or the recipe's number of ranks on this host or others.
 
     Raises:
         RecipeError: more ranks than GPUs.
-        ClusterError: the cluster has no room for the ranks.
+        ClusterError: the cluster lacks capacity for the ranks.
         RankError: a rank did not come up.
     """
     return RLLearner(recipe, policy) if recipe.cluster.trainer_ranks == 1 else _open_rank_group(recipe, policy, folder)
 
 
 def open_likelihood_learner(recipe: Recipe, policy: Policy, folder: Path) -> LikelihoodLearner | RankGroup:
-    """As `open_rl_learner`, for likelihood training."""
+    """The learner of a likelihood run, as `open_rl_learner`."""
     return (
         LikelihoodLearner(recipe, policy)
         if recipe.cluster.trainer_ranks == 1

@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from coupled.rl.model.policy import Policy, whole_tensor
+from coupled.rl.model.policy import Policy
+from coupled.rl.model.weights import whole_tensor
 from coupled.rl.recipe.schema import Optimizer
 
 
@@ -26,7 +27,7 @@ def learning_rate(step: int, num_steps: int, config: Optimizer) -> float:
 
 
 def make_optimizer(policy: Policy, config: Optimizer) -> torch.optim.AdamW:
-    """AdamW over what the recipe trains; norms and biases are not decayed."""
+    """AdamW over the trainable parameters; norms and biases are not decayed."""
     decayed = [p for p in policy.trainable_parameters() if p.ndim >= 2]
     plain = [p for p in policy.trainable_parameters() if p.ndim < 2]
     groups = [
@@ -39,7 +40,7 @@ def make_optimizer(policy: Policy, config: Optimizer) -> torch.optim.AdamW:
 def apply_step(optimizer: torch.optim.AdamW, policy: Policy, rate: float, max_grad_norm: float) -> float:
     """Clip, step, clear. Returns the gradient norm before clipping.
 
-    A gradient that is not finite leaves the weights as they are: one bad batch must not end a run.
+    A gradient that is not finite leaves the weights unchanged: one bad batch must not end a run.
     """
     norm = float(whole_tensor(torch.nn.utils.clip_grad_norm_(policy.trainable_parameters(), max_grad_norm)))
     for group in optimizer.param_groups:

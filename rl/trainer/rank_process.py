@@ -1,13 +1,20 @@
-"""A rank of the trainer other than the first: it joins, and does what it is called for until it is told to leave."""
+"""A rank of the trainer other than the first, as a process: it joins, and runs the announced calls until it is closed.
+
+The first rank holds a `ProcessRankHandle` of it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import subprocess
 import sys
 import threading
 import traceback
 from datetime import timedelta
+from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
@@ -15,20 +22,72 @@ import torch.distributed as dist
 from coupled.rl.model.open import open_policy, pick_device, use_threads
 from coupled.rl.recipe.schema import Recipe
 from coupled.rl.trainer.collectives import join, moved
-from coupled.rl.trainer.rank_group import START_SECONDS
-from coupled.rl.trainer.rank_protocol import call_key, done_key, error_key, here_key, learner_of, ready
+from coupled.rl.trainer.rank_failures import report_of
+from coupled.rl.trainer.rank_protocol import (
+    LOCAL_HOST,
+    START_SECONDS,
+    RankExit,
+    call_key,
+    done_key,
+    error_key,
+    here_key,
+    learner_of,
+    ready,
+)
 
 IDLE_SECONDS = 3600.0
-"""How long one look for a call lasts. Between calls programs are judged, so any number of looks may be in vain."""
+"""Timeout of one poll for the next call. Polls may time out any number of times while programs are judged."""
 ABANDONED = 3
 """Exit status of a rank whose first rank is gone."""
 
 
+class ProcessRankHandle:
+    """A rank on this host, in a process of its own that ends when this one does."""
+
+    program: ClassVar[tuple[str, ...]] = ("-m", "coupled.rl.trainer.rank_process")
+    """Arguments of the interpreter that run `main`."""
+
+    def __init__(self, recipe: Recipe, rank: int, port: int, folder: Path) -> None:
+        self.rank, self.host = rank, LOCAL_HOST
+        folder.mkdir(parents=True, exist_ok=True)
+        self.log = str(folder / f"rank_{rank}.log")
+        place = {"rank": rank, "host": LOCAL_HOST, "port": port}
+        command = [sys.executable, "-P", *self.program, json.dumps(place)]
+        with Path(self.log).open("ab") as log:
+            # A session of its own: ctrl-c is for this process, which then ends the others.
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        assert self._process.stdin is not None
+        # The pipe stays open: its end is how the rank learns that this process is gone.
+        with contextlib.suppress(BrokenPipeError):  # it has ended already, which is seen soon
+            self._process.stdin.write(recipe.model_dump_json().encode() + b"\n")
+            self._process.stdin.flush()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def ended(self) -> RankExit | None:
+        status = self._process.poll()
+        if status is None:
+            return None
+        return RankExit(how=f"signal {-status}" if status < 0 else f"status {status}", is_lost=status < 0)
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+
+
 def serve_rank(recipe: Recipe, *, rank: int, host: str, port: int, device: int) -> None:
-    """Be rank `rank`, on this host's GPU number `device` if the recipe uses one, until the first rank says to leave.
+    """Run as rank `rank`, on this host's GPU number `device` if the recipe uses one, until the first rank closes.
 
     Raises:
         RuntimeError: another rank is gone, or did not come in time.
+        Exception: any failure of the learner. It is reported to the first rank before it is raised.
     """
     size, timeout = recipe.cluster.trainer_ranks, recipe.cluster.trainer_timeout_seconds
     store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=START_SECONDS))
@@ -44,18 +103,18 @@ def serve_rank(recipe: Recipe, *, rank: int, host: str, port: int, device: int) 
             arguments, named = moved(ranks.broadcast(None), learner.policy.device)
             try:
                 getattr(learner, method)(*arguments, **dict(named))
-            except OSError:  # a full disk: the first rank knows of it, and decides
+            except OSError:  # a full disk: the first rank sees it as well, and decides
                 traceback.print_exc()
             store.set(done_key(number, rank), "")
             number += 1
         ranks.leave()
     except BaseException as error:
-        store.set(error_key(rank), f"{type(error).__name__}: {error}")
+        store.set(error_key(rank), report_of(error).encoded())
         raise
 
 
 def wait_for_call(store: dist.Store, number: int) -> str:
-    """The method that is called next.
+    """Name of the next call's method; waits for it.
 
     Raises:
         dist.DistNetworkError: the first rank, which holds the store, is gone.
@@ -69,7 +128,7 @@ def wait_for_call(store: dist.Store, number: int) -> str:
 
 
 def end_with_the_first_rank() -> None:
-    """Standard input is held open by the process of the first rank; when it ends, there is nobody to follow."""
+    """End this process when standard input ends: the process of the first rank holds it open."""
     sys.stdin.buffer.read()
     print("the process of the first rank has ended", file=sys.stderr, flush=True)
     os._exit(ABANDONED)
@@ -86,7 +145,7 @@ def main() -> None:
     except Exception:
         traceback.print_exc()
         sys.stderr.flush()
-        os._exit(1)  # without waiting for collectives that nobody answers
+        os._exit(1)  # without waiting for collectives that will not be answered
     os._exit(0)
 
 

@@ -1,7 +1,7 @@
 """Trainer ranks in Ray actors: on this host or others, each in a place that is reserved beforehand.
 
-All places are reserved at once, the first rank's too, although it is the run's own process: Ray then gives its GPU to
-nobody else. What becomes of a rank that is lost is the `RankGroup`'s business, as for ranks in processes.
+All places are reserved at once, including one for the first rank, although that is the run's own process: Ray then
+gives its GPU to no other job. The `RankGroup` handles the loss of a rank, as for ranks in processes.
 """
 
 from __future__ import annotations
@@ -38,32 +38,30 @@ from coupled.rl.errors import RecipeError
 from coupled.rl.model.open import pick_device
 from coupled.rl.model.policy import Policy
 from coupled.rl.recipe.schema import Recipe
-from coupled.rl.trainer.rank_group import LOCAL_HOST, RankGroup
+from coupled.rl.trainer.rank_failures import report_of
+from coupled.rl.trainer.rank_group import RankGroup
 from coupled.rl.trainer.rank_process import serve_rank
-from coupled.rl.trainer.rank_protocol import RankExit
+from coupled.rl.trainer.rank_protocol import LOCAL_HOST, RankExit
 
 QUIET_SECONDS = 10.0
-"""A wait for room that lasts longer is told."""
+"""Print a notice when placement takes longer than this."""
 GPU_SECONDS = 60.0
-"""How long an actor may take that says which GPU it has."""
-REMEDY = (
-    "Free what is held (`ray status` says more), add hosts, or lower cluster.trainer_ranks; then continue with "
-    "resume=auto"
-)
+"""Limit on the time of the actor that reports its GPU."""
+REMEDY = "Free resources (see `ray status`), add hosts, or lower cluster.trainer_ranks; then continue with resume=auto"
 
 
 class RemoteRank:
-    """What runs in an actor: one rank. What it prints goes to the run folder, as that of a rank in a process does."""
+    """One rank, inside an actor. Its output goes to the run folder, as for a rank in a process."""
 
     def __init__(self, recipe: Recipe, rank: int, host: str, port: int, folder: Path, token: str) -> None:
         self._recipe, self._rank, self._host, self._port = recipe, rank, host, port
         self._folder, self._token = folder, token
 
     def serve_rank(self) -> None:
-        """Be the rank until the first one says to leave.
+        """Run as the rank until the first one closes.
 
         Raises:
-            RecipeError: the run folder is not the one that the first rank has.
+            RecipeError: the run folder is not the first rank's.
         """
         require_token(self._folder, self._token)
         print_to(log_of(self._folder, self._rank))
@@ -78,10 +76,10 @@ class RemoteRank:
 
 
 class GpuReporter:
-    """What runs in the first rank's place for a moment, where the rank itself is not Ray's to start."""
+    """Actor that runs briefly in the place of the first rank, which is the run's own process, to find its GPU."""
 
     def gpus(self) -> list[str]:
-        """Which GPUs that place has."""
+        """GPUs of the place."""
         return own_gpus()
 
 
@@ -94,7 +92,7 @@ class RayRankHandle:
         self.rank, self.host, self.log = rank, host, str(log)
         self._transport = transport
         self._actor = transport.spawn(spec, place)
-        self._call = transport.call(self._actor, "follow")
+        self._call = transport.call(self._actor, "serve_rank")
         self._end: RankExit | None = None
 
     def ended(self) -> RankExit | None:
@@ -109,7 +107,7 @@ class RayRankHandle:
         try:
             self._transport.result(self._call)
         except WorkFailed as error:
-            return RankExit(how=f"an error on host {self.host}", is_lost=False, reason=str(error))
+            return RankExit(how=f"an error on host {self.host}", is_lost=False, report=report_of(error.cause))
         except WorkerLost as error:
             kind = str(error).partition(":")[0]
             return RankExit(how=f"the loss of its process or host {self.host} ({kind})", is_lost=True)
@@ -120,12 +118,12 @@ def open_ray_rank_group(recipe: Recipe, policy: Policy, folder: Path) -> RankGro
     """The ranks of a trainer, the first of them this process and the others actors.
 
     Raises:
-        RecipeError: a Ray of this host alone has no room for the ranks, and never will.
-        ClusterError: the cluster has none in time.
+        RecipeError: a Ray of this host alone lacks capacity for the ranks.
+        ClusterError: the cluster has not enough capacity in time.
         RankError: a rank did not come up.
     """
     device = pick_device(recipe.model.device)
-    # What `auto` finds on another host is not asked for.
+    # `auto` is resolved here: all ranks use the kind of device of the first.
     recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"device": device})})
     folder = folder.resolve()
     opened = ExitStack()
@@ -155,7 +153,7 @@ def open_ray_rank_group(recipe: Recipe, policy: Policy, folder: Path) -> RankGro
 
 
 def reserve(ray: Any, recipe: Recipe, on_close: Callable[[Callable[[], None]], Any]) -> list[Bundle]:
-    """A place for each rank; `on_close` is told how to give them back."""
+    """A place for each rank; `on_close` receives the function that releases them."""
     needs = WorkerSpec(make=RemoteRank, num_gpus=float(recipe.model.device == "cuda")).needs
     ask = ResourceRequest(num=recipe.cluster.trainer_ranks, what="trainer ranks", needs=needs, has_one_here=True)
     if recipe.cluster.address is None and not ask.is_possible(rooms(ray)):
@@ -168,18 +166,19 @@ def reserve(ray: Any, recipe: Recipe, on_close: Callable[[Callable[[], None]], A
     seconds = HEALTH[recipe.cluster.health].start_seconds
     if places := reservation.wait(min(QUIET_SECONDS, seconds)):
         return places
-    print(f"waiting up to {seconds:.0f} s for room. {placement_table(ask, rooms(ray))}", file=sys.stderr, flush=True)
+    table = placement_table(ask, rooms(ray))
+    print(f"waiting up to {seconds:.0f} s for capacity. {table}", file=sys.stderr, flush=True)
     if places := reservation.wait(max(0.0, seconds - QUIET_SECONDS)):
         return places
     raise ClusterError(
-        f"no room for {ask.num} trainer ranks within {seconds:.0f} s: {no_room(ask, rooms(ray), REMEDY)}"
+        f"could not place {ask.num} trainer ranks within {seconds:.0f} s: {no_room(ask, rooms(ray), REMEDY)}"
     )
 
 
 def use_reserved_gpu(policy: Policy, transport: Transport, place: Bundle) -> None:
     """Train on the GPU that is reserved for this process, and on none that Ray may give away."""
-    teller = transport.spawn(WorkerSpec(make=GpuReporter, num_gpus=1.0), place)
-    call = transport.call(teller, "gpus")
+    reporter = transport.spawn(WorkerSpec(make=GpuReporter, num_gpus=1.0), place)
+    call = transport.call(reporter, "gpus")
     deadline = time.monotonic() + GPU_SECONDS
     try:
         while not transport.wait([call], max(0.0, deadline - time.monotonic())):
@@ -187,7 +186,7 @@ def use_reserved_gpu(policy: Policy, transport: Transport, place: Bundle) -> Non
                 raise ClusterError(f"no actor has started on this host in {GPU_SECONDS:.0f} s; look at `ray status`")
         (gpu,) = transport.result(call)
     finally:
-        transport.kill(teller)
+        transport.kill(reporter)
     index = index_of_gpu(gpu, torch.cuda.device_count())
     torch.cuda.set_device(index)
     policy.model.to(torch.device("cuda", index))
@@ -195,7 +194,7 @@ def use_reserved_gpu(policy: Policy, transport: Transport, place: Bundle) -> Non
 
 
 def write_token(folder: Path) -> str:
-    """Leave something in the run folder by which the other ranks know it."""
+    """Write a token to the run folder by which the other ranks recognise it."""
     token = secrets.token_hex(8)
     place = token_of(folder)
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -226,7 +225,7 @@ def log_of(folder: Path, rank: int) -> Path:
 
 
 def print_to(log: Path) -> None:
-    """Everything that this process prints from here on goes to a file, also what libraries print past Python."""
+    """Redirect all output of this process to a file, including output that libraries write past Python."""
     out = log.open("a", buffering=1)
     for stream in (1, 2):
         os.dup2(out.fileno(), stream)

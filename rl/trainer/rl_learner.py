@@ -1,7 +1,7 @@
-"""What is trained, on one rank: policy, reference and optimizer, and everything a run does with them.
+"""The learner of the RL stage on one rank: scores, updates, rollouts and the parity check.
 
-Alone it is the whole trainer. Among N ranks (`gang`) each takes every N-th micro-batch and every N-th batch of
-rollouts, cut as one rank would cut them; what they give is added up. Adapters are replicated, all weights are split.
+Alone it is the whole trainer. Among N ranks (`rank_group`) each takes every N-th micro-batch and every N-th batch of
+rollouts, cut as one rank would cut them, and the results are added up. Adapters are replicated; whole models are split.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import Tensor
 
 from coupled.rl.estimators.score import estimate_logp
 from coupled.rl.model.policy import Policy
+from coupled.rl.model.reference import reference_kind
+from coupled.rl.model.weights import load_trainable_state, trainable_state
 from coupled.rl.objective.batch import micro_batches
 from coupled.rl.objective.gradient import add_gradient
 from coupled.rl.objective.loss import add_sums, loss_denominator
@@ -29,12 +31,12 @@ from coupled.rl.types import Anchor, MaskDraw, Prompt, Rollout, TrainBatch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
-    """What one optimizer step did. Example: loss and token sums of the batch, gradient norm 0.3, rate 1e-6."""
+    """Result of one optimizer step. Example: loss and token sums of the batch, gradient norm 0.3, rate 1e-6."""
 
     sums: dict[str, float]
-    """Of the whole batch, to be divided by its tokens; on the first rank."""
+    """Sums over the whole batch, to be divided by its tokens; on the first rank."""
     grad_norm: float
-    """Of the joint gradient, before clipping."""
+    """Norm of the joint gradient, before clipping."""
     learning_rate: float
 
 
@@ -42,9 +44,7 @@ class RLLearner(Learner):
     """Policy, reference and optimizer of one rank. With several ranks, every method is called on all of them."""
 
     def __init__(self, recipe: Recipe, policy: Policy, ranks: Ranks = ALONE) -> None:
-        has_reference = recipe.loss.kl_beta > 0 and recipe.loss.reference != "old"
-        is_moving = has_reference and recipe.loss.reference == "synced"
-        super().__init__(recipe, policy, ranks, has_reference=has_reference, is_moving=is_moving)
+        super().__init__(recipe, policy, ranks, reference_kind(recipe.loss, has_adapter=policy.has_adapter))
         scored_at = recipe.estimator.temperature
         self.temperature = recipe.rollout.temperature if scored_at is None else scored_at
 
@@ -56,11 +56,11 @@ class RLLearner(Learner):
     ) -> Anchor:
         """Scores under the rollout policy and the reference, before any weight moves.
 
-        For the first update the rollout policy *is* the policy: its scores are taken from the update's own forward
-        pass instead of a second one. So they are where the loss makes no use of them.
+        For the first update the rollout policy *is* the policy: its scores come from the update's own forward pass
+        instead of a second one. There are none where the loss ignores them.
 
         Args:
-            earlier: the weights that rolled out, as `trainable_state` gave them, if they are not those that are there.
+            earlier: the weights that rolled out, as `trainable_state` returned them; None for the present ones.
         """
         loss = self.recipe.loss
         old = None
@@ -68,19 +68,19 @@ class RLLearner(Learner):
             with self._under(earlier), self._whole():
                 old = self.scores(self.policy, batch, masks)
         reference = None
-        if loss.kl_beta > 0 and loss.reference != "old":
-            with self.policy.reference() as frozen, self._whole(is_reference=True):
+        if self.reference.kind != "none":
+            with self.reference.policy() as frozen, self._whole(is_reference=True):
                 reference = self.scores(frozen, batch, masks)
         return Anchor(old=old, reference=reference)
 
     @torch.no_grad()
     def present_scores(self, batch: TrainBatch, masks: MaskDraw) -> Tensor:
-        """`scores` under the weights that are there."""
+        """`scores` under the present weights."""
         with self._whole():
             return self.scores(self.policy, batch, masks)
 
     def scores(self, policy: Policy, batch: TrainBatch, masks: MaskDraw) -> Tensor:
-        """s of every row [B, C], each rank scoring some of the micro-batches."""
+        """s of every row [B, C]; each rank scores a part of the micro-batches."""
         estimator, size = self.recipe.estimator, self.recipe.optimizer.micro_batch_size
         all_rows = list(micro_batches(len(batch), size))
         mine = [
@@ -111,6 +111,7 @@ class RLLearner(Learner):
                     self.temperature,
                     denominator,
                     is_silent=is_silent,
+                    skips_empty_views=not self.is_sharded,
                 )
                 if not is_silent:
                     add_sums(sums, output.sums)
@@ -124,15 +125,15 @@ class RLLearner(Learner):
         return Update(sums=sums, grad_norm=norm, learning_rate=rate)
 
     def sync_reference(self, step: int) -> None:
-        """Let a `synced` reference follow the policy, every `sync_every` steps; others stay where they are."""
+        """Mix the policy into a moving reference every `sync_every` steps; other kinds stay unchanged."""
         loss = self.recipe.loss
-        if self.policy.has_moving_reference and step % loss.sync_every == 0:
-            self.policy.mix_reference(loss.sync_mix)
+        if self.reference.kind == "moving" and step % loss.sync_every == 0:
+            self.reference.mix(loss.sync_mix)
 
     # --- rollouts -----------------------------------------------------------------------------------------------------
 
     def generate(self, requests: list[Request], sampler: Sampler, *, seed: int, weight_version: int) -> list[Rollout]:
-        """Denoise under the present weights, each rank some of the batches; all rollouts are on the first rank."""
+        """Denoise under the present weights, each rank a part of the batches. The first rank returns all rollouts."""
         made: dict[str, Rollout] = {}
         with self._whole():
             for chunk in self._ranks.share(request_chunks(requests, self.recipe.rollout.batch_size)):
@@ -143,8 +144,8 @@ class RLLearner(Learner):
         return [made[r.uid] for r in requests] if self._ranks.is_first else []
 
     def check_parity(self, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> float:
-        """`parity.check_parity` on the first rank; the others lend it their weights."""
-        # A recipe may score at another temperature on purpose; that is not what is looked for here.
+        """`parity.check_parity` on the first rank; the others contribute their shares of the weights."""
+        # A recipe may score at another temperature on purpose; the check is for unintended differences.
         is_chosen = self.recipe.estimator.temperature is not None
         temperature = self.recipe.rollout.temperature if is_chosen else self.temperature
         with self._whole():
@@ -154,16 +155,16 @@ class RLLearner(Learner):
 
     @contextmanager
     def _under(self, earlier: dict[str, Tensor] | None) -> Iterator[None]:
-        """The policy with earlier weights, for as long as the block lasts."""
+        """Give the policy earlier weights for the duration of the block."""
         if earlier is None:
             yield
             return
-        present = {name: tensor.clone() for name, tensor in self.policy.trainable_state().items()}
-        self.policy.load_trainable_state(earlier)
+        present = {name: tensor.clone() for name, tensor in trainable_state(self.policy).items()}
+        load_trainable_state(self.policy, earlier)
         try:
             yield
         finally:
-            self.policy.load_trainable_state(present)
+            load_trainable_state(self.policy, present)
 
     def _whole(self, *, is_reference: bool = False) -> AbstractContextManager[None]:
         shards = self._reference_shards if is_reference else self._shards

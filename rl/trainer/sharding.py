@@ -1,7 +1,7 @@
-"""Weights that are split over the ranks, so that a model and its optimizer state fit where one copy would not.
+"""Weights split over the ranks, for models that do not fit with their optimizer state on one device.
 
-Layers are FSDP2's: gathered one at a time while training, and thrown away again [Zhao et al. 2023]. What is outside of
-the layers (embedding, last norm, head) is gathered whole for the whole update: scoring reads the head in chunks whose
+Layers are FSDP2's: gathered one at a time while training, and released again [Zhao et al. 2023]. The weights outside of
+the layers (embedding, last norm, head) are gathered whole for the whole update: scoring reads the head in chunks whose
 number depends on the data, and ranks that gather piece by piece must do it equally often.
 
 For rollouts and for scoring without gradients everything is gathered at once, and each rank works at its own pace.
@@ -20,11 +20,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 
-from coupled.rl.model.policy import Policy, whole_tensor
+from coupled.rl.model.policy import Policy
+from coupled.rl.model.reference import Reference, ReferenceKind
+from coupled.rl.model.weights import whole_tensor
 
 
 class Shards:
-    """The weights of one model, of which this rank holds its share.
+    """This rank's share of the weights of one model.
 
     Args:
         model: a transformers causal-LM class; its layers may be on the meta device, to be filled later.
@@ -57,13 +59,13 @@ class Shards:
         for layer in body.layers:
             fully_shard(layer, mesh=mesh, mp_policy=precision)
         fully_shard(body, mesh=mesh, mp_policy=precision, ignored_params=set(self._outer))
-        # FSDP would gather ahead by the order of all passes since the last update, also of those without gradients, of
-        # which ranks make unequally many. The first layer has nothing before it: itself is there already.
+        # FSDP would gather ahead by the order of all passes since the last update. Passes without gradients count, and
+        # ranks make unequally many of those. The first layer has none before it, and is itself gathered already.
         for earlier, layer in zip([body.layers[0], *body.layers], body.layers, strict=False):
             layer.set_modules_to_backward_prefetch([earlier])
         self._wrapped = [module for module in body.modules() if isinstance(module, FSDPModule)]
         for wrapped in self._wrapped:
-            # The losses of the ranks have the denominator of the whole batch: their gradients are added, not averaged.
+            # The ranks' losses have the denominator of the whole batch: their gradients are added, not averaged.
             wrapped.set_gradient_divide_factor(1.0)
             wrapped.set_force_sum_reduction_for_comms(True)
 
@@ -83,8 +85,8 @@ class Shards:
 
     @contextmanager
     def training(self) -> Iterator[None]:
-        """Layers are gathered as passes reach them: every rank must make equally many. Afterwards gradients, which are
-        those of this rank's rows, have become this rank's share of the sum."""
+        """Layers gathered as passes reach them: every rank must make equally many passes. At the end the gradients of
+        this rank's rows are replaced by this rank's share of the sum over the ranks."""
         with self._outer_whole() as gathered:
             yield
         for part, weight in zip(self._outer, gathered, strict=True):
@@ -106,23 +108,20 @@ class Shards:
                 module.register_parameter(name, part)
 
 
-def shard(policy: Policy, num_ranks: int, *, has_reference: bool, is_moving: bool) -> tuple[Shards, Shards | None]:
-    """Split the policy's weights, and those of a reference that begins as its copy, over the ranks.
+def shard(policy: Policy, num_ranks: int, kind: ReferenceKind) -> tuple[Shards, Reference, Shards | None]:
+    """Split the policy's weights over the ranks, and a reference that begins as its copy; `None` without a copy.
 
-    A second copy of the whole model is made nowhere: the reference's layers are filled from the policy's shares.
+    No rank makes a second whole copy of the model: the reference's layers are filled from the policy's shares.
     """
     mesh = init_device_mesh(policy.device.type, (num_ranks,))
     model: Any = policy.model
-    frame: Any = None
-    if has_reference:
-        inside = (p for layer in model.model.layers for p in layer.parameters())
-        empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in inside}
-        frame = copy.deepcopy(model, empty).requires_grad_(False).eval()
+    if kind in ("none", "adapter_off"):
+        return Shards(model, mesh, policy.compute_dtype), Reference(live=policy, kind=kind), None
+    inside = (p for layer in model.model.layers for p in layer.parameters())
+    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=False) for p in inside}
+    frame: Any = copy.deepcopy(model, empty).requires_grad_(False).eval()
     shards = Shards(model, mesh, policy.compute_dtype)
-    if frame is None:
-        return shards, None
     of_reference = Shards(frame, mesh, policy.compute_dtype)
     for layer, live in zip(frame.model.layers, model.model.layers, strict=True):
         layer.load_state_dict({name: part.clone() for name, part in live.state_dict().items()}, assign=True)
-    policy.freeze_reference(is_moving=is_moving, copied=frame)
-    return shards, of_reference
+    return shards, Reference(live=policy, kind=kind, model=frame), of_reference

@@ -16,7 +16,7 @@ from coupled.rl.recipe.schema import Estimator
 from coupled.rl.rollout.workers import inline_engine
 from coupled.rl.run import Run
 from coupled.rl.run_folder.folder import RunFolder
-from coupled.rl.types import TrainBatch
+from coupled.rl.types import MaskPair, TrainBatch
 from helpers.toys import (
     make_batch,
     make_recipe,
@@ -26,6 +26,11 @@ KEY = (0, "mask", 1, 0)
 
 
 MASK_ID = 2
+
+
+def complementary(ratio: Tensor, first: Tensor, valid: Tensor) -> MaskPair:
+    """The coupled pair of given masks: each valid position is masked in exactly one of the two."""
+    return MaskPair(ratio=ratio, first=first & valid, second=valid & ~first)
 
 
 VARIANTS = {

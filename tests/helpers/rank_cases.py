@@ -89,7 +89,7 @@ def _rl_case(case: Case, recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
     return {
         "losses": [update.sums.get("loss") for update in updates],
         "norms": [update.grad_norm for update in updates],
-        "reference": policy.reference_state() if policy.has_moving_reference else {},
+        "reference": learner.reference.state() if learner.reference.kind == "moving" else {},
         "before": [r.canvas_ids.tolist() for r in before],
         "after": [r.canvas_ids.tolist() for r in after],
         **_trained(learner, start),

@@ -26,7 +26,7 @@ from coupled.rl.cluster.types import HEALTH, ClusterError, GroupKey, Health, Uni
 from coupled.rl.commands import doctor
 from coupled.rl.errors import RankLostError, RecipeError
 from coupled.rl.model.open import open_policy
-from coupled.rl.model.policy import digest_of
+from coupled.rl.model.weights import digest_of, trainable_state
 from coupled.rl.recipe.schema import Cluster, Recipe
 from coupled.rl.rollout.open import open_engine
 from coupled.rl.trainer import ray_ranks
@@ -136,7 +136,7 @@ def test_ranks_on_other_nodes_are_lost_with_them_and_end_with_the_first(
         nodes.remove_node(node_of_rank(nodes, 1), allow_graceful=False)
         with pytest.raises(RankLostError, match="rank 1 of the trainer ended with the loss of its process or host"):
             ask_until_it_fails(rank_group)
-        assert digest_of(state) == digest_of(open_policy(recipe.model, 0).trainable_state())
+        assert digest_of(state) == digest_of(trainable_state(open_policy(recipe.model, 0)))
     finally:
         rank_group.close()
 
@@ -166,11 +166,11 @@ def test_what_there_is_no_room_for_is_told_with_a_table_in_time(
     policy = open_policy(recipe.model, 0)
     started = time.monotonic()
     with pytest.raises(
-        ClusterError, match=r"(?s)no room for 40 trainer ranks within 1 s: .*too few.*asked: 40 .*here\)"
+        ClusterError, match=r"(?s)could not place 40 trainer ranks within 1 s: .*too few.*asked: 40 .*here\)"
     ):
         open_rl_learner(recipe, policy, tmp_path)
     assert time.monotonic() - started < 30
-    assert "waiting up to 1 s for room. asked: 40 trainer ranks of 1 CPU each" in capsys.readouterr().err
+    assert "waiting up to 1 s for capacity. asked: 40 trainer ranks of 1 CPU each" in capsys.readouterr().err
     rollout = recipe.rollout.model_copy(update={"workers": "ray"})
     recipe = recipe_of_ranks(nodes.address, tiny_folder(), trainer_ranks=1, trainer_workers="process", health="fast")
     cluster = recipe.cluster.model_copy(update={"gpus_per_worker": 0.5})

@@ -141,11 +141,3 @@ def test_drawing_masks_leaves_every_global_generator_untouched(name: str) -> Non
     before = global_random_states()
     draw_masks(make_batch(), Estimator(name=name), KEY)
     assert global_random_states() == before
-
-
-def test_the_complementary_pair_ignores_what_lies_outside_the_valid_positions() -> None:
-    valid = torch.tensor([[True, True, True, False]])
-    first = torch.tensor([[True, False, False, True]])
-    pair = MaskPair.complementary(torch.tensor([0.5]), first, valid)
-    assert pair.first.int().tolist() == [[1, 0, 0, 0]]
-    assert pair.second.int().tolist() == [[0, 1, 1, 0]]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.enumerable import CANVAS, WORDS, Toy, toy_batch
+from helpers.estimator_cases import complementary
 from torch import Tensor
 
 from coupled.rl.estimators import espo, gdpo
@@ -46,7 +47,7 @@ def scores_of(toy: Toy, draw: MaskDraw, batch: TrainBatch = EVERY) -> Tensor:
 
 def pair_of_each_mask(t: float) -> MaskPair:
     """Row m holds the m-th set of positions and its complement, ratio t in fp64."""
-    return MaskPair.complementary(torch.full((len(MASKS),), t, dtype=torch.float64), AS_TENSOR, EVERY.valid)
+    return complementary(torch.full((len(MASKS),), t, dtype=torch.float64), AS_TENSOR, EVERY.valid)
 
 
 def elbo_per_token(toy: Toy) -> list[float]:
@@ -97,7 +98,7 @@ def test_the_released_formula_for_a_fixed_mask_and_ratio(
     """r masks positions 0 and 3 with t = 0.3; the weights are written out from the table of the method page."""
     toy, batch = Toy(), toy_batch(YS, 1)
     r, t = torch.tensor([[True, False, False, True]]), torch.tensor([0.3], dtype=torch.float64)
-    scores = scores_of(toy, of_pairs((MaskPair.complementary(t, r, batch.valid),), batch, weights), batch)
+    scores = scores_of(toy, of_pairs((complementary(t, r, batch.valid),), batch, weights), batch)
     expected = [
         a * toy.exact(YS, (0, 1, 2, 3), 0) + w_first * toy.exact(YS, (0, 3), 0),
         a * toy.exact(YS, (0, 1, 2, 3), 1) + w_second * toy.exact(YS, (1, 2), 1),

@@ -36,6 +36,7 @@ from coupled.rl.estimators import ESTIMATORS
 from coupled.rl.estimators.draw import draw_masks
 from coupled.rl.estimators.score import estimate_logp, spread_over_tokens
 from coupled.rl.model.policy import Policy
+from coupled.rl.model.reference import keep_reference
 from coupled.rl.objective.batch import collate, micro_batches
 from coupled.rl.objective.loss import coupled_grpo_loss
 from coupled.rl.recipe.schema import READ_BY, Estimator, Loss
@@ -261,11 +262,11 @@ def test_at_the_rollout_policy_ratio_is_1_kl_is_0_and_the_gradient_is_reinforce(
     tiny_policy: MakePolicy, name: str, family: dict[str, int]
 ) -> None:
     policy, batch, estimator = tiny_policy(**family), five(), VARIANTS[name]
-    policy.freeze_reference()
+    kept = keep_reference(policy, "frozen")
     draw = draw_masks(batch, estimator, KEY)
     with torch.no_grad():
         old = estimate_logp(policy, batch, draw, estimator)
-        with policy.reference() as frozen:
+        with kept.policy() as frozen:
             reference = estimate_logp(frozen, batch, draw, estimator)
     num_tokens = int(batch.valid.sum())
     new = estimate_logp(policy, batch, draw, estimator)

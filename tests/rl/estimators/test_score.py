@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.enumerable import CANVAS, Toy, toy_batch
+from helpers.estimator_cases import complementary
 from helpers.toys import MakePolicy, global_random_states, make_batch, plain_logits, row_parts
 from torch import Tensor
 
@@ -335,7 +336,7 @@ def test_the_weight_1_over_t_makes_each_term_the_mean_over_masks_that_hold_the_t
     masks = list(itertools.product([False, True], repeat=CANVAS))
     batch = toy_batch(words, len(masks))
     first = torch.tensor(masks)
-    pair = MaskPair.complementary(torch.full((len(masks),), t), first, batch.valid)
+    pair = complementary(torch.full((len(masks),), t), first, batch.valid)
     scores = estimate_logp(toy, batch, of_pairs((pair,), batch, "paper"), Estimator())
     probability = torch.tensor([t ** sum(m) * (1 - t) ** (CANVAS - sum(m)) for m in masks])
     mean = (scores * probability[:, None]).sum(0)

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from coupled.rl.errors import CheckpointError, RecipeError
 from coupled.rl.fit import fit
 from coupled.rl.model.loading import load_policy
+from coupled.rl.model.weights import save_policy
 from coupled.rl.recipe.schema import Adapter, Recipe
 from coupled.rl.rollout.engine import roll_out
 from coupled.rl.rollout.sampler import Request, Sampler
@@ -101,7 +102,7 @@ def test_a_token_of_the_vocabulary_is_reused_as_it_is(autoregressive: Path) -> N
 
 
 def test_another_mask_token_than_the_checkpoint_s_is_refused(tiny_policy: MakePolicy, tmp_path: Path) -> None:
-    tiny_policy().save(tmp_path / "base")
+    save_policy(tiny_policy(), tmp_path / "base")
     assert load_policy(tmp_path / "base", mask_token="<mask>").mask_id == 2
     with pytest.raises(CheckpointError, match=r"model\.mask_token '<other>' is not in the checkpoint's vocabulary"):
         load_policy(tmp_path / "base", mask_token="<other>")
@@ -109,7 +110,7 @@ def test_another_mask_token_than_the_checkpoint_s_is_refused(tiny_policy: MakePo
 
 def test_a_tokenizer_without_an_end_token_is_refused(tiny_policy: MakePolicy, tmp_path: Path) -> None:
     policy = tiny_policy()
-    policy.save(tmp_path / "base")
+    save_policy(policy, tmp_path / "base")
     file = tmp_path / "base" / "tokenizer_config.json"
     settings = json.loads(file.read_text())
     settings.pop("eos_token")

@@ -16,7 +16,6 @@ from coupled.rl.model.attention import (
     left_padded,
     may_attend,
     packed,
-    right_padded,
     two_streams,
 )
 from coupled.rl.model.policy import Policy
@@ -43,7 +42,7 @@ def test_layouts_count_from_the_first_real_token() -> None:
     left = left_padded(torch.tensor([2, 0]), 4)
     assert left.position.tolist() == [[0, 0, 0, 1], [0, 1, 2, 3]]
     assert left.sequence.tolist() == [[-1, -1, 0, 0], [0, 0, 0, 0]]
-    right = right_padded(torch.tensor([1, 3]), 3)
+    right = packed(((1,), (3,)))
     assert right.position.tolist() == [[0, 0, 0], [0, 1, 2]]
     assert right.sequence.tolist() == [[0, -1, -1], [0, 0, 0]]
     together = packed(((3, 2), (1,)))
@@ -120,7 +119,7 @@ def test_single_batched_padded_and_packed_rows_have_the_same_logits(tiny_policy:
     lengths, width = torch.tensor(LENGTHS), max(LENGTHS)
     layouts = {
         "left": left_padded(width - lengths, width),
-        "right": right_padded(lengths, width + 2),
+        "right": packed(tuple((length,) for length in LENGTHS)),
         "left, more": left_padded(width + 3 - lengths, width + 3),
     }
     for name, layout in layouts.items():

@@ -18,8 +18,11 @@ from coupled.rl.errors import CheckpointError
 from coupled.rl.model.attention import Layout, left_padded, may_attend
 from coupled.rl.model.families import FAMILIES, family_of
 from coupled.rl.model.loading import add_adapter, load_policy, merge_adapter, verify_buffers
-from coupled.rl.model.policy import Policy, find_end_ids, find_mask_id
+from coupled.rl.model.policy import Policy
+from coupled.rl.model.reference import keep_reference
+from coupled.rl.model.special_tokens import find_end_ids, find_mask_id
 from coupled.rl.model.vocabulary import project
+from coupled.rl.model.weights import save_policy
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 CONFIGS = GOLDEN.parent / "checkpoint_configs"
@@ -198,7 +201,7 @@ def test_a_setting_that_the_class_does_not_have_is_refused(name: str, key: str, 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_saved_and_opened_again_it_is_the_same(opened: Open, tmp_path: Path, name: str) -> None:
     policy, tensors = opened(name), tensors_of(name)
-    policy.save(tmp_path / "saved")
+    save_policy(policy, tmp_path / "saved")
     again = load_policy(tmp_path / "saved")
     assert (again.family, again.mask_id, again.end_ids) == (policy.family, policy.mask_id, policy.end_ids)
     before, after = policy.model.state_dict(), again.model.state_dict()
@@ -286,23 +289,23 @@ def test_adapters_train_merge_and_open_again(opened: Open, tmp_path: Path, name:
     policy, tensors = opened(name), tensors_of(name)
     ids, layout = tensors["input_ids"], at_rest(tensors["input_ids"])
     base = raw_logits(policy, ids, layout)
-    add_adapter(policy, rank=2, alpha=4.0, targets=("q_proj", "v_proj"), seed=0)
-    policy.freeze_reference()
+    policy = add_adapter(policy, rank=2, alpha=4.0, targets=("q_proj", "v_proj"), seed=0)
+    kept = keep_reference(policy, "adapter_off")
     stream = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in policy.trainable_parameters():
             parameter.add_(torch.randn(parameter.shape, generator=stream) * 0.3)
     moved = raw_logits(policy, ids, layout)
     assert not torch.allclose(moved, base, atol=1e-2)
-    with policy.reference() as reference:
+    with kept.policy() as reference:
         assert torch.equal(raw_logits(reference, ids, layout), base)
-    policy.save(tmp_path / "adapter")
+    save_policy(policy, tmp_path / "adapter")
     again = load_policy(tmp_path / "adapter")
     assert again.family == policy.family
     assert torch.equal(raw_logits(again, ids, layout), moved)
-    merge_adapter(again)
+    again = merge_adapter(again)
     assert not again.has_adapter
-    again.save(tmp_path / "merged")
+    save_policy(again, tmp_path / "merged")
     merged = load_policy(tmp_path / "merged")
     assert merged.family == policy.family
     torch.testing.assert_close(raw_logits(merged, ids, layout), moved, atol=1e-4, rtol=0)
@@ -349,13 +352,13 @@ def test_a_new_mask_token_gets_a_row_of_its_own_and_is_remembered(tmp_path: Path
     assert (policy.mask_id, policy.config.vocab_size) == (512, 513)
     table = policy.model.get_input_embeddings().weight
     torch.testing.assert_close(table[512], table[:512].mean(0))
-    policy.save(tmp_path / "saved")
+    save_policy(policy, tmp_path / "saved")
     again = load_policy(tmp_path / "saved")
     assert (again.mask_id, again.family.name) == (512, "qwen2")
     ids = torch.tensor([[5, 6, 512, 7]])
     assert torch.equal(raw_logits(again, ids, at_rest(ids)), raw_logits(policy, ids, at_rest(ids)))
-    add_adapter(policy, rank=2, alpha=4.0, targets=("q_proj",), seed=0)
-    policy.save(tmp_path / "adapter")
+    policy = add_adapter(policy, rank=2, alpha=4.0, targets=("q_proj",), seed=0)
+    save_policy(policy, tmp_path / "adapter")
     adapted = load_policy(tmp_path / "adapter")
     assert (adapted.mask_id, adapted.family) == (512, policy.family)
     assert torch.equal(raw_logits(adapted, ids, at_rest(ids)), raw_logits(policy, ids, at_rest(ids)))

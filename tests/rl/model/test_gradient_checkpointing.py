@@ -16,6 +16,8 @@ from coupled.rl.estimators.score import estimate_logp
 from coupled.rl.model.gradient_checkpointing import checkpoint_gradients
 from coupled.rl.model.loading import add_adapter, load_policy
 from coupled.rl.model.policy import Policy
+from coupled.rl.model.reference import ReferenceKind, keep_reference
+from coupled.rl.model.weights import save_policy
 from coupled.rl.recipe.schema import Estimator
 
 KEY = (0, "mask", 1, 0)
@@ -50,9 +52,9 @@ def test_gradients_are_those_without_it_and_less_is_kept(
     policy = tiny_policy(tie_word_embeddings=kind == "tied", num_hidden_layers=6)
     policy.model.set_attn_implementation(attention)
     if kind == "adapter":
-        add_adapter(policy, rank=2, alpha=4.0, targets=("q_proj", "down_proj"), seed=0)
+        policy = add_adapter(policy, rank=2, alpha=4.0, targets=("q_proj", "down_proj"), seed=0)
     if kind == "bfloat16":
-        policy.save(tmp_path)
+        save_policy(policy, tmp_path)
         policy = load_policy(tmp_path, compute_dtype=torch.bfloat16)
     expected, much = kept_elements(policy)
     before = global_random_states()
@@ -105,22 +107,23 @@ def test_a_reference_keeps_its_own_weights_whichever_comes_first(
     """A copied layer must recompute itself, and with adapters turned off they stay off."""
     batch, estimator = make_batch(), Estimator(name="full_mask")
     draw = draw_masks(batch, estimator, KEY)
+    kind: ReferenceKind = "moving" if is_moving else "adapter_off" if has_adapter else "frozen"
     for is_frozen_first in (True, False):
         policy = tiny_policy()
         if has_adapter:
-            add_adapter(policy, rank=2, alpha=4.0, targets=("q_proj", "down_proj"), seed=0)
+            policy = add_adapter(policy, rank=2, alpha=4.0, targets=("q_proj", "down_proj"), seed=0)
         with torch.no_grad():
             start = estimate_logp(policy, batch, draw, estimator)
         if is_frozen_first:
-            policy.freeze_reference(is_moving=is_moving)
+            kept = keep_reference(policy, kind)
         checkpoint_gradients(policy)
         if not is_frozen_first:
-            policy.freeze_reference(is_moving=is_moving)
+            kept = keep_reference(policy, kind)
         with torch.no_grad():
             for parameter in policy.trainable_parameters():
                 parameter.add_(0.1)
             moved = estimate_logp(policy, batch, draw, estimator)
-            with policy.reference() as frozen:
+            with kept.policy() as frozen:
                 reference = estimate_logp(frozen, batch, draw, estimator)
         assert torch.equal(reference, start)
         assert not torch.allclose(moved, start, atol=1e-2)

@@ -110,7 +110,7 @@ def test_the_layer_runs_on_the_columns_that_are_read_and_whole_where_its_class_i
 @torch.no_grad()
 def test_adapters_of_the_last_layer_are_applied(tiny_policy: MakePolicy) -> None:
     policy = tiny_policy()
-    add_adapter(policy, rank=2, alpha=4.0, targets=("q_proj", "k_proj", "v_proj", "down_proj"), seed=0)
+    policy = add_adapter(policy, rank=2, alpha=4.0, targets=("q_proj", "k_proj", "v_proj", "down_proj"), seed=0)
     for parameter in policy.trainable_parameters():
         parameter.normal_(0.0, 0.3, generator=torch.Generator().manual_seed(3))
     ids, pad_lengths, wanted = batch()

@@ -13,6 +13,8 @@ from coupled.rl.errors import CheckpointError
 from coupled.rl.model.families import FAMILIES, family_of
 from coupled.rl.model.loading import add_adapter, load_policy
 from coupled.rl.model.policy import Policy
+from coupled.rl.model.reference import keep_reference
+from coupled.rl.model.weights import load_trainable_state, save_policy, trainable_state
 from coupled.rl.types import TrainBatch
 
 MakeFolder = Callable[..., Path]
@@ -228,10 +230,10 @@ def test_a_saved_checkpoint_remembers_its_shift(tiny_folder: MakeFolder, shift: 
 @torch.no_grad()
 def test_saving_and_loading_a_model_changes_nothing(tiny_policy: MakePolicy, tmp_path: Path, tied: bool) -> None:
     policy, batch = tiny_policy(tie_word_embeddings=tied), make_batch()
-    policy.save(tmp_path / "saved")
+    save_policy(policy, tmp_path / "saved")
     loaded = load_policy(tmp_path / "saved")
     assert torch.equal(canvas_logits(loaded, batch), canvas_logits(policy, batch))
-    before, after = policy.trainable_state(), loaded.trainable_state()
+    before, after = trainable_state(policy), trainable_state(loaded)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert (loaded.mask_id, loaded.pad_id, loaded.end_ids) == (2, 0, (0, 1))
@@ -242,7 +244,7 @@ def test_weights_from_scratch_are_a_function_of_the_seed_and_touch_no_generator(
     folder = tiny_folder()
     (folder / "model.safetensors").unlink()
     before = global_random_states()
-    one, same, other = (load_policy(folder, from_scratch_seed=seed).trainable_state() for seed in (1, 1, 2))
+    one, same, other = (trainable_state(load_policy(folder, from_scratch_seed=seed)) for seed in (1, 1, 2))
     assert global_random_states() == before
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert not torch.equal(one["lm_head.weight"], other["lm_head.weight"])
@@ -250,17 +252,17 @@ def test_weights_from_scratch_are_a_function_of_the_seed_and_touch_no_generator(
 
 def test_state_of_another_model_is_refused(tiny_policy: MakePolicy) -> None:
     policy = tiny_policy()
-    state = policy.trainable_state()
+    state = trainable_state(policy)
     with pytest.raises(CheckpointError, match=r"model\.adapter the same"):
-        policy.load_trainable_state({k: v for k, v in state.items() if "lm_head" not in k})
+        load_trainable_state(policy, {k: v for k, v in state.items() if "lm_head" not in k})
     with pytest.raises(CheckpointError, match=r"lm_head\.weight has shape \(48, 32\) here and \(47, 32\)"):
-        policy.load_trainable_state(state | {"lm_head.weight": torch.zeros(47, 32)})
+        load_trainable_state(policy, state | {"lm_head.weight": torch.zeros(47, 32)})
 
 
 def test_loading_a_state_puts_it_into_the_same_parameters(tiny_policy: MakePolicy) -> None:
     policy, other, batch = tiny_policy(seed=0), tiny_policy(seed=1), make_batch()
     parameters = policy.trainable_parameters()
-    policy.load_trainable_state(other.trainable_state())
+    load_trainable_state(policy, trainable_state(other))
     assert torch.equal(canvas_logits(policy, batch), canvas_logits(other, batch))
     assert all(a is b for a, b in zip(parameters, policy.trainable_parameters(), strict=True))
 
@@ -276,8 +278,7 @@ def perturb(policy: Policy) -> None:
 
 
 def with_adapter(policy: Policy, seed: int = 0) -> Policy:
-    add_adapter(policy, rank=4, alpha=8.0, targets=TARGETS, seed=seed)
-    return policy
+    return add_adapter(policy, rank=4, alpha=8.0, targets=TARGETS, seed=seed)
 
 
 def test_a_fresh_adapter_equals_its_base_exactly_and_is_all_that_trains(tiny_policy: MakePolicy) -> None:
@@ -288,24 +289,24 @@ def test_a_fresh_adapter_equals_its_base_exactly_and_is_all_that_trains(tiny_pol
     assert adapted.has_adapter
     assert not base.has_adapter
     assert torch.equal(canvas_logits(adapted, batch), canvas_logits(base, batch))
-    names = set(adapted.trainable_state())
+    names = set(trainable_state(adapted))
     assert len(names) == 2 * len(TARGETS) * 2, "A and B of three layers in each of two blocks"
     assert all("lora_" in name for name in names)
 
 
 def test_adapters_are_a_function_of_the_seed(tiny_policy: MakePolicy) -> None:
-    one, same, other = (with_adapter(tiny_policy(), seed).trainable_state() for seed in (1, 1, 2))
+    one, same, other = (trainable_state(with_adapter(tiny_policy(), seed)) for seed in (1, 1, 2))
     assert all(torch.equal(one[name], same[name]) for name in one)
     assert any(not torch.equal(one[name], other[name]) for name in one)
 
 
 def test_the_reference_of_an_adapted_policy_is_its_base_however_the_adapter_moves(tiny_policy: MakePolicy) -> None:
     base, policy, batch = tiny_policy(), with_adapter(tiny_policy()), make_batch()
-    policy.freeze_reference()
+    kept = keep_reference(policy, "adapter_off")
     perturb(policy)
     moved = canvas_logits(policy, batch)
     assert not torch.allclose(moved, canvas_logits(base, batch), atol=1e-2)
-    with policy.reference() as reference:
+    with kept.policy() as reference:
         assert torch.equal(canvas_logits(reference, batch), canvas_logits(base, batch))
     assert torch.equal(canvas_logits(policy, batch), moved)
 
@@ -313,21 +314,21 @@ def test_the_reference_of_an_adapted_policy_is_its_base_however_the_adapter_move
 def test_the_reference_of_full_fine_tuning_is_the_frozen_copy_when_the_weights_move(tiny_policy: MakePolicy) -> None:
     policy, batch = tiny_policy(), make_batch()
     before = canvas_logits(policy, batch)
-    policy.freeze_reference()
+    kept = keep_reference(policy, "frozen")
     perturb(policy)
     moved = canvas_logits(policy, batch)
     assert not torch.allclose(moved, before, atol=1e-2)
-    with policy.reference() as reference:
+    with kept.policy() as reference:
         assert torch.equal(canvas_logits(reference, batch), before)
         assert reference.trainable_parameters() == [], "a reference that trains would follow the policy"
     assert torch.equal(canvas_logits(policy, batch), moved)
-    with pytest.raises(KeyError), policy.reference():
+    with pytest.raises(KeyError), kept.policy():
         raise KeyError
     assert torch.equal(canvas_logits(policy, batch), moved), "the live weights are back after an error, too"
 
 
 def test_asking_for_a_reference_that_was_never_frozen_is_our_own_mistake(tiny_policy: MakePolicy) -> None:
-    with pytest.raises(RuntimeError, match="freeze_reference"), tiny_policy().reference():
+    with pytest.raises(RuntimeError, match="keep_reference"), keep_reference(tiny_policy(), "none").policy():
         pass
 
 
@@ -335,14 +336,15 @@ def test_saving_and_loading_an_adapter_changes_nothing(tiny_folder: MakeFolder, 
     batch = make_batch()
     policy = with_adapter(load_policy(tiny_folder(shift=0)))
     perturb(policy)
-    policy.save(tmp_path / "adapter")
+    save_policy(policy, tmp_path / "adapter")
     assert not (tmp_path / "adapter" / "model.safetensors").exists(), "an adapter folder holds no base weights"
     loaded = load_policy(tmp_path / "adapter")
     assert loaded.has_adapter
     assert loaded.family.shift == 0
     assert torch.equal(canvas_logits(loaded, batch), canvas_logits(policy, batch))
-    assert loaded.trainable_state().keys() == policy.trainable_state().keys()
-    with loaded.reference() as reference, policy.reference() as expected:
+    assert trainable_state(loaded).keys() == trainable_state(policy).keys()
+    kept, again = (keep_reference(each, "adapter_off") for each in (policy, loaded))
+    with again.policy() as reference, kept.policy() as expected:
         assert torch.equal(canvas_logits(reference, batch), canvas_logits(expected, batch))
 
 
@@ -352,7 +354,7 @@ def test_an_adapter_finds_its_base_from_any_working_folder(
     tiny_folder("base")
     monkeypatch.chdir(tmp_path)
     policy = with_adapter(load_policy("./base"))
-    policy.save(tmp_path / "adapter")
+    save_policy(policy, tmp_path / "adapter")
     monkeypatch.chdir("/")
     assert load_policy(tmp_path / "adapter").has_adapter
 

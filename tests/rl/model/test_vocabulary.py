@@ -14,7 +14,7 @@ from coupled.rl.estimators.draw import draw_masks
 from coupled.rl.estimators.score import estimate_logp
 from coupled.rl.model.loading import add_adapter
 from coupled.rl.model.policy import Policy
-from coupled.rl.model.vocabulary import OutputHead, token_logp
+from coupled.rl.model.vocabulary import OutputHead
 from coupled.rl.recipe.schema import Estimator
 
 # peft asks transformers for a name that transformers has renamed.
@@ -42,6 +42,15 @@ def make_tokens(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Ten
     line = torch.tensor([0, 5, 1, 10, 5, 5, 2, 9, 9, 4, 8, 7, 6, 0])
     targets = torch.tensor([1, 0, 24, 3, 17, 17, MASK_ID, 8, 9, 24, 27, 5, 0, 2])
     return hidden, line, targets, torch.randn(len(line), generator=stream, dtype=dtype)
+
+
+def token_logp(
+    head: OutputHead, hidden: Tensor, line: Tensor, targets: Tensor, temperature: float = 1.0, *, chunk_logits: int
+) -> Tensor:
+    """`vocabulary.token_logp` with `chunk_logits` logits in memory at a time."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(vocabulary.CHUNK_LOGITS, "cpu", chunk_logits)
+        return vocabulary.token_logp(head, hidden, line, targets, temperature)
 
 
 def by_hand(head: OutputHead, hidden: Tensor, line: Tensor, targets: Tensor, temperature: float) -> Tensor:
@@ -231,7 +240,7 @@ def test_scores_and_gradients_of_a_policy_do_not_depend_on_the_chunk(
     policy = tiny_policy(tie_word_embeddings=kind == "tied")
     if kind.startswith("adapter"):
         targets = ("q_proj", "lm_head") if kind.endswith("head") else ("q_proj", "down_proj")
-        add_adapter(policy, rank=2, alpha=4.0, targets=targets, seed=0)
+        policy = add_adapter(policy, rank=2, alpha=4.0, targets=targets, seed=0)
         with torch.no_grad():
             for name, parameter in policy.model.named_parameters():
                 if "lora_B" in name:

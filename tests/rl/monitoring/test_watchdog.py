@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.toys import MakePolicy, make_batch, make_requests
+from helpers.toys import MakePolicy, make_batch, make_recipe, make_requests
 
+from coupled.rl.model.loading import add_adapter
 from coupled.rl.monitoring.events import EventLog
 from coupled.rl.monitoring.watchdog import FILE, STATE_SECONDS, Watchdog
-from coupled.rl.rollout.denoise import denoise
+from coupled.rl.rollout.engine import roll_out
 from coupled.rl.rollout.sampler import Sampler
+from coupled.rl.trainer.rl_learner import RLLearner
 
 SECONDS = 0.5
 Make = Callable[..., Watchdog]
@@ -43,6 +45,22 @@ def watchdog(tmp_path: Path, ended: list[int]) -> Iterator[Make]:
         each.close()
 
 
+class Beats:
+    """A watchdog that counts what is reported to it."""
+
+    def __init__(self, dog: Watchdog) -> None:
+        self.dog, self.count = dog, 0
+        dog.moved = self._moved  # type: ignore[method-assign]
+
+    def _moved(self) -> None:
+        self.count += 1
+
+
+@pytest.fixture
+def beats(tmp_path: Path) -> Beats:
+    return Beats(Watchdog(3600.0, tmp_path))
+
+
 def wait_until(holds: Callable[[], bool], seconds: float = 30.0) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
@@ -62,7 +80,7 @@ def test_silence_ends_the_process_and_names_the_phase_the_workers_and_the_line_t
     hangs_in_here()
     assert ended == [75]
     said = capsys.readouterr().err
-    assert "nothing has moved in 'update' for" in said
+    assert "no progress in phase 'update' for" in said
     assert "train/3/0 is rolling, held by roll-1#2 for 9 s." in said
     assert "resume=auto" in said
     text = (tmp_path / FILE).read_text()
@@ -87,21 +105,45 @@ def test_nothing_ends_while_something_moves(watchdog: Make, ended: list[int]) ->
     assert ended == []
 
 
-def test_each_pass_through_the_layers_is_told_in_rollouts_and_scoring_also_under_the_reference(
-    tiny_policy: MakePolicy,
+@pytest.mark.parametrize(
+    ("family", "cache"), [({}, "none"), ({}, "prefix"), ({}, "dual"), ({"block_length": 2}, "none")], ids=str
+)
+def test_each_pass_through_the_layers_is_a_beat_in_rollouts(
+    tiny_policy: MakePolicy, beats: Beats, family: dict[str, int], cache: str
 ) -> None:
-    policy, passes = tiny_policy(), []
-    policy.on_pass = lambda: passes.append(1)
-    (made,) = denoise(policy, make_requests(1), Sampler(canvas=6, denoising_steps=6, temperature=1.0), seed=0)
-    assert len(passes) == made.num_forwards > 1
-    passes.clear()
-    batch = make_batch()
+    policy = tiny_policy(**family)
+    beats.dog.beat_on(policy.body)
+    settings = {} if family else {"cache": cache, "block_length": 0 if cache == "none" else 3}
+    sampler = Sampler(canvas=6, denoising_steps=6, temperature=1.0, has_early_exit=False, **settings)
+    (made,) = roll_out(policy, make_requests(1), sampler, seed=0)
+    num_prompts = int(policy.family.block_length is not None)  # the blocks of the prompt are read once, for all rows
+    assert beats.count == made.num_forwards + num_prompts > 1
+
+
+@pytest.mark.parametrize("has_adapter", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize("is_early", [False, True])
+def test_each_pass_is_a_beat_in_training_and_under_the_reference_and_none_after_closing(
+    tiny_policy: MakePolicy, beats: Beats, has_adapter: bool, is_early: bool
+) -> None:
+    policy, batch = tiny_policy(), make_batch()
+    if has_adapter:
+        policy = add_adapter(policy, rank=2, alpha=4.0, targets=("q_proj",), seed=0)
+    if is_early:  # a copy of a module has its hooks
+        beats.dog.beat_on(policy.body)
+    recipe = make_recipe(loss={"kl_beta": 0.1}, optimizer={"has_gradient_checkpointing": True})
+    learner = RLLearner(recipe, policy)
+    if not is_early:
+        beats.dog.beat_on(*learner.bodies)
+    assert len(learner.bodies) == 1 + (not has_adapter)
     everywhere = torch.ones_like(batch.ids, dtype=torch.bool)
-    policy.freeze_reference()
-    policy.logits_at(batch.ids, batch.pad_lengths, everywhere)
-    with policy.reference() as frozen:
+    policy.logits_at(batch.ids, batch.pad_lengths, everywhere).sum().backward()
+    assert beats.count == 1, "layers that are computed again are no pass"
+    with learner.reference.policy() as frozen:
         frozen.logits_at(batch.ids, batch.pad_lengths, everywhere)
-    assert len(passes) == 2
+    assert beats.count == 2
+    beats.dog.close()
+    policy.logits_at(batch.ids, batch.pad_lengths, everywhere)
+    assert beats.count == 2
 
 
 def test_events_that_are_no_results_do_not_count(watchdog: Make, ended: list[int]) -> None:
@@ -124,7 +166,7 @@ def test_a_question_or_a_folder_that_hangs_or_fails_does_not_keep_it_alive(
         watchdog(state=lambda: str(lock.acquire()))
         wait_until(lambda: bool(ended), 30 + STATE_SECONDS)
     assert ended == [75]
-    assert "nothing has moved in 'the run'" in capsys.readouterr().err
+    assert "no progress in phase 'the run'" in capsys.readouterr().err
 
 
 def test_a_file_system_that_hangs_does_not_keep_it_alive(watchdog: Make, ended: list[int], tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from coupled.rl.estimators.draw import draw_masks
 from coupled.rl.estimators.score import estimate_logp
 from coupled.rl.judging.grader import Grader
 from coupled.rl.model.policy import Policy
+from coupled.rl.model.reference import keep_reference
 from coupled.rl.objective.advantage import group_advantages
 from coupled.rl.objective.batch import micro_batches
 from coupled.rl.objective.loss import add_sums, coupled_grpo_loss, kl_estimate, loss_denominator, policy_log_ratio
@@ -144,11 +145,11 @@ def test_on_policy_the_ratio_is_1_the_kl_is_0_and_the_gradient_is_reinforce(
     tiny_policy: MakePolicy, name: str, kl_beta: float
 ) -> None:
     policy, batch, estimator = tiny_policy(), make_batch(), Estimator(name=name)
-    policy.freeze_reference()
+    kept = keep_reference(policy, "frozen")
     pairs = draw_masks(batch, estimator, KEY)
     with torch.no_grad():
         old = estimate_logp(policy, batch, pairs, estimator)
-        with policy.reference() as frozen:
+        with kept.policy() as frozen:
             reference = estimate_logp(frozen, batch, pairs, estimator)
     num_tokens = int(batch.valid.sum())
     new = estimate_logp(policy, batch, pairs, estimator)

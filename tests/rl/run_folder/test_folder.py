@@ -15,6 +15,8 @@ from helpers.toys import MakePolicy, make_recipe
 from coupled.rl.errors import CheckpointError, FencedError
 from coupled.rl.model.loading import add_adapter, load_policy
 from coupled.rl.model.policy import Policy
+from coupled.rl.model.reference import keep_reference
+from coupled.rl.model.weights import save_policy, trainable_state
 from coupled.rl.recipe.schema import Optimizer, Recipe
 from coupled.rl.run_folder.folder import (
     MANIFEST,
@@ -111,13 +113,14 @@ def test_a_disk_that_fills_up_under_the_real_writer_is_told_with_its_remedy(
     """torch and safetensors raise errors of their own when a write fails."""
     policy = tiny_policy()
     optimizer = make_optimizer(policy, Optimizer())
+    reference = keep_reference(policy, "none")
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("this host has no /dev/full")
     save = torch.save
     monkeypatch.setattr(torch, "save", lambda what, where: save(what, full))
     with pytest.raises(CheckpointError, match="Free some space"):
-        folder.commit(1, lambda to: write_checkpoint(to, policy, optimizer, {"step": 1}))
+        folder.commit(1, lambda to: write_checkpoint(to, policy, reference, optimizer, {"step": 1}))
     assert folder.latest() is None
 
 
@@ -287,12 +290,12 @@ def test_a_checkpoint_brings_back_weights_moments_and_step(
     tiny_policy: MakePolicy, tmp_path: Path, has_adapter: bool
 ) -> None:
     """Two more steps after reading it are bit for bit those that would have followed."""
-    tiny_policy().save(tmp_path / "base")
+    save_policy(tiny_policy(), tmp_path / "base")
 
     def opened(seed: int) -> tuple[Policy, torch.optim.AdamW]:
         policy = load_policy(tmp_path / "base")
         if has_adapter:
-            add_adapter(policy, rank=2, alpha=4.0, targets=("q_proj",), seed=seed)
+            policy = add_adapter(policy, rank=2, alpha=4.0, targets=("q_proj",), seed=seed)
         return policy, make_optimizer(policy, Optimizer(weight_decay=0.1))
 
     def step(policy: Policy, optimizer: torch.optim.AdamW, seed: int) -> None:
@@ -304,13 +307,14 @@ def test_a_checkpoint_brings_back_weights_moments_and_step(
     policy, optimizer = opened(0)
     step(policy, optimizer, 0)
     (tmp_path / "saved").mkdir()
-    write_checkpoint(tmp_path / "saved", policy, optimizer, {"step": 1})
+    write_checkpoint(tmp_path / "saved", policy, keep_reference(policy, "none"), optimizer, {"step": 1})
     resumed, resumed_optimizer = opened(9)
-    assert read_checkpoint(tmp_path / "saved", resumed, resumed_optimizer) == {"step": 1}
+    no_reference = keep_reference(resumed, "none")
+    assert read_checkpoint(tmp_path / "saved", resumed, no_reference, resumed_optimizer) == {"step": 1}
     for seed in (1, 2):
         step(policy, optimizer, seed)
         step(resumed, resumed_optimizer, seed)
-    expected, found = policy.trainable_state(), resumed.trainable_state()
+    expected, found = trainable_state(policy), trainable_state(resumed)
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[name], found[name]) for name in expected)
 
@@ -321,11 +325,12 @@ def test_a_checkpoint_without_its_state_can_only_be_evaluated(
 ) -> None:
     policy = tiny_policy()
     optimizer = make_optimizer(policy, Optimizer())
-    write_checkpoint(tmp_path, policy, optimizer, {"step": 1})
+    reference = keep_reference(policy, "none")
+    write_checkpoint(tmp_path, policy, reference, optimizer, {"step": 1})
     assert json.loads((tmp_path / "state.json").read_text()) == {"step": 1}
     (tmp_path / name).unlink()
     with pytest.raises(CheckpointError, match=rf"lacks {name}: it cannot be resumed from"):
-        read_checkpoint(tmp_path, policy, optimizer)
+        read_checkpoint(tmp_path, policy, reference, optimizer)
 
 
 # --- manifest, fence and failed saves -------------------------------------------------------------------------------

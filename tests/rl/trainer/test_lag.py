@@ -13,7 +13,8 @@ from coupled.reward import Task
 from coupled.rl.errors import RolloutError
 from coupled.rl.estimators.draw import draw_masks
 from coupled.rl.judging.grader import Grader
-from coupled.rl.model.policy import Policy, digest_of
+from coupled.rl.model.policy import Policy
+from coupled.rl.model.weights import digest_of, trainable_state
 from coupled.rl.rollout.sampler import Request, sampler_of
 from coupled.rl.rollout.workers import ClusterEngine, inline_engine
 from coupled.rl.run import Run
@@ -57,15 +58,15 @@ def test_old_is_scored_under_the_weights_that_rolled_out_and_the_policy_is_left_
     policy, earlier = tiny_policy(seed=1), tiny_policy(seed=0)
     run, batch = toy_run(policy, tmp_path, loss={"kl_beta": 0.0}), make_batch()
     masks = draw_masks(batch, run.recipe.estimator, (0, "mask", 1, 0))
-    monkeypatch.setattr(ClusterEngine, "state_of", lambda self, version: earlier.trainable_state())
+    monkeypatch.setattr(ClusterEngine, "state_of", lambda self, version: trainable_state(earlier))
     wanted = run.learner.scores(earlier, batch, masks)
-    before = digest_of(policy.trainable_state())
+    before = digest_of(trainable_state(policy))
     run._version, run._staleness = 3, 1
     for is_first in (True, False):
         old = run.anchor(batch, masks, is_first=is_first).old
         assert old is not None
         assert torch.equal(old, wanted)
-    assert digest_of(policy.trainable_state()) == before
+    assert digest_of(trainable_state(policy)) == before
     assert not torch.equal(wanted, run.learner.scores(policy, batch, masks))
     run._staleness = 0
     assert run.anchor(batch, masks, is_first=True).old is None, "on-policy, the update's own scores serve"

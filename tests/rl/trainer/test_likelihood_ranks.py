@@ -17,9 +17,10 @@ from helpers.toys import MakePolicy, make_recipe
 from coupled.rl.errors import RankError
 from coupled.rl.fit import fit
 from coupled.rl.model.loading import load_policy
+from coupled.rl.model.weights import save_policy, trainable_state
 from coupled.rl.recipe.schema import Recipe
 from coupled.rl.run_folder.folder import RunFolder
-from coupled.rl.trainer.rank_group import ProcessRankHandle
+from coupled.rl.trainer.rank_process import ProcessRankHandle
 
 pytestmark = pytest.mark.slow
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -77,7 +78,7 @@ def cases_of(folder: Path, num_ranks: int) -> dict[str, Case]:
 def folder(tiny_policy: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of the model that all cases begin with: it reads everything, whatever the objective makes of it."""
     folder = tmp_path_factory.mktemp("fit")
-    tiny_policy().save(folder / "model")
+    save_policy(tiny_policy(), folder / "model")
     return folder
 
 
@@ -153,8 +154,8 @@ def test_a_checkpoint_of_two_ranks_is_resumed_by_one_and_opens_as_always(
     assert_goes_on(run_case(Case(recipe=recipe, resumes=written)), expected)
     one, two = load_policy(folder / kind / "from-1"), load_policy(written)
     assert two.family.block_length == one.family.block_length == 3, "it attends as it was trained"
-    for name, tensor in one.trainable_state().items():
-        torch.testing.assert_close(two.trainable_state()[name], tensor, atol=TOLERANCE, rtol=0)
+    for name, tensor in trainable_state(one).items():
+        torch.testing.assert_close(trainable_state(two)[name], tensor, atol=TOLERANCE, rtol=0)
 
 
 # --- whole runs ---------------------------------------------------------------------------------------------------
@@ -163,7 +164,7 @@ def test_a_checkpoint_of_two_ranks_is_resumed_by_one_and_opens_as_always(
 def test_a_run_that_loses_a_rank_names_it_and_is_resumed_by_any_number(
     tiny_policy: MakePolicy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The objective is the model's to decide, and the followers are told what it came to."""
+    """The objective is the model's to decide, and the other ranks receive the result."""
     model = tiny_policy(shift=0, block_length=4)
     alone = sft_recipe(tmp_path, model, {"micro_batch_size": 2})
     pair = sft_recipe(tmp_path, model, {"micro_batch_size": 2}, name="pair", cluster={"trainer_ranks": 2})
@@ -182,7 +183,7 @@ def test_a_run_that_loses_a_rank_names_it_and_is_resumed_by_any_number(
         return folder
 
     with monkeypatch.context() as patched:
-        patched.setattr("coupled.rl.trainer.rank_group.ProcessRankHandle", started_and_kept)
+        patched.setattr("coupled.rl.trainer.open.ProcessRankHandle", started_and_kept)
         patched.setattr(RunFolder, "commit", killed_after_two_steps)
         with pytest.raises(RankError, match=r"rank 1 of the trainer ended with signal 9 in 'fit'.*logs/rank_1\.log"):
             fit(pair)

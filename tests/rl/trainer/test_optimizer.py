@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers.toys import MakePolicy
 
+from coupled.rl.model.weights import trainable_state
 from coupled.rl.recipe.schema import Optimizer
 from coupled.rl.trainer.optimizer import apply_step, learning_rate, make_optimizer
 
@@ -89,13 +90,13 @@ def test_the_gradient_is_scaled_down_to_the_maximal_norm(
 def test_a_gradient_that_is_not_finite_leaves_weights_and_moments_alone(tiny_policy: MakePolicy, bad: float) -> None:
     policy = tiny_policy()
     optimizer = make_optimizer(policy, Optimizer(weight_decay=0.1))
-    before = {name: tensor.clone() for name, tensor in policy.trainable_state().items()}
+    before = {name: tensor.clone() for name, tensor in trainable_state(policy).items()}
     for parameter in policy.trainable_parameters():
         parameter.grad = torch.zeros_like(parameter)
     policy.model.lm_head.weight.grad[0, 0] = bad
     norm = apply_step(optimizer, policy, 1e-3, 0.2)
     assert not torch.isfinite(torch.tensor(norm))
-    assert all(torch.equal(before[name], tensor) for name, tensor in policy.trainable_state().items())
+    assert all(torch.equal(before[name], tensor) for name, tensor in trainable_state(policy).items())
     assert optimizer.state_dict()["state"] == {}
     assert all(p.grad is None for p in policy.trainable_parameters())
 

@@ -22,6 +22,7 @@ from helpers.rank_cases import (
 from helpers.toys import make_recipe
 
 from coupled.rl.model.loading import load_policy
+from coupled.rl.model.weights import save_policy, trainable_state
 from coupled.rl.recipe.schema import Recipe
 
 pytestmark = [
@@ -49,7 +50,7 @@ def recipe_of(folder: Path, *, adapter: bool = False, **sections: Any) -> dict[s
 def cases(tiny_policy: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Case]:
     folder = tmp_path_factory.mktemp("models")
     for name, options in FAMILIES.items():
-        tiny_policy(**options).save(folder / name)
+        save_policy(tiny_policy(**options), folder / name)
     low_memory = {"has_two_passes": True, "has_gradient_checkpointing": True, "micro_batch_size": 1}
     found = {
         f"{kind}-{family}": Case(recipe=recipe_of(folder / family, adapter=kind == "lora"))
@@ -174,6 +175,6 @@ def test_a_checkpoint_of_several_ranks_opens_as_one_of_a_single_rank(
             assert one == two
         else:
             assert {*one} - {"optimizer.pt", "reference.pt"} == {*two} - {"shards"}
-        first, second = (load_policy(folder / f"from-{n}").trainable_state() for n in (1, 2))
+        first, second = (trainable_state(load_policy(folder / f"from-{n}")) for n in (1, 2))
         for name, tensor in first.items():
             torch.testing.assert_close(second[name], tensor, atol=TOLERANCE, rtol=0)

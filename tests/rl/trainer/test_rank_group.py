@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,25 +18,27 @@ import torch.distributed as dist
 from helpers.toys import MakePolicy, make_batch, make_recipe, make_requests
 from torch.distributed.distributed_c10d import _set_pg_timeout as set_timeout
 
-import coupled.rl.trainer.rank_group
-from coupled.rl.errors import RankError, RecipeError
+import coupled.rl.trainer.rank_failures
+from coupled.rl.errors import RankError, RankLostError, RecipeError
 from coupled.rl.estimators.draw import draw_masks
 from coupled.rl.model.open import open_policy
-from coupled.rl.model.policy import digest_of
+from coupled.rl.model.weights import digest_of, save_policy, trainable_state
 from coupled.rl.recipe.schema import Recipe
 from coupled.rl.rollout.engine import InlineEngine
 from coupled.rl.rollout.sampler import Sampler
 from coupled.rl.rollout.workers import rank_group_engine
 from coupled.rl.trainer.collectives import Ranks
 from coupled.rl.trainer.open import open_rl_learner
-from coupled.rl.trainer.rank_group import (
-    ProcessRankHandle,
-    RankGroup,
+from coupled.rl.trainer.rank_failures import (
+    RankFailures,
     abort_collectives,
     abort_when_one_ends,
-    refuse_too_few_devices,
+    is_of_connections,
+    report_of,
 )
-from coupled.rl.trainer.rank_protocol import RankExit, error_key, ready
+from coupled.rl.trainer.rank_group import RankGroup, refuse_too_few_devices
+from coupled.rl.trainer.rank_process import ProcessRankHandle
+from coupled.rl.trainer.rank_protocol import RankExit, RankReport, error_key, ready
 from coupled.rl.trainer.rl_learner import RLLearner
 
 pytestmark = pytest.mark.slow
@@ -52,27 +55,27 @@ def recipe_of(folder: Path, **cluster: object) -> Recipe:
 
 
 class Opened:
-    """A gang of two and the process of its second rank."""
+    """A group of two ranks, and the process of the second."""
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, make: type[ProcessRankHandle] = ProcessRankHandle) -> None:
+        self.recipe, self._make = recipe, make
         self.others: list[ProcessRankHandle] = []
         self.rank_group = RankGroup(recipe, open_policy(recipe.model, recipe.seed), self._start)
 
     def _start(self, rank: int, port: int) -> ProcessRankHandle:
-        self.others.append(ProcessRankHandle(self.recipe, rank, port, Path(self.recipe.output_dir)))
+        self.others.append(self._make(self.recipe, rank, port, Path(self.recipe.output_dir)))
         return self.others[-1]
 
 
 @pytest.fixture
 def checkpoint(tiny_policy: MakePolicy, tmp_path: Path) -> Path:
-    tiny_policy().save(tmp_path / "checkpoint")
+    save_policy(tiny_policy(), tmp_path / "checkpoint")
     return tmp_path / "checkpoint"
 
 
-def opened(checkpoint: Path, tmp_path: Path, **cluster: object) -> Opened:
-    recipe = recipe_of(checkpoint, **cluster).model_copy(update={"output_dir": str(tmp_path / "logs")})
-    return Opened(recipe, tmp_path)
+def opened(checkpoint: Path, tmp_path: Path, make: type[ProcessRankHandle] = ProcessRankHandle) -> Opened:
+    recipe = recipe_of(checkpoint).model_copy(update={"output_dir": str(tmp_path / "logs")})
+    return Opened(recipe, make)
 
 
 def is_alive(pid: int) -> bool:
@@ -83,7 +86,7 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def test_a_gang_does_what_a_learner_does_and_a_killed_rank_ends_it_with_its_name(
+def test_a_rank_group_does_what_a_learner_does_and_a_killed_rank_ends_it_with_its_name(
     checkpoint: Path, tmp_path: Path
 ) -> None:
     pair = opened(checkpoint, tmp_path)
@@ -119,7 +122,7 @@ def test_a_gang_does_what_a_learner_does_and_a_killed_rank_ends_it_with_its_name
         started = time.monotonic()
         os.kill(other.pid, signal.SIGKILL)
         with pytest.raises(
-            RankError, match=r"rank 1 of the trainer ended with signal 9 in 'update'.*rank_1\.log"
+            RankLostError, match=r"rank 1 of the trainer ended with signal 9 in 'update'.*rank_1\.log"
         ) as lost:
             rank_group.update(2, batch, draw, anchor)
         assert time.monotonic() - started < 30
@@ -138,9 +141,9 @@ def test_a_rank_that_stands_still_is_waited_for_until_the_deadline_and_named(che
         rank_group.sync_reference(1)
         # Not in the recipe: starting takes longer than this test should.
         set_timeout(timedelta(seconds=3), dist.group.WORLD)
-        rank_group._timeout = 3
+        rank_group._failures.timeout_seconds = 3
         os.kill(other.pid, signal.SIGSTOP)
-        with pytest.raises(RankError, match=r"waited 3 s for each other in 'trainable_state'; not done: rank 1 \("):
+        with pytest.raises(RankLostError, match=r"waited 3 s for each other in 'trainable_state'; not done: rank 1 \("):
             rank_group.trainable_state()
     finally:
         rank_group.close()
@@ -148,9 +151,9 @@ def test_a_rank_that_stands_still_is_waited_for_until_the_deadline_and_named(che
 
 
 def test_replicas_that_begin_differently_are_refused(tiny_policy: MakePolicy) -> None:
-    state = tiny_policy().trainable_state()
-    other = tiny_policy(seed=1).trainable_state()
-    assert digest_of(state) == digest_of(tiny_policy().trainable_state()) != digest_of(other)
+    state = trainable_state(tiny_policy())
+    other = trainable_state(tiny_policy(seed=1))
+    assert digest_of(state) == digest_of(trainable_state(tiny_policy())) != digest_of(other)
 
     class Heard(Ranks):
         def gather(self, item: str) -> list[str]:
@@ -163,7 +166,7 @@ def test_replicas_that_begin_differently_are_refused(tiny_policy: MakePolicy) ->
 
 
 class Ended:
-    """A follower that is seen as ended from the n-th look on."""
+    """A rank that is seen as ended from the n-th poll on."""
 
     def __init__(self, rank: int, how: str, looks: int = 0, host: str = "127.0.0.1") -> None:
         self.rank, self.host, self.log = rank, host, f"rank_{rank}.log"
@@ -177,37 +180,142 @@ class Ended:
         raise AssertionError("nobody is killed for having ended")
 
 
+def lost(text: str) -> RankReport:
+    return RankReport(text=text, is_of_connections=True)
+
+
+def broken(text: str) -> RankReport:
+    return RankReport(text=text, is_of_connections=False)
+
+
 @pytest.mark.parametrize(
-    ("how", "reasons", "named", "exit_code"),
+    ("how", "reports", "named", "exit_code"),
     [
         (
             "signal 9",
-            {1: "RuntimeError: [gloo] Connection reset by peer"},
+            {1: lost("RuntimeError: [gloo] Connection reset by peer")},
             "rank 3 of the trainer ended with signal 9 in 'update'\\.",
             75,
         ),
         (
             "status 1",
-            {1: "RuntimeError: Connection closed by peer", 3: "OutOfMemoryError: 40 GiB"},
-            "rank 3 of the trainer ended with status 1 in 'update': OutOfMemoryError: 40 GiB.*Mend that",
+            {1: lost("RuntimeError: Connection closed by peer"), 3: broken("OutOfMemoryError: 40 GiB")},
+            "rank 3 of the trainer ended with status 1 in 'update': OutOfMemoryError: 40 GiB.*Fix the cause",
             2,
         ),
-        ("status 1", {1: "RuntimeError: NCCL error", 3: "RuntimeError: NCCL error"}, "rank 1 .* NCCL error", 75),
-        ("status 1", {1: "RuntimeError: NCCL error"}, "rank 3 .* ended with status 1 in 'update'.*Mend that", 2),
+        (
+            "status 1",
+            {1: lost("RuntimeError: closed by peer"), 3: broken("ValueError: no connection to my database")},
+            "rank 3 .* ended with status 1 in 'update': ValueError: no connection to my database.*Fix the cause",
+            2,
+        ),
+        (
+            "status 1",
+            {1: lost("DistBackendError: 1"), 3: lost("DistBackendError: 3")},
+            "rank 1 .* DistBackendError",
+            75,
+        ),
+        ("status 1", {1: lost("DistBackendError: 1")}, "rank 3 .* ended with status 1 in 'update'.*Fix the cause", 2),
     ],
-    ids=["killed", "failed", "all lost somebody", "failed before it could say why"],
+    ids=[
+        "killed",
+        "failed",
+        "failed over a connection of its own",
+        "all lost another",
+        "failed before it could report",
+    ],
 )
 def test_the_rank_that_ended_first_is_named_and_resuming_is_for_those_that_were_lost(
-    how: str, reasons: dict[int, str], named: str, exit_code: int
+    how: str, reports: dict[int, RankReport], named: str, exit_code: int
 ) -> None:
-    rank_group = RankGroup.__new__(RankGroup)
-    rank_group._handles = [Ended(1, "status 1"), Ended(3, how, looks=3)]
-    rank_group._store = dist.HashStore()
-    for rank, reason in reasons.items():
-        rank_group._store.set(error_key(rank), reason)
+    store = dist.HashStore()
+    failures = RankFailures([Ended(1, "status 1"), Ended(3, how, looks=3)], store, 60.0)
+    for rank, report in reports.items():
+        store.set(error_key(rank), report.encoded())
     with pytest.raises(RankError, match=named) as caught:
-        rank_group._refuse_ended("update")
+        failures.refuse_ended("update")
     assert caught.value.exit_code == exit_code
+    assert isinstance(caught.value, RankLostError) == (exit_code == 75)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_lost"),
+    [
+        (dist.DistNetworkError("closed"), True),
+        (dist.DistBackendError("unhandled system error"), True),
+        (dist.DistStoreError("wait timeout after 100ms"), True),
+        (ConnectionResetError("reset"), True),
+        (BrokenPipeError(), True),
+        (TimeoutError("timed out"), True),
+        (ValueError("no connection to my database"), False),
+        (RuntimeError("gloo: Connection closed by peer; NCCL timed out; broken pipe"), False),
+        (OSError("connection"), False),
+        (torch.OutOfMemoryError("NCCL connection"), False),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_the_type_of_an_exception_decides_whether_a_rank_lost_another(error: Exception, is_lost: bool) -> None:
+    assert is_of_connections(error) == is_lost
+    assert report_of(error) == RankReport(text=f"{type(error).__name__}: {error}", is_of_connections=is_lost)
+    assert RankReport.decoded(report_of(error).encoded().encode()) == report_of(error)
+
+
+@pytest.mark.parametrize(
+    ("message", "is_lost"),
+    [("[gloo/transport/tcp/pair.cc:534] Connection closed by peer", True), ("shapes differ", False)],
+)
+def test_a_message_decides_only_for_what_torch_distributed_raised(message: str, is_lost: bool) -> None:
+    """gloo reports a lost peer as a plain RuntimeError. Here a function in a file of torch.distributed raises it."""
+    inside: dict[str, Any] = {}
+    exec(compile("def wait(error):\n    raise error\n", dist.__file__, "exec"), inside)
+    with pytest.raises(RuntimeError) as caught:
+        inside["wait"](RuntimeError(message))
+    assert is_of_connections(caught.value) == is_lost
+    assert not is_of_connections(RuntimeError(message)), "raised nowhere"
+
+
+def test_an_error_of_the_first_rank_itself_is_passed_on_at_once_whatever_its_words() -> None:
+    failures = RankFailures([Ended(1, "status 0", looks=9**9)], dist.HashStore(), 60.0)
+
+    def fail() -> None:
+        raise ValueError("no connection to my database: timed out")
+
+    started = time.monotonic()
+    with pytest.raises(ValueError, match="my database"):
+        failures.guarded("update", 1, fail)
+    assert time.monotonic() - started < 5, "nothing is waited for"
+
+
+class WithoutDatabase(ProcessRankHandle):
+    """A rank whose update fails with an error of its own that has the words of a lost connection."""
+
+    program = (
+        "-c",
+        "from coupled.rl.trainer import rank_process\n"
+        "from coupled.rl.trainer.rl_learner import RLLearner\n"
+        "def update(*arguments, **named):\n"
+        "    raise ValueError('no connection to my database')\n"
+        "RLLearner.update = update\n"
+        "rank_process.main()\n",
+    )
+
+
+def test_a_rank_that_fails_by_itself_is_no_lost_rank_whatever_its_words(checkpoint: Path, tmp_path: Path) -> None:
+    rank_group = opened(checkpoint, tmp_path, WithoutDatabase).rank_group
+    try:
+        batch = make_batch(seed=1)
+        draw = draw_masks(batch, rank_group._learner.recipe.estimator, (0, "mask", 1, 0))
+        anchor = rank_group.anchor(batch, draw, is_first=True)
+        with pytest.raises(
+            RankError, match=r"rank 1 .* ended with status 1 in 'update': ValueError: no connection to my database"
+        ) as failed:
+            rank_group.update(1, batch, draw, anchor)
+        assert not isinstance(failed.value, RankLostError)
+        assert failed.value.exit_code == 2
+        cause = failed.value.__cause__
+        assert cause is None or is_of_connections(cause), "for the first rank the other one is gone"
+    finally:
+        rank_group.close()
 
 
 def test_collectives_are_aborted_when_a_rank_ends_and_only_then() -> None:
@@ -218,12 +326,12 @@ def test_collectives_are_aborted_when_a_rank_ends_and_only_then() -> None:
     closed = threading.Event()
     closed.set()
     abort_when_one_ends([Ended(1, "signal 9")], closed, lambda lost: aborted.append(lost.rank))
-    assert aborted == [2], "a gang that is closed ends its ranks itself"
+    assert aborted == [2], "a rank group that is closed ends its ranks itself"
 
 
 def test_who_reads_from_a_host_that_fell_silent_is_told_and_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """gloo waits for a silent host until its own deadline; here 127.0.0.2 is that host."""
-    monkeypatch.setattr(coupled.rl.trainer.rank_group, "GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(coupled.rl.trainer.rank_failures, "GRACE_SECONDS", 0.1)
     ends: dict[str, list[socket.socket]] = {}
     for address in ("127.0.0.1", "127.0.0.2"):
         with socket.create_server((address, 0)) as listener:

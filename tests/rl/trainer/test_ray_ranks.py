@@ -18,7 +18,7 @@ from coupled.rl.cluster.types import HEALTH, Health
 from coupled.rl.errors import RankError, RankLostError, RecipeError
 from coupled.rl.estimators.draw import draw_masks
 from coupled.rl.model.open import open_policy
-from coupled.rl.model.policy import digest_of
+from coupled.rl.model.weights import digest_of, save_policy
 from coupled.rl.recipe.schema import Recipe
 from coupled.rl.rollout.sampler import Sampler
 from coupled.rl.rollout.workers import ObjectCarrier, RolloutWorker
@@ -32,7 +32,7 @@ SAMPLER = Sampler(canvas=6, denoising_steps=6, temperature=1.0)
 @pytest.fixture(scope="module")
 def checkpoint(tiny_policy: MakePolicy, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    tiny_policy().save(folder)
+    save_policy(tiny_policy(), folder)
     return folder
 
 
@@ -48,7 +48,7 @@ def recipe_of(checkpoint: Path, **cluster: object) -> Recipe:
 
 @pytest.fixture(scope="module")
 def ray(checkpoint: Path) -> Iterator[Any]:
-    """Started once; each gang is one more user of it."""
+    """Started once; each rank group is one more user of it."""
     yield open_ray(recipe_of(checkpoint))
     close_ray()
 
