@@ -14,7 +14,7 @@ from coupled.rl.judging.grader import Grader
 from coupled.rl.model.loading import add_adapter, load_policy
 from coupled.rl.model.policy import Policy
 from coupled.rl.recipe.schema import Optimizer
-from coupled.rl.rollout.workers import inline_engine
+from coupled.rl.rollout.engine import policy_engine
 from coupled.rl.run import Run
 from coupled.rl.run_folder.folder import RunFolder
 from coupled.rl.trainer.checkpoint import REFERENCE, read_checkpoint, write_checkpoint
@@ -160,7 +160,7 @@ def test_the_reference_of_another_model_is_refused(tiny_policy: MakePolicy) -> N
 
 def toy_run(policy: Policy, folder: Path, **loss: object) -> Run:
     recipe = make_recipe(loss=loss, optimizer={"learning_rate": 1e-2, "schedule": "constant"}, num_steps=4)
-    return Run(recipe, policy, [], [], Grader.__new__(Grader), RunFolder(folder, keep=1), inline_engine(policy, 4))
+    return Run(recipe, policy, [], [], Grader.__new__(Grader), RunFolder(folder, keep=1), policy_engine(policy, 4))
 
 
 def step_of(run: Run, step: int, num_updates: int = 2) -> None:
