@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from coupled.rl.errors import CoupledError
 
@@ -121,6 +121,7 @@ HEALTH = {"patient": PATIENT, "fast": FAST}
 """By the recipe's `cluster.health`."""
 
 
+@runtime_checkable
 class EventSink(Protocol):
     """Takes the events of a run. Example: `emit("start", key=key, worker="roll-0#1", version=3)`."""
 

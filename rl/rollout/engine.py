@@ -27,6 +27,7 @@ class HasWeights(Protocol):
         ...
 
 
+@runtime_checkable
 class Denoise(Protocol):
     """Denoises requests under the present weights: `learner.generate`, on one rank or several."""
 
@@ -66,6 +67,7 @@ class RolloutEngine(Protocol):
         ...
 
 
+@runtime_checkable
 class StepEngine(RolloutEngine, Protocol):
     """Makes the rollouts of training steps, in order, possibly ahead of training."""
 

@@ -161,7 +161,8 @@ class RunFolder:
         if self._generation and newest > self._generation:
             raise FencedError(
                 f"process {newest} has taken over {self.path} since this one, process {self._generation}, opened it; "
-                "this one stops and writes nothing more. Only one process may train a run: start another with resume=never"
+                "this one stops and writes nothing more. Only one process may train a run: start another with "
+                "resume=never"
             )
 
 
