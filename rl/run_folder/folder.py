@@ -1,12 +1,12 @@
-"""The run folder: what is kept, and how a crash loses at most the step under way.
+"""The run folder: its files, written so that a crash loses at most the step under way.
 
 recipe.yaml            the resolved recipe
 environment.jsonl      commit, command, machine and versions: one row per start or resumption
 metrics.jsonl          one row per step, appended after the step is committed
 rollouts/*.parquet     every completion with its verdict
 checkpoints/step_N/    weights, tokenizer, optimizer, state.json, MANIFEST.json; appears by one rename or not at all
-logs/rank_N.log        what the trainer's ranks other than the first print
-events.jsonl           what became of every batch and worker
+logs/rank_N.log        output of the trainer's ranks other than the first
+events.jsonl           events of batches and workers
 fence/generation_N     one per process that opened the run; only the newest may commit
 evaluation.jsonl       held-out results
 tensorboard/           the same metrics for TensorBoard
@@ -56,7 +56,7 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def latest(self) -> Path | None:
-        """The newest committed checkpoint whose files are what its manifest says, or None."""
+        """The newest committed checkpoint whose files match its manifest, or None."""
         for folder in reversed(committed_checkpoints(self.checkpoints)):
             if not broken_files(folder):
                 return folder
@@ -104,7 +104,7 @@ class RunFolder:
     def log(self, row: Mapping[str, Any], *, file: str = "metrics.jsonl") -> None:
         """Append one row, whole, and mirror its numbers to TensorBoard.
 
-        What a full disk does not take is kept, and written with the next row.
+        Rows that a full disk does not take are kept, and written with the next row.
 
         Raises:
             FencedError: another process has the run by now, and logs this step itself.
@@ -212,7 +212,7 @@ def open_run_folder(recipe: Recipe, resume: str = "never") -> RunFolder:
 
 
 def broken_files(folder: Path) -> list[str]:
-    """Files of a checkpoint that are missing or not what its manifest says; one of an earlier version has none."""
+    """Files of a checkpoint that are missing or do not match its manifest; [] without one, as in earlier versions."""
     try:
         hashes = json.loads((folder / MANIFEST).read_text())["sha256"]
     except FileNotFoundError:
