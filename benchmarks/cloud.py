@@ -51,13 +51,13 @@ class Run:
                     return event
         raise AssertionError("unreachable")
 
-    def wait_committed(self, step: int, epoch: int = 1) -> None:
+    def wait_committed(self, step: int, generation: int = 1) -> None:
         """Wait for a checkpoint of at least this step, by the run's process of this number."""
         for _ in self.until_it_ends():
             for folder in committed_checkpoints(self.folder / "checkpoints"):
                 with contextlib.suppress(OSError):
                     about = json.loads((folder / "MANIFEST.json").read_text())
-                    if about["step"] >= step and about["epoch"] >= epoch:
+                    if about["step"] >= step and about["generation"] >= generation:
                         return
 
     def until_it_ends(self) -> Iterator[None]:

@@ -166,7 +166,7 @@ def resume_elsewhere(cloud: Cloud, run: Run) -> tuple[dict[str, Any], Run]:
     since = time.time()
     lag = f"cluster.lag={read_run_recipe(run.folder).cluster.lag}"
     successor = cloud.train(NAME, (*RECIPE, lag, "resume=auto"))
-    successor.wait_committed(FAULT_STEP, epoch=2)
+    successor.wait_committed(FAULT_STEP, generation=2)
     return {"seconds until the successor committed": time.time() - since}, successor
 
 

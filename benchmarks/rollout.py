@@ -51,7 +51,7 @@ from coupled.rl.recipe.schema import PRESETS
 from coupled.rl.rollout import readout
 from coupled.rl.rollout.denoise import keyed_draws
 from coupled.rl.rollout.distributions import draw_tokens
-from coupled.rl.rollout.engine import InlineEngine, roll_out
+from coupled.rl.rollout.engine import policy_engine, roll_out
 from coupled.rl.rollout.readout import chunks
 from coupled.rl.rollout.sampler import Request, Sampler, Step, plan_steps, sampler_of, unmask_counts
 from coupled.rl.types import Rollout
@@ -346,7 +346,7 @@ class Problem:
         return replace(self.sampler, **settings)
 
     def generate(self, sampler: Sampler) -> list[Rollout]:
-        return InlineEngine(self.policy, self.batch_size).generate(self.requests, sampler, seed=SEED)
+        return policy_engine(self.policy, self.batch_size).generate(self.requests, sampler, seed=SEED)
 
 
 class _Tokenizer:

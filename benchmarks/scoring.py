@@ -50,7 +50,7 @@ from coupled.rl.objective.gradient import add_gradient
 from coupled.rl.objective.loss import loss_denominator
 from coupled.rl.recipe.read import load_recipe
 from coupled.rl.recipe.schema import Recipe
-from coupled.rl.rollout.engine import InlineEngine
+from coupled.rl.rollout.engine import policy_engine
 from coupled.rl.rollout.sampler import Request, sampler_of
 from coupled.rl.types import Anchor, MaskDraw, MaskPair, TrainBatch
 
@@ -514,7 +514,7 @@ def count_distinct_inputs(num_groups: int, group: int) -> dict[str, Any]:
     policy = open_policy(recipe.model, recipe.seed)
     prompts = encode_prompts(load_tasks(recipe.data), policy.tokenizer, recipe.data.max_prompt_tokens)[:num_groups]
     requests = [Request(uid=f"{i}/{k}", prompt_ids=p.token_ids) for i, p in enumerate(prompts) for k in range(group)]
-    made = InlineEngine(policy, recipe.rollout.batch_size).generate(requests, sampler_of(recipe), seed=recipe.seed)
+    made = policy_engine(policy, recipe.rollout.batch_size).generate(requests, sampler_of(recipe), seed=recipe.seed)
     found: dict[str, Any] = {"groups": num_groups, "group": group}
     found["end_rate"] = statistics.mean(rollout.finish_reason == "end" for rollout in made)
     for post_eos in ("kept", "mask"):

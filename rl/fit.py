@@ -21,6 +21,7 @@ from coupled.rl.monitoring.progress import Progress
 from coupled.rl.monitoring.watchdog import PATIENCE_WITH_FILES, Watchdog, stall_seconds
 from coupled.rl.recipe.schema import Recipe
 from coupled.rl.run_folder.folder import open_run_folder
+from coupled.rl.run_folder.saver import CheckpointSaver
 from coupled.rl.trainer.open import open_likelihood_learner
 
 
@@ -29,25 +30,28 @@ def fit(recipe: Recipe, resume: str = "never") -> Path:
 
     Raises:
         CoupledError: the recipe's data or checkpoint is not usable; nothing is written then.
+        SaveError: several checkpoints in a row cannot be written, or the last one.
     """
     use_threads(recipe)
     policy = open_policy(recipe.model, recipe.seed)
     as_asked, recipe = recipe, recipe.model_copy(update={"fit": settle(recipe.fit, policy.family)})
     source = open_source(recipe, policy)
-    run = open_run_folder(as_asked, resume)
+    console = Console(soft_wrap=True)
+    report = partial(console.print, highlight=False, markup=False)
+    folder = open_run_folder(as_asked, resume)
     with ExitStack() as opened:
-        learner = opened.enter_context(closing(open_likelihood_learner(recipe, policy, run.path)))
-        watchdog = Watchdog(stall_seconds(recipe), run.path)
+        opened.callback(folder.close)
+        learner = opened.enter_context(closing(open_likelihood_learner(recipe, policy, folder.path)))
+        watchdog = Watchdog(stall_seconds(recipe), folder.path)
         watchdog.beat_on(*learner.bodies)
         opened.callback(watchdog.close)
-        done, cursor = 0, Cursor()
-        if (latest := run.latest()) is not None:
-            state = learner.read(latest)
-            done, cursor = int(state["step"]), Cursor(**state["cursor"])
-        run.forget_after(done)
+        saver = CheckpointSaver(folder, num_steps=recipe.num_steps, every=recipe.checkpoint.every, report=report)
+        state = saver.restore(learner.read)
+        done, cursor = int(state["step"]), Cursor(**state.get("cursor", {}))
         watchdog.start()
         rows = RowMaker(source, recipe, policy.tokenizer.eos_token_id, cursor)
-        progress = opened.enter_context(Progress(recipe.num_steps, done, title=f"{recipe.stage} {run.path}"))
+        title = f"{recipe.stage} {folder.path}"
+        progress = opened.enter_context(Progress(recipe.num_steps, done, title=title, console=console))
 
         for step in range(done, recipe.num_steps):
             started = time.perf_counter()
@@ -61,17 +65,17 @@ def fit(recipe: Recipe, resume: str = "never") -> Path:
                 **asdict(update),
                 "scored_share": int(noise.masked.sum()) / int(batch.carries_loss.sum()),
                 **{f"skipped/{reason}": count for reason, count in sorted(rows.cursor.skipped.items())},
+                **({"failed_saves": float(saver.num_failed)} if saver.num_failed else {}),
                 "time/step_seconds": seconds,
                 "tokens_per_second": batch.ids.numel() / seconds,
             }
-            run.log(row)
+            folder.log(row)
             progress.update(step + 1, {"loss": update.loss, "grad norm": update.grad_norm})
-            if (step + 1) % recipe.checkpoint.every == 0 or step + 1 == recipe.num_steps:
-                state = {"step": step + 1, "cursor": asdict(rows.cursor)}
-                with watchdog.phase("checkpoint", PATIENCE_WITH_FILES):
-                    latest = run.commit(step + 1, partial(learner.write, state=state))
-    run.close()
+            state = {"step": step + 1, "cursor": asdict(rows.cursor)}
+            with watchdog.phase("checkpoint", PATIENCE_WITH_FILES):
+                saver.save_if_due(step + 1, partial(learner.write, state=state))
     if rows.cursor.skipped:
-        Console(soft_wrap=True).print(f"rows left out: {told(rows.cursor.skipped)}", highlight=False, markup=False)
+        report(f"rows left out: {told(rows.cursor.skipped)}")
+    latest = folder.latest()
     assert latest is not None, "the last step always commits"
     return latest

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Prose check: idioms that plain technical English does without, in docstrings, comments, messages and documentation.
 
-    scripts/prose.py [FILE or FOLDER ...]    # default: rl sandbox reward recipes benchmarks scripts tests/helpers docs README.md
+    scripts/prose.py [FILE or FOLDER ...]    # default: packages, benchmarks, scripts, test helpers and documentation
 
 Prints one line per finding and ends with status 1 when there is one. docs/development.md has the word list.
 """

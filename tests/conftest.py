@@ -61,6 +61,7 @@ HEAD_ROWS = 48
 
 MakePolicy = Callable[..., Policy]
 
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep together what shares something costly: a Ray, or what a module opens once for its tests."""

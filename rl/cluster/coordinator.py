@@ -15,9 +15,11 @@ from coupled.rl.cluster.ledger import Attempt, Entry, Job, Ledger
 from coupled.rl.cluster.pool import PoolSpec, Worker, WorkerPool, WorkerState
 from coupled.rl.cluster.transport import Transport
 from coupled.rl.cluster.types import (
+    NO_EVENTS,
     PATIENT,
     ClusterError,
     Counters,
+    EventSink,
     Failure,
     GroupKey,
     Health,
@@ -64,17 +66,17 @@ class Coordinator:
         to_samples: Callable[[Unit, Any], Sequence[Any]] = lambda unit, payload: payload,
         is_infra: Callable[[Any], bool] = lambda score: False,
         on_rolled: Callable[[Unit, Any], None] = lambda unit, payload: None,
-        tell: Callable[..., None] = lambda event, **facts: None,
+        emit: EventSink = NO_EVENTS,
     ) -> None:
         self.transport = transport
         self.admission = admission or InOrder()
-        self.ledger = Ledger(to_samples=to_samples, is_infra=is_infra, tell=tell)
+        self.ledger = Ledger(to_samples=to_samples, is_infra=is_infra, emit=emit)
         self.pools: dict[Stage, WorkerPool] = {spec.stage: WorkerPool(spec, health) for spec in pools}
         self.num_trained = 0
         self.calls: dict[Any, _Call] = {}
         self._health = health
         self._on_rolled = on_rolled
-        self._tell = tell
+        self._emit = emit
         self._weights: dict[int, Weights] = {}
         self._next_step = 1
         self._accounted = self._progress = transport.now()
@@ -120,7 +122,7 @@ class Coordinator:
             self.ledger.add(unit)
         if units:
             first, stage = units[0], "score" if units[0].work is None else "roll"
-            self._tell("submit", stream=first.key.stream, step=first.key.step, stage=stage, units=len(units))
+            self._emit("submit", stream=first.key.stream, step=first.key.step, stage=stage, units=len(units))
         self.dispatch()
 
     def take(self, keys: Sequence[GroupKey]) -> list[Entry]:
@@ -260,7 +262,7 @@ class Coordinator:
         worker.since = now
         worker.version = -1
         worker.handle = self.transport.spawn(pool.spec.spec, worker.place)
-        self._tell("spawn", worker=worker.holder)
+        self._emit("spawn", worker=worker.holder)
         self._call(worker, "hello", "hello", (), self._health.start_seconds)
 
     def _call(
@@ -277,14 +279,14 @@ class Coordinator:
         worker.handle = None
         worker.why, worker.error = f"{type(error).__name__}: {error}"[:300], error
         self.ledger.counters.num_lost_workers += 1
-        self._tell("lost", worker=worker.holder, why=worker.why)
+        self._emit("lost", worker=worker.holder, why=worker.why)
         for attempt in attempts:
             self.ledger.fail(attempt, Failure.INFRA, error)
         worker.state = WorkerState.RESTARTING
         now = self.transport.now()
         if is_counted and not pool.may_restart(worker, now):
             worker.state = WorkerState.RETIRED
-            self._tell("retired", worker=worker.holder, why=worker.why)
+            self._emit("retired", worker=worker.holder, why=worker.why)
             return
         worker.num_failures += 1
         worker.is_waiting = True
@@ -301,7 +303,7 @@ class Coordinator:
         elif worker.state is WorkerState.READY:
             worker.state = WorkerState.SUSPECT
             call.deadline = attempt.started + 2 * attempt.patience
-            self._tell("suspect", worker=worker.holder, key=attempt.job.entry.unit.key)
+            self._emit("suspect", worker=worker.holder, key=attempt.job.entry.unit.key)
             self.ledger.hedge(attempt.job)
         elif now >= attempt.started + 2 * attempt.patience:
             self._lost(pool, worker, WorkerLost(f"no answer in {now - attempt.started:.0f} s"))
@@ -318,7 +320,7 @@ class Coordinator:
         units = make(step, version)
         for unit in units:
             self.ledger.add(unit)
-        self._tell("issue", step=step, version=version, units=len(units))
+        self._emit("issue", step=step, version=version, units=len(units))
 
     def _mark_start(self) -> None:
         """The stall watchdog counts from here when nothing was under way: nobody may have pumped for hours."""
@@ -353,7 +355,7 @@ class Coordinator:
                 return
             worker.state, worker.hello, worker.why, worker.error = WorkerState.READY, value, "", None
             known = value if isinstance(value, dict) else {}
-            self._tell("ready", worker=worker.holder, host=known.get("host", ""), pid=known.get("pid", 0))
+            self._emit("ready", worker=worker.holder, host=known.get("host", ""), pid=known.get("pid", 0))
             return
         assert attempt is not None
         if call.purpose == "load":

@@ -14,9 +14,11 @@ from typing import Any
 from coupled.rl.cluster.types import (
     DATA_BUDGET,
     INFRA_BUDGET,
+    NO_EVENTS,
     STRIKES,
     TRAINING,
     Counters,
+    EventSink,
     Failure,
     GroupKey,
     Masked,
@@ -102,14 +104,14 @@ class Ledger:
         *,
         to_samples: Callable[[Unit, Any], Sequence[Any]] = lambda unit, payload: payload,
         is_infra: Callable[[Any], bool] = lambda score: False,
-        tell: Callable[..., None] = lambda event, **facts: None,
+        emit: EventSink = NO_EVENTS,
     ) -> None:
         self.entries: dict[GroupKey, Entry] = {}
         self.counters = Counters()
         self.waiting: dict[Stage, list[Job]] = {"roll": [], "score": []}
         self._to_samples = to_samples
         self._is_infra = is_infra
-        self._tell = tell
+        self._emit = emit
         self._num_attempts = 0
 
     def add(self, unit: Unit) -> None:
@@ -134,7 +136,7 @@ class Ledger:
             entry.state = State.SCORING
         self.counters.num_dispatched += 1
         self.counters.num_redispatched += bool(job.strikes or job.num_infra or job.num_data)
-        self._tell(
+        self._emit(
             "start", key=entry.unit.key, stage=job.stage, part=job.part, worker=holder, version=entry.unit.version
         )
         return Attempt(job, self._num_attempts, holder, now, patience)
@@ -146,7 +148,7 @@ class Ledger:
         entry = attempt.job.entry
         entry.payload = payload
         entry.state = State.ROLLED
-        self._tell("rolled", key=entry.unit.key, worker=attempt.holder)
+        self._emit("rolled", key=entry.unit.key, worker=attempt.holder)
         if entry.unit.is_scored:
             self._to_score(entry, self._to_samples(entry.unit, payload))
         return True
@@ -157,7 +159,7 @@ class Ledger:
             return False
         job = attempt.job
         entry = job.entry
-        self._tell("scored", key=entry.unit.key, part=job.part, worker=attempt.holder)
+        self._emit("scored", key=entry.unit.key, part=job.part, worker=attempt.holder)
         again = []
         for place, score in zip(job.part, scores, strict=True):
             if self._is_infra(score) and job.num_infra + 1 < INFRA_BUDGET:
@@ -166,7 +168,7 @@ class Ledger:
                 self.counters.num_masked += self._is_infra(score)
                 self._settle(entry, place, score)
         if again:
-            self._tell("infra", key=entry.unit.key, part=again, worker=attempt.holder)
+            self._emit("infra", key=entry.unit.key, part=again, worker=attempt.holder)
             avoid = attempt.holder.partition("#")[0]
             self._wait(
                 Job(entry, "score", tuple(again), job.strikes, job.num_infra + 1, job.num_data, avoid, job.is_alone)
@@ -181,7 +183,7 @@ class Ledger:
         if not job.is_wanted:
             return
         reason = f"{type(error).__name__}: {error}"[:500]
-        self._tell(
+        self._emit(
             "failed",
             key=entry.unit.key,
             stage=job.stage,
@@ -227,7 +229,7 @@ class Ledger:
         job.is_hedged = True
         self.counters.num_hedged += 1
         self._wait(job)
-        self._tell("hedged", key=job.entry.unit.key, stage=job.stage, part=job.part)
+        self._emit("hedged", key=job.entry.unit.key, stage=job.stage, part=job.part)
         return True
 
     def is_done(self, keys: Iterable[GroupKey]) -> bool:
@@ -255,7 +257,7 @@ class Ledger:
         self.end(attempt)
         if is_late:
             self.counters.num_duplicates += 1
-            self._tell("duplicate", key=job.entry.unit.key, stage=job.stage, part=job.part, worker=attempt.holder)
+            self._emit("duplicate", key=job.entry.unit.key, stage=job.stage, part=job.part, worker=attempt.holder)
             return False
         job.is_done = True
         if job.is_hedged:
@@ -284,7 +286,7 @@ class Ledger:
         self.counters.num_quarantined += 1
         holders = ", ".join(sorted(job.strikes))
         entry.reason = f"it ended {len(job.strikes)} workers ({holders}): {reason}"
-        self._tell("quarantined", key=entry.unit.key, stage=job.stage, part=job.part, why=entry.reason)
+        self._emit("quarantined", key=entry.unit.key, stage=job.stage, part=job.part, why=entry.reason)
         if job.stage == "roll":
             entry.state = State.QUARANTINED
             return

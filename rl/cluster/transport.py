@@ -1,14 +1,13 @@
-"""What the coordinator needs of processes, and workers inside this process.
+"""The protocols through which the coordinator reaches processes and moves weights.
 
-Nothing here waits for long: `spawn` and `call` return at once, `wait` has a timeout, `result` is asked of calls that
-are done. A call runs at most once, whatever happens; trying again is the ledger's decision.
+No method waits for long: `spawn` and `call` return at once, `wait` has a timeout, `result` is for calls that are done.
+A call runs at most once, whatever happens; the ledger decides to try again.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 
@@ -19,34 +18,34 @@ class WorkerSpec:
     make: Callable[..., Any]
     arguments: tuple[Any, ...] = ()
     num_gpus: float = 0.0
-    """Of Ray: reserved for each worker."""
+    """GPUs that Ray reserves for each worker."""
     num_cpus: float = 1.0
     concurrency: int = 1
     """Calls that a worker runs at the same time."""
 
     @property
     def needs(self) -> dict[str, float]:
-        """What Ray reserves for a worker, by the names it has for it."""
+        """Resources that Ray reserves for a worker, by Ray's names."""
         return {"CPU": self.num_cpus} | ({"GPU": self.num_gpus} if self.num_gpus else {})
 
 
 class Transport(Protocol):
-    """Processes and messages. `worker` and `call` are whatever the transport makes of them."""
+    """Processes and messages. `worker` and `call` are opaque handles of the transport."""
 
     def spawn(self, spec: WorkerSpec, place: Any) -> Any:
-        """Begin to start a worker, at a place if the transport knows places; what goes wrong is told by its calls."""
+        """Begin to start a worker, at a place if the transport knows places; its calls report failures."""
         ...
 
     def call(self, worker: Any, method: str, *arguments: Any) -> Any:
-        """Begin a call. Results and errors are told by `result`."""
+        """Begin a call; `result` gives its result or error."""
         ...
 
     def wait(self, calls: Sequence[Any], timeout: float) -> Sequence[Any]:
-        """Those of the calls that are done; after `timeout` seconds, none."""
+        """The calls that are done; none after `timeout` seconds."""
         ...
 
     def result(self, call: Any) -> Any:
-        """What a call gave. Raises WorkerLost, or WorkFailed with what the method raised."""
+        """The value that a call returned. Raises WorkerLost, or WorkFailed with the error of the method."""
         ...
 
     def kill(self, worker: Any) -> None:
@@ -58,50 +57,17 @@ class Transport(Protocol):
         ...
 
     def close(self) -> None:
-        """End everything that was started."""
+        """End every worker that was started."""
         ...
 
 
 class Carrier(Protocol):
-    """How weights travel: makes a handle that a worker's `load` understands, and throws it away."""
+    """How weights travel: makes a handle that a worker's `load` understands, and releases it."""
 
     def send(self, state: Mapping[str, Any], version: int) -> Any:
         """Put the weights, name → tensor, where workers find them."""
         ...
 
     def drop(self, version: int) -> None:
-        """Nobody asks for this version any more."""
+        """Release a version that no unit needs any more."""
         ...
-
-
-@dataclass(slots=True, eq=False)
-class _Done:
-    value: Any = field(default=None)
-
-
-class InlineTransport:
-    """Workers that are objects of this process, and calls that are over when they return: no process, no fault.
-
-    An error is nobody else's to handle: it goes straight to the caller.
-    """
-
-    def spawn(self, spec: WorkerSpec, place: Any) -> Any:
-        return spec.make(*spec.arguments)
-
-    def call(self, worker: Any, method: str, *arguments: Any) -> Any:
-        return _Done(getattr(worker, method)(*arguments))
-
-    def wait(self, calls: Sequence[Any], timeout: float) -> Sequence[Any]:
-        return calls
-
-    def result(self, call: Any) -> Any:
-        return call.value
-
-    def kill(self, worker: Any) -> None:
-        """Nothing to end."""
-
-    def now(self) -> float:
-        return time.monotonic()
-
-    def close(self) -> None:
-        """Nothing is held."""

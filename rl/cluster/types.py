@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from coupled.rl.errors import CoupledError
 
@@ -119,6 +119,21 @@ FAST = Health(least_seconds=10.0, first_seconds=120.0, start_seconds=120.0, stal
 """For one host or a quiet network, and steps of seconds."""
 HEALTH = {"patient": PATIENT, "fast": FAST}
 """By the recipe's `cluster.health`."""
+
+
+@runtime_checkable
+class EventSink(Protocol):
+    """Takes the events of a run. Example: `emit("start", key=key, worker="roll-0#1", version=3)`."""
+
+    def __call__(self, event: str, **facts: Any) -> None: ...
+
+
+def _drop(event: str, **facts: Any) -> None:
+    """Keep nothing."""
+
+
+NO_EVENTS: EventSink = _drop
+"""The sink of a caller that keeps no events."""
 
 
 class WorkerLost(Exception):

@@ -40,7 +40,7 @@ from coupled.rl.model.loading import require_end_token
 from coupled.rl.model.open import open_policy, use_threads
 from coupled.rl.model.policy import Policy
 from coupled.rl.recipe.schema import Recipe
-from coupled.rl.rollout.engine import InlineEngine
+from coupled.rl.rollout.engine import policy_engine
 from coupled.rl.rollout.sampler import Request, Sampler, sampler_of
 from coupled.rl.run_folder.find import find_checkpoint, recipe_for
 from coupled.rl.run_folder.folder import atomic_write
@@ -349,7 +349,7 @@ def _measure(
         for sample in range(num_samples)
     ]
     started = time.perf_counter()
-    rollouts = InlineEngine(policy, recipe.rollout.batch_size).generate(requests, sampler, seed=sweep.seed)
+    rollouts = policy_engine(policy, recipe.rollout.batch_size).generate(requests, sampler, seed=sweep.seed)
     seconds = time.perf_counter() - started
     owners = [problem for problem in problems for _ in range(num_samples)]
     programs = [source.program(p, r.text, prompting) for p, r in zip(owners, rollouts, strict=True)]

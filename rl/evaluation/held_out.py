@@ -20,7 +20,7 @@ from coupled.rl.judging.grader import Grader
 from coupled.rl.judging.open import open_grader
 from coupled.rl.model.open import open_policy, use_threads
 from coupled.rl.recipe.schema import Recipe
-from coupled.rl.rollout.engine import InlineEngine, RolloutEngine
+from coupled.rl.rollout.engine import RolloutEngine, policy_engine
 from coupled.rl.rollout.sampler import Request, Sampler, sampler_of
 from coupled.rl.run_folder.find import find_checkpoint, recipe_for
 from coupled.rl.types import Prompt
@@ -182,7 +182,7 @@ def evaluate_checkpoint(path: Path, recipe: str | None, overrides: tuple[str, ..
     policy = open_policy(model, chosen.seed)
     tasks = load_tasks(chosen.data, chosen.data.eval_path, allow_weak=chosen.reward.allow_weak)
     prompts = encode_prompts(tasks, policy.tokenizer, chosen.data.max_prompt_tokens)
-    engine = InlineEngine(policy, chosen.rollout.batch_size)
+    engine = policy_engine(policy, chosen.rollout.batch_size)
     prompts = prompts[: chosen.evaluation.num_problems]
     grader = open_grader(chosen, [prompt.task for prompt in prompts])
     try:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from coupled.reward import Judge, RewardSpec, Scorer, Task, plan
+from coupled.rl.cluster.types import NO_EVENTS, EventSink
 from coupled.rl.judging.grader import Grader
 from coupled.rl.judging.local_sandbox import open_local_sandbox
 from coupled.rl.recipe.schema import Recipe
@@ -17,12 +18,10 @@ from coupled.sandbox import (
 from coupled.sandbox.pool import require_runnable
 
 
-def open_grader(
-    recipe: Recipe, tasks: Sequence[Task] = (), tell: Callable[..., None] = lambda event, **facts: None
-) -> Grader:
+def open_grader(recipe: Recipe, tasks: Sequence[Task] = (), emit: EventSink = NO_EVENTS) -> Grader:
     """The grader of a recipe; close it when done. `tasks` are those that it will be asked about.
 
-    `tell` hears what becomes of supervisors and their batches, where there are any.
+    `emit` gets what becomes of supervisors and their batches, where there are any.
 
     Raises:
         SandboxUnavailable: this host cannot give the tier that the recipe asks for, or the tier cannot run the
@@ -32,7 +31,7 @@ def open_grader(
     sandbox = recipe.sandbox
     limits = Limits(cpu_seconds=sandbox.cpu_seconds, wall_seconds=sandbox.wall_seconds, memory_mb=sandbox.memory_mb)
     specs = [RewardSpec(name=f.name, path=f.path, weight=f.weight) for f in recipe.reward.functions]
-    executor = CachedExecutor(open_sandbox(recipe, tell))
+    executor = CachedExecutor(open_sandbox(recipe, emit))
     try:
         _check_tests(tasks, executor.isolation().tier, recipe.reward.allow_weak)
         weak = recipe.reward.allow_weak
@@ -60,10 +59,10 @@ def _check_tests(tasks: Sequence[Task], tier: str, allow_weak: bool) -> None:
         raise SandboxUnavailable(f"{len(refused)} of {len(tasks)} tasks cannot be judged here. The first: {refused[0]}")
 
 
-def open_sandbox(recipe: Recipe, tell: Callable[..., None] = lambda event, **facts: None) -> Executor:
+def open_sandbox(recipe: Recipe, emit: EventSink = NO_EVENTS) -> Executor:
     """The workers that a recipe asks for: of this process, or of a Ray cluster."""
     if recipe.sandbox.workers == "inline":
         return open_local_sandbox(recipe.sandbox)
     from coupled.rl.judging.ray_sandbox import RayExecutor
 
-    return RayExecutor(recipe, tell=tell)
+    return RayExecutor(recipe, emit=emit)

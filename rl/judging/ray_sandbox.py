@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -21,7 +21,7 @@ from coupled.rl.cluster.ray import alive_nodes, close_ray, open_ray
 from coupled.rl.cluster.ray_transport import RayTransport
 from coupled.rl.cluster.runtime import Runtime
 from coupled.rl.cluster.transport import WorkerSpec
-from coupled.rl.cluster.types import ClusterError, GroupKey, Health, Masked, Unit, WorkerLost
+from coupled.rl.cluster.types import NO_EVENTS, ClusterError, EventSink, GroupKey, Health, Masked, Unit, WorkerLost
 from coupled.rl.judging.local_sandbox import open_local_sandbox
 from coupled.rl.recipe.schema import Recipe, Sandbox
 from coupled.sandbox import Execution, Isolation, Job, Outcome, SandboxUnavailable
@@ -58,14 +58,14 @@ class RayExecutor:
 
     `nodes` names the nodes, one supervisor each; none takes all that are alive. All have the same tier: what one node
     refuses and another allows would make a reward depend on where it was earned. Raises SandboxUnavailable when a
-    node cannot give the recipe's tier, or `auto` finds different ones. `tell` hears what becomes of batches.
+    node cannot give the recipe's tier, or `auto` finds different ones. `emit` gets what becomes of batches.
     """
 
     def __init__(
         self,
         recipe: Recipe,
         nodes: Sequence[str] | None = None,
-        tell: Callable[..., None] = lambda event, **facts: None,
+        emit: EventSink = NO_EVENTS,
     ) -> None:
         self._ray = open_ray(recipe)
         self._num_workers = recipe.sandbox.num_workers
@@ -88,7 +88,7 @@ class RayExecutor:
                 [pool],
                 health=HEALTH,
                 is_infra=lambda e: e.outcome.is_infrastructure,
-                tell=tell,
+                emit=emit,
             )
             runtime = Runtime(self._coordinator)
             opened.callback(runtime.close)

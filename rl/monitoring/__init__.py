@@ -3,5 +3,6 @@
 metrics   the numbers of a step
 progress  progress display of a terminal or a log
 watchdog  ends a process in which nothing has moved for too long
-events    events.jsonl: what happened to batches and workers
+events    events.jsonl: events of batches and workers
+checks    completions without scores, inexact rollouts, drift of the policy
 """

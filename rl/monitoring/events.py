@@ -1,4 +1,4 @@
-"""events.jsonl: what became of every batch and of every worker, in the order in which it happened."""
+"""The log events.jsonl: what happened to batches and workers, in order."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Any, TextIO
 
 FILE = "events.jsonl"
 RESULTS = ("rolled", "scored")
-"""Events that say that work was done."""
+"""Events that report finished work."""
 
 
 class EventLog:
-    """Keeps events until it knows its folder, and appends them from then on.
+    """Holds events until its folder is known (`bind`), and appends them from then on.
 
-    A log is not worth a run: what cannot be written, because the disk is full, is left out.
+    Events that cannot be written, because the disk is full, are left out: a run does not end for its log.
     """
 
     def __init__(self) -> None:
         self._waiting: list[str] = []
         self._file: TextIO | None = None
         self.on_result: Callable[[], None] = lambda: None
-        """Called when a worker has come to something."""
+        """Called at every event of `RESULTS`."""
         self._lock = threading.Lock()
 
     def bind(self, folder: Path) -> None:
@@ -36,8 +36,8 @@ class EventLog:
             self._file.flush()
             self._waiting = []
 
-    def tell(self, event: str, **facts: Any) -> None:
-        """Add an event. Example: `tell("start", key=key, worker="roll-0#1", version=3)`."""
+    def emit(self, event: str, **facts: Any) -> None:
+        """Add an event. Example: `emit("start", key=key, worker="roll-0#1", version=3)`."""
         if event in RESULTS:
             self.on_result()
         plain = {name: fact if isinstance(fact, (int, float, str)) else _plain(fact) for name, fact in facts.items()}
@@ -50,7 +50,7 @@ class EventLog:
                 self._file.flush()
 
     def close(self) -> None:
-        """Nothing is written any more."""
+        """Write nothing more."""
         with self._lock, contextlib.suppress(OSError):
             if self._file is not None:
                 self._file.close()

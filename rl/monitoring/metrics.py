@@ -20,7 +20,7 @@ from coupled.sandbox import CacheStatistics
 
 
 class StepMetrics:
-    """Collects what the parts of a step report; `row` is what is logged."""
+    """Collects the numbers of a step's parts; `row` is the row to log."""
 
     def __init__(self) -> None:
         self._row: dict[str, float] = {}
@@ -61,17 +61,17 @@ class StepMetrics:
         self._tokens = int(lengths.sum())
 
     def of_bounds(self, groups: Sequence[Group]) -> None:
-        """What committing several tokens at once may have cost, per completion; only logged where it is a mode."""
+        """Bounds on the cost of committing several tokens at once, per completion; only logged where it is a mode."""
         rollouts = [r for g in groups for r in g.rollouts]
         self._row["kl_bound"] = float(np.mean([r.kl_bound for r in rollouts]))  # nats
         self._row["fill_bound"] = float(np.mean([r.fill_bound for r in rollouts]))  # probability
 
     def add(self, row: dict[str, float]) -> None:
-        """Numbers that somebody else has named."""
+        """Numbers that their source has named."""
         self._row |= row
 
     def of_cache(self, before: CacheStatistics, after: CacheStatistics) -> None:
-        """What the sandbox's cache did during the step."""
+        """Use of the sandbox's cache during the step."""
         num_jobs = after.num_jobs - before.num_jobs
         # Share of the programs that were not run, because the same program had been.
         self._row["cache/hit_rate"] = (after.num_hits - before.num_hits) / num_jobs if num_jobs else 0.0
@@ -83,7 +83,7 @@ class StepMetrics:
         self._row["dropped_groups/too_easy"] = float(found.is_too_easy.sum())
 
     def of_advantages(self, advantages: Float[Tensor, "P G"]) -> None:
-        """How many groups teach nothing."""
+        """Share of groups that teach nothing: all their advantages are 0."""
         self._row["zero_advantage_groups"] = float((advantages.abs().amax(-1) == 0).float().mean())
 
     def of_update(self, sums: dict[str, float], grad_norm: float, rate: float) -> None:
@@ -103,7 +103,7 @@ class StepMetrics:
         self._updates.append(update)
 
     def of_cluster(self, counters: Counters, staleness: int) -> None:
-        """What the coordinator had to do; only where workers are outside of this process."""
+        """Work of the coordinator; only where workers are outside of this process."""
         self._row["cluster/staleness"] = float(staleness)  # training steps the rollouts' weights were behind
         self._row["cluster/redispatched"] = float(counters.num_redispatched)  # batches tried again
         self._row["cluster/hedged"] = float(counters.num_hedged)  # batches given to a second worker meanwhile
@@ -118,9 +118,9 @@ class StepMetrics:
         """Checkpoints in a row that could not be written; absent while they can."""
         self._row["failed_saves"] = float(number)
 
-    def of_mismatch(self, mismatch: float) -> None:
+    def of_policy_drift(self, drift: float) -> None:
         """KL of the policy to the one that rolled out, nats per token; only where that is an earlier one."""
-        self._row["cluster/mismatch"] = mismatch
+        self._row["cluster/policy_drift"] = drift
 
     def row(self) -> dict[str, float]:
         """Name → number; updates are averaged over the inner iterations."""
@@ -140,7 +140,7 @@ class StepMetrics:
         return row
 
     def headline(self) -> dict[str, float]:
-        """What the progress display shows."""
+        """The numbers of the progress display, by label."""
         row = self.row()
         shown = {
             "reward": "reward",

@@ -1,7 +1,8 @@
 """Rollouts: completions by iterative denoising. The first part of a step.
 
 sampler          requests, sampler settings, and the plan of steps that follows from them
-engine           rollout engines and the batches that all of them cut alike
+engine           protocols of engines, the engine of one process, and the batches that all engines cut alike
+schedule         prompts and requests of every training step
 open             opens the engine that a recipe names
 workers          engine on processes or Ray actors, up to `lag` steps ahead of the trainer
 denoise          the denoising loop over the whole canvas

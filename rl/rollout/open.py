@@ -1,4 +1,4 @@
-"""Opens the rollout engine that a recipe asks for."""
+"""Opens the rollout engine that a recipe names."""
 
 from __future__ import annotations
 
@@ -7,19 +7,10 @@ from pathlib import Path
 
 from coupled.rl.cluster.placement import ResourceRequest, no_room
 from coupled.rl.cluster.transport import Carrier, Transport, WorkerSpec
-from coupled.rl.cluster.types import HEALTH
+from coupled.rl.cluster.types import HEALTH, NO_EVENTS, EventSink
 from coupled.rl.recipe.schema import Recipe
-from coupled.rl.rollout.workers import (
-    ClusterEngine,
-    EventSink,
-    FileCarrier,
-    ObjectCarrier,
-    RolloutWorker,
-    inline_engine,
-    rank_group_engine,
-)
-from coupled.rl.trainer.rank_group import RankGroup
-from coupled.rl.trainer.rl_learner import RLLearner
+from coupled.rl.rollout.engine import Denoise, InlineEngine, StepEngine
+from coupled.rl.rollout.workers import ClusterEngine, FileCarrier, ObjectCarrier, RolloutWorker
 
 REMEDY = (
     "Free what is held, add hosts, or lower cluster.min_workers or cluster.gpus_per_worker; then continue with "
@@ -27,19 +18,24 @@ REMEDY = (
 )
 
 
-def open_engine(
-    recipe: Recipe, learner: RLLearner | RankGroup, folder: Path, tell: EventSink = lambda event, **facts: None
-) -> ClusterEngine:
-    """The engine that `rollout.workers` names, ready for work. Workers write what they print into `folder`.
+def open_engine(recipe: Recipe, denoise: Denoise, folder: Path, emit: EventSink = NO_EVENTS) -> StepEngine:
+    """The engine of `rollout.workers`, ready for work. Workers outside this process log into `folder`.
+
+    Args:
+        denoise: the trainer's `generate`, the rollouts of `rollout.workers: inline`.
 
     Raises:
         CoupledError: fewer than `cluster.min_workers` start, or there is no cluster where the recipe says.
     """
+    if recipe.rollout.workers == "inline":
+        # Several ranks cut the requests of a step themselves, each the same way, and share out the batches.
+        batch_size = recipe.rollout.batch_size if recipe.cluster.trainer_ranks == 1 else None
+        return InlineEngine(denoise, batch_size, emit)
+    return _open_cluster_engine(recipe, folder, emit)
+
+
+def _open_cluster_engine(recipe: Recipe, folder: Path, emit: EventSink) -> ClusterEngine:
     rollout, cluster = recipe.rollout, recipe.cluster
-    if rollout.workers == "inline":
-        if isinstance(learner, RankGroup):
-            return rank_group_engine(learner, tell)
-        return inline_engine(learner.policy, rollout.batch_size, tell)
     transport: Transport
     carrier: Carrier = FileCarrier(folder / "weights")
     on_close: Callable[[], None] = lambda: None  # noqa: E731
@@ -68,7 +64,7 @@ def open_engine(
         batch_size=rollout.batch_size,
         lag=cluster.lag,
         health=HEALTH[cluster.health],
-        tell=tell,
+        emit=emit,
         on_close=on_close,
         room=room,
     )

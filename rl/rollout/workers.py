@@ -1,8 +1,8 @@
-"""The rollout engine of a run: batches of requests as units, made by this process, by processes or by Ray actors.
+"""The rollout engine on workers outside of the run's process: batches of requests as units of processes or Ray actors.
 
-All cut alike and key their random numbers alike, so that what comes out is the same bit for bit. Weights belong to the
-driver, which puts them into the object store as NumPy arrays that Ray reads without copying, or into a file; a worker
-says what it loaded, and gets no work before that is what was sent.
+Batches and random numbers do not depend on the worker, so that rollouts equal those of one process bit for bit. Weights
+belong to the driver, which puts them into the object store as NumPy arrays that Ray reads without copying, or into a
+file. A worker returns the digest of the weights it loaded, and gets no work unless they are the weights that were sent.
 """
 
 from __future__ import annotations
@@ -24,24 +24,31 @@ from coupled.rl.cluster.coordinator import Coordinator, Weights
 from coupled.rl.cluster.ledger import Entry
 from coupled.rl.cluster.pool import PoolSpec
 from coupled.rl.cluster.runtime import Runtime
-from coupled.rl.cluster.transport import Carrier, InlineTransport, Transport, WorkerSpec
-from coupled.rl.cluster.types import PATIENT, TRAINING, ClusterError, Counters, GroupKey, Health, State, Unit
+from coupled.rl.cluster.transport import Carrier, Transport, WorkerSpec
+from coupled.rl.cluster.types import (
+    NO_EVENTS,
+    PATIENT,
+    TRAINING,
+    ClusterError,
+    Counters,
+    EventSink,
+    GroupKey,
+    Health,
+    State,
+    Unit,
+)
 from coupled.rl.errors import CoupledError, RolloutError
 from coupled.rl.model.open import open_policy, use_threads
-from coupled.rl.model.policy import Policy
 from coupled.rl.model.weights import digest_of, load_trainable_state, trainable_state
 from coupled.rl.recipe.schema import Recipe
-from coupled.rl.rollout.engine import HasWeights, request_chunks, roll_out
+from coupled.rl.rollout.engine import EngineSnapshot, HasWeights, request_batches, roll_out
 from coupled.rl.rollout.sampler import Request, Sampler
-from coupled.rl.trainer.rank_group import RankGroup
 from coupled.rl.types import Rollout
-
-EventSink = Callable[..., None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Batch:
-    """What one call of a rollout worker makes."""
+    """The argument of one call of a rollout worker."""
 
     requests: list[Request]
     sampler: Sampler
@@ -50,7 +57,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class SentTensor:
-    """A tensor as bytes, which NumPy knows whatever the type: it has no bfloat16."""
+    """A tensor as bytes: NumPy has no bfloat16."""
 
     data: np.ndarray
     dtype: torch.dtype
@@ -58,7 +65,7 @@ class SentTensor:
 
     @classmethod
     def of(cls, tensor: Tensor) -> SentTensor:
-        """Of a tensor on the CPU, without a copy if it is contiguous."""
+        """From a tensor on the CPU, without a copy if it is contiguous."""
         data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
         return cls(data=data, dtype=tensor.dtype, shape=tuple(tensor.shape))
 
@@ -75,7 +82,7 @@ def received(handle: dict[str, SentTensor] | str) -> dict[str, Tensor]:
 
 
 class RolloutWorker:
-    """What runs in a worker: a policy of its own."""
+    """The object inside a worker: a policy of its own."""
 
     def __init__(self, recipe: Recipe) -> None:
         use_threads(recipe)
@@ -83,11 +90,11 @@ class RolloutWorker:
         self._version = -1
 
     def hello(self) -> dict[str, Any]:
-        """Say who this is, once the model is loaded."""
+        """Host, process and device, once the model is loaded."""
         return {"host": socket.gethostname(), "pid": os.getpid(), "device": str(self._policy.device)}
 
     def load(self, version: int, handle: dict[str, SentTensor] | str) -> str:
-        """Take the trainer's weights, arrays or a file; returns the digest of what is now in the policy."""
+        """Load the trainer's weights, arrays or a file; returns the digest of the policy's weights afterwards."""
         load_trainable_state(self._policy, received(handle))
         self._version = version
         return digest_of(trainable_state(self._policy))
@@ -97,45 +104,8 @@ class RolloutWorker:
         return roll_out(self._policy, batch.requests, batch.sampler, seed=batch.seed, weight_version=self._version)
 
 
-class LiveWorker(RolloutWorker):
-    """The trainer's own policy, with the weights it has at this moment."""
-
-    def __init__(self, policy: Policy) -> None:
-        self._policy = policy
-        self._version = -1
-
-    def load(self, version: int, handle: Any) -> str:
-        """There is nothing to load."""
-        self._version = version
-        return LIVE
-
-
-class LiveRankGroup:
-    """The trainer's ranks, with the weights they have at this moment."""
-
-    def __init__(self, rank_group: RankGroup) -> None:
-        self._rank_group = rank_group
-        self._version = -1
-
-    def hello(self) -> dict[str, Any]:
-        """Say who this is."""
-        return {"host": socket.gethostname(), "pid": os.getpid(), "device": str(self._rank_group.policy.device)}
-
-    def load(self, version: int, handle: Any) -> str:
-        """There is nothing to load."""
-        self._version = version
-        return LIVE
-
-    def generate(self, batch: Batch) -> list[Rollout]:
-        """Denoise all that was asked for, each rank its share."""
-        return self._rank_group.generate(batch.requests, batch.sampler, seed=batch.seed, weight_version=self._version)
-
-
-LIVE = "live"
-
-
 class FileCarrier:
-    """Weights in files that every worker can read; checked by their digest when they are loaded."""
+    """Weights in files that every worker can read; a worker checks their digest when it has loaded them."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -165,29 +135,31 @@ class ObjectCarrier:
         return self._ray.put({name: SentTensor.of(tensor) for name, tensor in state.items()})
 
     def drop(self, version: int) -> None:
-        """The store drops what no handle names."""
+        """The store drops an object when no handle names it."""
 
 
 class ClusterEngine:
     """Rolls out batches on a pool of workers, up to `lag` training steps ahead of the trainer.
 
     Args:
-        batch_size: requests that a worker gets at a time; none gives it all of them.
-        room: what there is for workers and what they need, should too few of them start.
+        batch_size: requests that a worker gets at a time; None gives it all of them.
+        lag: training steps that rollouts may run ahead.
+        on_close: called once the workers have ended.
+        room: describes the resources that are there and needed, for the error of too few workers.
     """
 
     def __init__(
         self,
         transport: Transport,
         spec: WorkerSpec,
-        carrier: Carrier | None,
+        carrier: Carrier,
         *,
         num_workers: int = 1,
         min_workers: int = 1,
         batch_size: int | None,
         lag: int = 0,
         health: Health = PATIENT,
-        tell: EventSink = lambda event, **facts: None,
+        emit: EventSink = NO_EVENTS,
         on_close: Callable[[], None] = lambda: None,
         room: Callable[[], str] = lambda: "",
     ) -> None:
@@ -199,6 +171,8 @@ class ClusterEngine:
         self._num_calls = 0
         self._states: dict[int, dict[str, Tensor]] = {}
         self._keeps_states = lag > 0
+        self._full_lag = lag
+        self._under_way: dict[int, int] = {}
         self._sent: list[int] = []
         self._make: Callable[[int], list[Batch]] = lambda step: []
         self._on_rolled: Callable[[list[Rollout]], None] = lambda made: None
@@ -212,7 +186,7 @@ class ClusterEngine:
             has_weights=True,
         )
         self._coordinator = Coordinator(
-            transport, [pool], admission=InOrder(lag), health=health, on_rolled=self._rolled, tell=tell
+            transport, [pool], admission=InOrder(lag), health=health, on_rolled=self._rolled, emit=emit
         )
         self._runtime = Runtime(self._coordinator, is_ahead=lag > 0)
         self._health = health
@@ -238,16 +212,13 @@ class ClusterEngine:
     def load_weights(self, policy: HasWeights, version: int) -> None:
         """Roll out with the policy's present weights from now on; earlier versions stay where they are needed."""
         self._version = version
-        if self._carrier is None:
-            self._publish(version, None, LIVE)
-            return
         state = policy.trainable_state()
         if self._keeps_states:  # `old` may be scored under them later: a copy, for the policy's tensors go on changing
             self._states[version] = {name: tensor.clone() for name, tensor in state.items()}
         self._publish(version, self._carrier.send(state, version), digest_of(state))
 
     def close(self) -> None:
-        """End the workers, and what they ran on when nobody else uses it."""
+        """End the workers, then release their resources (`on_close`)."""
         self._runtime.close()
         self._on_close()
 
@@ -257,7 +228,7 @@ class ClusterEngine:
         """Wait for the least number of workers.
 
         Raises:
-            CoupledError: what the workers raise when they start, or that they do not start in time.
+            CoupledError: a worker raises it when it starts, or too few start in time.
         """
         pool = self._coordinator.pools["roll"]
 
@@ -276,13 +247,6 @@ class ClusterEngine:
             f"started within {self._health.start_seconds:.0f} s: {self._coordinator.oldest()}{self._room()}"
         ) from error
 
-    def load_state(self, state: dict[str, Tensor], version: int) -> None:
-        """As `load_weights`, for weights of a checkpoint."""
-        assert self._carrier is not None, "live weights have one version"
-        self._keeps_states = True  # a step that was under way when the run was interrupted needs them
-        self._states[version] = state
-        self._publish(version, self._carrier.send(state, version), digest_of(state))
-
     def begin(
         self,
         requests_of: Callable[[int], list[Request]],
@@ -291,18 +255,13 @@ class ClusterEngine:
         seed: int,
         num_trained: int,
         num_steps: int,
-        versions: dict[int, int] | None = None,
         on_rolled: Callable[[list[Rollout]], None] = lambda made: None,
     ) -> None:
-        """Go on after `num_trained` steps. `versions`, from a checkpoint: step under way → its weights.
-
-        `sampler` is asked anew for every step that begins, for a run may fall back to exact rollouts. `on_rolled` gets
-        the rollouts of each training batch once, as soon as they are there; it must return at once.
-        """
+        """Begin the steps after `num_trained`, those of a restored snapshot with their weights. See `StepEngine`."""
         self._on_rolled = on_rolled
         self._make = lambda step: self._batches(requests_of(step), sampler(), seed)
         self._last = num_steps
-        self._runtime.ask(lambda c: c.begin(num_trained, versions or {}, self._units_of, num_steps))
+        self._runtime.ask(lambda c: c.begin(num_trained, self._under_way, self._units_of, num_steps))
 
     def rollouts(self, step: int) -> dict[str, Rollout]:
         """The rollouts of a training step by uid; those of quarantined batches are not among them.
@@ -321,23 +280,35 @@ class ClusterEngine:
         self._runtime.ask(lambda c: c.dispatch())
 
     def state_of(self, version: int) -> dict[str, Tensor]:
-        """The weights of a version that is still needed."""
+        """The weights of a version that a step under way or in training needs."""
         return self._states[version]
 
-    def snapshot(self) -> dict[str, Any]:
-        """What a checkpoint keeps of the coordinator."""
-        return self._runtime.ask(lambda c: c.snapshot())
+    def snapshot(self) -> EngineSnapshot:
+        """The steps under way and their weights, for a checkpoint."""
+        versions: dict[int, int] = self._runtime.ask(lambda c: c.snapshot())["versions"]
+        states = {version: self._states[version] for version in versions.values() if version != self._version}
+        return EngineSnapshot(versions=versions, states=states, has_fallen_back=self.lag < self._full_lag)
+
+    def restore(self, snapshot: EngineSnapshot) -> None:
+        """Continue the steps under way of a checkpoint. Call before `load_weights` and `begin`."""
+        if snapshot.has_fallen_back:
+            self.fall_back()
+        self._under_way = dict(snapshot.versions)
+        for version, state in snapshot.states.items():
+            self._keeps_states = True  # the interrupted steps are scored under them
+            self._states[version] = state
+            self._publish(version, self._carrier.send(state, version), digest_of(state))
 
     def fall_back(self) -> None:
-        """No more rollouts ahead of training, from the next step that is begun."""
+        """Roll out on-policy (lag 0) from the next step that begins."""
         self._runtime.ask(lambda c: c.admission.fall_back())
 
     def oldest(self) -> str:
-        """What is waited for, and who has it."""
+        """The batch that is waited for, and its worker."""
         return self._runtime.ask(lambda c: c.oldest())
 
     def take_counters(self) -> Counters:
-        """What happened since the last time."""
+        """Events since the last call."""
         return self._runtime.ask(lambda c: c.take_counters())
 
     @property
@@ -347,7 +318,7 @@ class ClusterEngine:
 
     @property
     def lag(self) -> int:
-        """Steps that rollouts may be ahead."""
+        """Training steps that rollouts may run ahead."""
         return self._coordinator.admission.lag
 
     def _publish(self, version: int, handle: Any, digest: str) -> None:
@@ -357,8 +328,7 @@ class ClusterEngine:
         for old in [v for v in self._sent if v not in kept]:
             self._sent.remove(old)
             self._states.pop(old, None)
-            if self._carrier is not None:
-                self._carrier.drop(old)
+            self._carrier.drop(old)
 
     def _rolled(self, unit: Unit, made: list[Rollout]) -> None:
         if unit.key.stream == TRAINING:
@@ -373,21 +343,8 @@ class ClusterEngine:
         return Unit(key=key, version=version, work=batch)
 
     def _batches(self, requests: list[Request], sampler: Sampler, seed: int) -> list[Batch]:
-        size = self._batch_size
-        chunks = [requests] if size is None else request_chunks(requests, size)
-        return [Batch(requests=chunk, sampler=sampler, seed=seed) for chunk in chunks]
-
-
-def inline_engine(policy: Policy, batch_size: int, tell: EventSink = lambda event, **facts: None) -> ClusterEngine:
-    """Rollouts in this process, on the trainer's live weights."""
-    spec = WorkerSpec(make=LiveWorker, arguments=(policy,))
-    return ClusterEngine(InlineTransport(), spec, None, batch_size=batch_size, tell=tell)
-
-
-def rank_group_engine(rank_group: RankGroup, tell: EventSink = lambda event, **facts: None) -> ClusterEngine:
-    """Rollouts by the trainer's ranks: one call for all requests, which the ranks cut and share out themselves."""
-    spec = WorkerSpec(make=LiveRankGroup, arguments=(rank_group,))
-    return ClusterEngine(InlineTransport(), spec, None, batch_size=None, tell=tell)
+        batches = request_batches(requests, self._batch_size)
+        return [Batch(requests=batch, sampler=sampler, seed=seed) for batch in batches]
 
 
 def _made(entries: Sequence[Entry], *, is_all_needed: bool = True) -> dict[str, Rollout]:

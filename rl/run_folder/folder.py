@@ -1,13 +1,13 @@
-"""The run folder: what is kept, and how a crash loses at most the step under way.
+"""The run folder: its files, written so that a crash loses at most the step under way.
 
 recipe.yaml            the resolved recipe
 environment.jsonl      commit, command, machine and versions: one row per start or resumption
 metrics.jsonl          one row per step, appended after the step is committed
 rollouts/*.parquet     every completion with its verdict
 checkpoints/step_N/    weights, tokenizer, optimizer, state.json, MANIFEST.json; appears by one rename or not at all
-logs/rank_N.log        what the trainer's ranks other than the first print
-events.jsonl           what became of every batch and worker
-fence/epoch_N          one per process that had the run; only the newest may commit
+logs/rank_N.log        output of the trainer's ranks other than the first
+events.jsonl           events of batches and workers
+fence/generation_N     one per process that opened the run; only the newest may commit
 evaluation.jsonl       held-out results
 tensorboard/           the same metrics for TensorBoard
 """
@@ -34,6 +34,9 @@ from coupled.rl.run_folder.provenance import describe_provenance
 MANIFEST = "MANIFEST.json"
 COMMITTED = re.compile(r"step_(\d+)$")
 ENVIRONMENT = "environment.jsonl"
+FENCE = "fence"
+CLAIMED = re.compile(r"(?:generation|epoch)_(\d+)")
+"""Files in `fence/`. Folders of earlier versions have `epoch_N`, and are continued with the next number."""
 MAY_CHANGE = ("num_threads", "checkpoint", "output_dir", "cluster")
 """Recipe fields that may differ between a run and its resumption."""
 
@@ -41,10 +44,10 @@ MAY_CHANGE = ("num_threads", "checkpoint", "output_dir", "cluster")
 class RunFolder:
     """A folder that owns one run. Use `open_run_folder`."""
 
-    def __init__(self, path: Path, *, keep: int, epoch: int = 0) -> None:
+    def __init__(self, path: Path, *, keep: int, generation: int = 0) -> None:
         self.path = path
         self._keep = keep
-        self._epoch = epoch
+        self._generation = generation
         self._tensorboard: Any = None
         self._unwritten: dict[str, list[str]] = {}
 
@@ -53,7 +56,7 @@ class RunFolder:
         return self.path / "checkpoints"
 
     def latest(self) -> Path | None:
-        """The newest committed checkpoint whose files are what its manifest says, or None."""
+        """The newest committed checkpoint whose files match its manifest, or None."""
         for folder in reversed(committed_checkpoints(self.checkpoints)):
             if not broken_files(folder):
                 return folder
@@ -69,7 +72,7 @@ class RunFolder:
             FencedError: another process has the run by now.
         """
         final = self.checkpoints / f"step_{step:06d}"
-        partial = self.checkpoints / f".partial-{final.name}.e{self._epoch}"
+        partial = self.checkpoints / f".partial-{final.name}.g{self._generation}"
         self._refuse_if_fenced()
         try:
             self.checkpoints.mkdir(exist_ok=True)
@@ -77,7 +80,7 @@ class RunFolder:
                 shutil.rmtree(left, ignore_errors=True)
             partial.mkdir()
             write(partial)
-            about = {"step": step, "epoch": self._epoch, **(facts or {}), "sha256": _hashes(partial)}
+            about = {"step": step, "generation": self._generation, **(facts or {}), "sha256": _hashes(partial)}
             (partial / MANIFEST).write_text(json.dumps(about, indent=1) + "\n")
             for file in partial.rglob("*"):
                 if file.is_file():
@@ -101,7 +104,7 @@ class RunFolder:
     def log(self, row: Mapping[str, Any], *, file: str = "metrics.jsonl") -> None:
         """Append one row, whole, and mirror its numbers to TensorBoard.
 
-        What a full disk does not take is kept, and written with the next row.
+        Rows that a full disk does not take are kept, and written with the next row.
 
         Raises:
             FencedError: another process has the run by now, and logs this step itself.
@@ -155,10 +158,11 @@ class RunFolder:
 
     def _refuse_if_fenced(self) -> None:
         newest = _newest_generation(self.path)
-        if self._epoch and newest > self._epoch:
+        if self._generation and newest > self._generation:
             raise FencedError(
-                f"process {newest} has taken over {self.path} since this one, process {self._epoch}, opened it; this "
-                "one stops and writes nothing more. Only one process may train a run: start another with resume=never"
+                f"process {newest} has taken over {self.path} since this one, process {self._generation}, opened it; "
+                "this one stops and writes nothing more. Only one process may train a run: start another with "
+                "resume=never"
             )
 
 
@@ -193,7 +197,7 @@ def open_run_folder(recipe: Recipe, resume: str = "never") -> RunFolder:
     if chosen is not None:
         _refuse_other_recipe(chosen, recipe)
         _record_environment(chosen)
-        return RunFolder(chosen, keep=recipe.checkpoint.keep, epoch=_claim(chosen))
+        return RunFolder(chosen, keep=recipe.checkpoint.keep, generation=_claim(chosen))
     number = 1 + (int(earlier[-1].name[len(recipe.name) + 1 :]) if earlier else 0)
     while True:
         path = parent / f"{recipe.name}-{number:03d}"
@@ -204,11 +208,11 @@ def open_run_folder(recipe: Recipe, resume: str = "never") -> RunFolder:
             number += 1
     atomic_write(path / "recipe.yaml", dump_recipe(recipe))
     _record_environment(path)
-    return RunFolder(path, keep=recipe.checkpoint.keep, epoch=_claim(path))
+    return RunFolder(path, keep=recipe.checkpoint.keep, generation=_claim(path))
 
 
 def broken_files(folder: Path) -> list[str]:
-    """Files of a checkpoint that are missing or not what its manifest says; one of an earlier version has none."""
+    """Files of a checkpoint that are missing or do not match its manifest; [] without one, as in earlier versions."""
     try:
         hashes = json.loads((folder / MANIFEST).read_text())["sha256"]
     except FileNotFoundError:
@@ -263,20 +267,22 @@ def _refuse_other_recipe(run: Path, recipe: Recipe) -> None:
 
 
 def _claim(run: Path) -> int:
-    """The number of this process among those that had the run; from here on the earlier ones cannot commit."""
-    (run / "fence").mkdir(exist_ok=True)
+    """Take the next generation of the run for this process; processes of earlier generations can commit no more."""
+    (run / FENCE).mkdir(exist_ok=True)
     while True:
-        epoch = _newest_generation(run) + 1
+        generation = _newest_generation(run) + 1
         try:
             # O_EXCL: of two processes that come at the same moment, one gets the number.
-            os.close(os.open(run / "fence" / f"epoch_{epoch:06d}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-            return epoch
+            os.close(os.open(run / FENCE / f"generation_{generation:06d}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            return generation
         except FileExistsError:
             continue
 
 
 def _newest_generation(run: Path) -> int:
-    return max((int(path.name.removeprefix("epoch_")) for path in (run / "fence").glob("epoch_*")), default=0)
+    """The newest process that opened the run, from 1; 0 for none."""
+    found = (CLAIMED.fullmatch(path.name) for path in (run / FENCE).glob("*"))
+    return max((int(match[1]) for match in found if match), default=0)
 
 
 def _hashes(folder: Path) -> dict[str, str | None]:

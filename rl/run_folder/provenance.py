@@ -1,4 +1,4 @@
-"""What a run is done with: commit, command, machine and versions. Recorded so that its numbers can be placed."""
+"""Provenance of a run: commit, command, machine and versions, so that its numbers can be placed."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PACKAGES = (
 
 def describe_provenance() -> dict[str, Any]:
     """Plain values, for environment.jsonl. `commit` is None where the package is not in a git checkout, or git is not
-    there; `has_uncommitted` says whether its files differ from that commit."""
+    there; `has_uncommitted`: its files differ from that commit."""
     commit, has_uncommitted = _commit(Path(__file__).resolve().parents[2])
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -67,7 +67,7 @@ def _processor() -> str:
 
 
 def _commit(source: Path) -> tuple[str | None, bool]:
-    # Installed into an environment, the package may lie inside somebody else's repository: that one does not count.
+    # Installed into an environment, the package may lie inside an unrelated repository, which does not count.
     if not (source / ".git").exists():
         return None, False
     try:

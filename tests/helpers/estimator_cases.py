@@ -13,7 +13,7 @@ from torch import Tensor
 from coupled.rl.judging.grader import Grader
 from coupled.rl.model.policy import Policy
 from coupled.rl.recipe.schema import Estimator
-from coupled.rl.rollout.workers import inline_engine
+from coupled.rl.rollout.engine import policy_engine
 from coupled.rl.run import Run
 from coupled.rl.run_folder.folder import RunFolder
 from coupled.rl.types import MaskPair, TrainBatch
@@ -91,4 +91,4 @@ def flat_gradient(policy: Policy) -> Tensor:
 
 def open_toy_run(policy: Policy, folder: Path, estimator: Estimator, **sections: object) -> Run:
     recipe = make_recipe(estimator=estimator, **sections)
-    return Run(recipe, policy, [], [], Grader.__new__(Grader), RunFolder(folder, keep=1), inline_engine(policy, 4))
+    return Run(recipe, policy, [], [], Grader.__new__(Grader), RunFolder(folder, keep=1), policy_engine(policy, 4))

@@ -104,7 +104,7 @@ class Run:
             health=HEALTH,
             to_samples=lambda unit, payload: [f"{payload[0]}/{n}" for n in range(NUM_SAMPLES)],
             on_rolled=self.handed_over,
-            tell=self.told,
+            emit=self.told,
         )
         # The checkpoint carries the weights of every step that is under way.
         for version in sorted({num_trained, *versions.values()}):

@@ -23,7 +23,7 @@ from coupled.rl.model.loading import require_end_token
 from coupled.rl.model.open import open_policy, pick_device, use_threads
 from coupled.rl.recipe.read import apply_overrides, validate
 from coupled.rl.recipe.schema import Recipe
-from coupled.rl.rollout.engine import InlineEngine
+from coupled.rl.rollout.engine import policy_engine
 from coupled.rl.rollout.sampler import sampler_of
 from coupled.rl.run_folder.find import find_checkpoint, recipe_for
 from coupled.sandbox import CachedExecutor
@@ -97,7 +97,7 @@ def open_arm(checkpoint: Path, recipe: Recipe, *, is_autoregressive: bool | None
         model = recipe.model.model_copy(update={"path": str(checkpoint), "init": "checkpoint", "adapter": None})
         policy = open_policy(model, recipe.seed)
         require_end_token(policy.tokenizer, checkpoint)
-        engine, tokenizer, config = InlineEngine(policy, batch_size), policy.tokenizer, policy.config
+        engine, tokenizer, config = policy_engine(policy, batch_size), policy.tokenizer, policy.config
     return Arm(
         engine=engine,
         tokenizer=tokenizer,

@@ -58,7 +58,7 @@ def test_a_worker_that_loads_weights_which_nobody_wants_any_more_is_kept_and_loa
         SimTransport(0, Faults(), seconds),
         [pool],
         health=Health(least_seconds=10.0, first_seconds=10.0),
-        tell=lambda event, **facts: told.append((event, facts.get("worker"))),
+        emit=lambda event, **facts: told.append((event, facts.get("worker"))),
     )
     slow, quick = coordinator.pools["roll"].workers
     publish(coordinator, 0)

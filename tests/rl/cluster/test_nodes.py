@@ -176,7 +176,7 @@ def test_what_there_is_no_room_for_is_told_with_a_table_in_time(
     cluster = recipe.cluster.model_copy(update={"gpus_per_worker": 0.5})
     recipe = recipe.model_copy(update={"rollout": rollout, "cluster": cluster})
     with pytest.raises(ClusterError, match=r"(?s)0 of 2 rollout workers.*asked: 1 rollout workers of 1 CPU, 0\.5 GPU "):
-        open_engine(recipe, RLLearner(recipe, policy), tmp_path)
+        open_engine(recipe, RLLearner(recipe, policy).generate, tmp_path)
 
 
 def test_the_doctor_has_a_line_for_each_host(nodes: Any) -> None:

@@ -24,9 +24,9 @@ from coupled.rl.judging.grader import Grader
 from coupled.rl.monitoring.metrics import DETERMINISTIC_EXCEPT
 from coupled.rl.recipe.read import load_recipe
 from coupled.rl.recipe.schema import Recipe
-from coupled.rl.rollout import workers as rollouts
 from coupled.rl.run_folder.folder import committed_checkpoints, read_rows
 from coupled.rl.train import TrainResult, train
+from coupled.rl.trainer import rl_learner
 
 QUICKSTART = Path(__file__).parents[3] / "recipes" / "quickstart.yaml"
 SMALL = (
@@ -133,7 +133,7 @@ def test_programs_are_run_while_later_batches_are_denoised_and_no_verdict_differ
     inline: TrainResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    begin, denoise, score = Grader.begin, rollouts.roll_out, Grader.score
+    begin, denoise, score = Grader.begin, rl_learner.roll_out, Grader.score
 
     def note(name: str, do: Callable[..., Any]) -> Callable[..., Any]:
         def noted(*arguments: Any, **named: Any) -> Any:
@@ -143,7 +143,7 @@ def test_programs_are_run_while_later_batches_are_denoised_and_no_verdict_differ
         return noted
 
     monkeypatch.setattr(Grader, "begin", note("run", begin))
-    monkeypatch.setattr(rollouts, "roll_out", note("denoise", denoise))
+    monkeypatch.setattr(rl_learner, "roll_out", note("denoise", denoise))
     monkeypatch.setattr(Grader, "score", note("score", score))
     assert_same_run(inline, train(small(tmp_path / "ahead")))
     del seen[: seen.index("run") - 1]  # the parity check before the first step
@@ -218,8 +218,8 @@ def test_a_run_with_lag_that_is_killed_resumes_to_the_same_batches_and_weights(t
     rows = read_rows(whole.path / "metrics.jsonl")
     assert [row["cluster/staleness"] for row in rows] == [min(step, lag) for step in range(4)]
     assert rows[0]["ratio"] == pytest.approx(1.0, abs=0.2)
-    assert all(row["cluster/mismatch"] > 0 for row in rows[1:])
-    assert "cluster/mismatch" not in rows[0], "the first step has the weights that it is trained with"
+    assert all(row["cluster/policy_drift"] > 0 for row in rows[1:])
+    assert "cluster/policy_drift" not in rows[0], "the first step has the weights that it is trained with"
     for step in range(1, 5):
         table = pq.read_table(whole.path / "rollouts" / f"step_{step:06d}.parquet").to_pylist()
         assert {row["weight_version"] for row in table} == {max(0, step - 1 - lag)}

@@ -26,7 +26,7 @@ class LoggedRun(Run):
 
     def told(self, event: str, **facts: object) -> None:
         super().told(event, **facts)
-        self.events.tell(event, **facts)
+        self.events.emit(event, **facts)
 
 
 def rows(events: EventLog) -> list[dict[str, object]]:

@@ -68,12 +68,12 @@ def executor(events: list[dict[str, object]]) -> Iterator[RayExecutor]:
     """Two supervisors, both on the one node that a test machine has."""
     chosen = recipe()
 
-    def tell(event: str, **facts: object) -> None:
+    def emit(event: str, **facts: object) -> None:
         events.append({"event": event} | facts)
 
     ray = open_ray(chosen)
     try:
-        with RayExecutor(chosen, nodes=alive_nodes(ray) * 2, tell=tell) as executor:
+        with RayExecutor(chosen, nodes=alive_nodes(ray) * 2, emit=emit) as executor:
             yield executor
     finally:
         close_ray()

@@ -94,7 +94,7 @@ def test_nothing_ends_while_something_moves(watchdog: Make, ended: list[int]) ->
     events.on_result = dog.moved
     for _ in range(15):
         time.sleep(SECONDS / 5)
-        events.tell("rolled", key="train/1/0")
+        events.emit("rolled", key="train/1/0")
     for _ in range(4):
         with dog.phase("update"):
             time.sleep(SECONDS / 2)
@@ -152,7 +152,7 @@ def test_events_that_are_no_results_do_not_count(watchdog: Make, ended: list[int
     events.on_result = dog.moved
     deadline = time.monotonic() + 30
     while not ended and time.monotonic() < deadline:
-        events.tell("spawn", worker="roll-0#1")
+        events.emit("spawn", worker="roll-0#1")
         time.sleep(0.01)
     assert ended == [75]
 

@@ -19,7 +19,7 @@ from coupled.rl.objective.advantage import group_advantages
 from coupled.rl.objective.batch import micro_batches
 from coupled.rl.objective.loss import add_sums, coupled_grpo_loss, kl_estimate, loss_denominator, policy_log_ratio
 from coupled.rl.recipe.schema import Estimator, Loss, Recipe
-from coupled.rl.rollout.workers import inline_engine
+from coupled.rl.rollout.engine import policy_engine
 from coupled.rl.run import Run
 from coupled.rl.run_folder.folder import RunFolder
 from coupled.rl.trainer import learner as trained_module
@@ -186,7 +186,7 @@ def moved(policy: Policy, batch: TrainBatch, estimator: Estimator) -> Anchor:
 
 def open_toy_run(recipe: Recipe, policy: Policy, folder: Path) -> Run:
     grader = Grader.__new__(Grader)
-    return Run(recipe, policy, [], [], grader, RunFolder(folder, keep=1), inline_engine(policy, 4))
+    return Run(recipe, policy, [], [], grader, RunFolder(folder, keep=1), policy_engine(policy, 4))
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 6])

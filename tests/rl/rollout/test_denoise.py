@@ -13,7 +13,7 @@ from coupled.rl.keys import uniform
 from coupled.rl.model.policy import Policy
 from coupled.rl.rollout.denoise import completion_length, denoise, is_settled
 from coupled.rl.rollout.distributions import draw_tokens, nucleus
-from coupled.rl.rollout.engine import InlineEngine, request_chunks
+from coupled.rl.rollout.engine import policy_engine, request_chunks
 from coupled.rl.rollout.sampler import Request, Sampler, unmask_counts
 from coupled.rl.types import Rollout
 
@@ -383,7 +383,7 @@ def test_sampled_tokens_follow_the_tempered_distribution_of_the_model(tiny_polic
 
 def test_the_inline_engine_answers_in_the_order_of_the_requests(tiny_policy: MakePolicy) -> None:
     policy, requests = tiny_policy(), make_requests(7, lengths=(9, 2, 6, 2))
-    engine = InlineEngine(policy, 3)
+    engine = policy_engine(policy, 3)
     engine.load_weights(policy, 4)
     rollouts = engine.generate(requests, SAMPLED, seed=0)
     assert [r.uid for r in rollouts] == [r.uid for r in requests]

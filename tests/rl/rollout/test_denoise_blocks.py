@@ -21,7 +21,7 @@ from coupled.rl.model.policy import Policy
 from coupled.rl.rollout.denoise import completion_length, denoise
 from coupled.rl.rollout.denoise_blocks import counts_of_block, denoise_blocks
 from coupled.rl.rollout.distributions import likeliest, nucleus
-from coupled.rl.rollout.engine import InlineEngine, roll_out
+from coupled.rl.rollout.engine import policy_engine, roll_out
 from coupled.rl.rollout.parity import check_parity, sampler_for_parity
 from coupled.rl.rollout.readout import choose_positions
 from coupled.rl.rollout.sampler import Request, Sampler, steps_per_block
@@ -223,7 +223,7 @@ def test_decoding_leaves_every_global_generator_untouched(tiny_policy: MakePolic
 
 def test_the_engine_decodes_as_the_family_does(tiny_policy: MakePolicy) -> None:
     policy, requests = tiny_policy(shift=0, block_length=4), make_requests(3)
-    made = InlineEngine(policy, 8).generate(requests, SAMPLED, seed=0)
+    made = policy_engine(policy, 8).generate(requests, SAMPLED, seed=0)
     expected = denoise_blocks(policy, requests, SAMPLED, seed=0)
     assert [r.canvas_ids.tolist() for r in made] == [r.canvas_ids.tolist() for r in expected]
     whole = tiny_policy(shift=0)

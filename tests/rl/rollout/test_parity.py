@@ -17,6 +17,7 @@ from coupled.rl.errors import RolloutError
 from coupled.rl.judging.grader import Grader
 from coupled.rl.model.policy import Policy
 from coupled.rl.rollout.denoise import denoise
+from coupled.rl.rollout.engine import policy_engine
 from coupled.rl.rollout.parity import (
     NUM_ROLLOUTS,
     NUM_STEPS,
@@ -26,7 +27,6 @@ from coupled.rl.rollout.parity import (
     sampler_for_parity,
 )
 from coupled.rl.rollout.sampler import Sampler
-from coupled.rl.rollout.workers import inline_engine
 from coupled.rl.run import Run
 from coupled.rl.run_folder.folder import RunFolder
 from coupled.rl.types import Prompt, Rollout
@@ -266,7 +266,7 @@ def toy_run(policy: Policy, engine_policy: Policy, folder: Path, **sections: obj
     recipe = make_recipe(**({"rollout": rollout, "num_steps": 2} | sections))
     prompts = [prompt_of(tuple(range(4, 4 + n))) for n in (3, 6, 1, 9, 4)]
     # An engine that does not hold the trainer's policy, as one outside this process would not.
-    engine = inline_engine(engine_policy, 4)
+    engine = policy_engine(engine_policy, 4)
     return Run(recipe, policy, prompts, [], Grader.__new__(Grader), RunFolder(folder, keep=1), engine)
 
 

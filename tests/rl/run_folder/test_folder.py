@@ -344,7 +344,7 @@ def test_the_manifest_names_every_file_and_a_damaged_checkpoint_is_passed_over(f
     folder.commit(1, write_weights, {"exactness": "E2"})
     newest = folder.commit(2, write_weights)
     about = json.loads((folder.checkpoints / "step_000001" / MANIFEST).read_text())
-    assert about == {"step": 1, "epoch": 0, "exactness": "E2", "sha256": {"weights": sha256(b"whole").hexdigest()}}
+    assert about == {"step": 1, "generation": 0, "exactness": "E2", "sha256": {"weights": sha256(b"whole").hexdigest()}}
     assert folder.latest() == newest
     (newest / "weights").write_text("hole!")
     assert broken_files(newest) == ["weights"]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.engines import cluster_engine
 from helpers.toys import MakePolicy, make_batch, make_recipe
 
 from coupled.reward import Task
@@ -16,7 +17,7 @@ from coupled.rl.judging.grader import Grader
 from coupled.rl.model.policy import Policy
 from coupled.rl.model.weights import digest_of, trainable_state
 from coupled.rl.rollout.sampler import Request, sampler_of
-from coupled.rl.rollout.workers import ClusterEngine, inline_engine
+from coupled.rl.rollout.workers import ClusterEngine
 from coupled.rl.run import Run
 from coupled.rl.run_folder.folder import RunFolder
 from coupled.rl.types import Group, Prompt, Rollout
@@ -27,26 +28,25 @@ def toy_run(policy: Policy, folder: Path, **sections: object) -> Run:
     recipe = make_recipe(**({"rollout": rollout, "cluster": {"lag": 1, "max_mismatch": 0.1}} | sections))
     tasks = [Task(uid=f"task-{n}", prompt="", hidden_tests=("assert f(1)",)) for n in range(2)]
     prompts = [Prompt(task=task, token_ids=(4, 5, 6)) for task in tasks]
-    engine = inline_engine(policy, 4)
-    engine._coordinator.admission.lag = 1
+    engine = cluster_engine(policy, folder, lag=1)
     return Run(recipe, policy, prompts, [], Grader.__new__(Grader), RunFolder(folder, keep=1), engine)
 
 
-def test_mismatch_is_the_k3_estimate_over_valid_tokens(tiny_policy: MakePolicy, tmp_path: Path) -> None:
+def test_policy_drift_is_the_k3_estimate_over_valid_tokens(tiny_policy: MakePolicy, tmp_path: Path) -> None:
     run, batch = toy_run(tiny_policy(), tmp_path), make_batch((3,), (2,))
     old = torch.zeros((1, 6))
     present = torch.tensor([[0.0, log(2), 9.0, 9.0, 9.0, 9.0]])
-    run._watch_mismatch(old, present, batch)
-    assert run._metrics.row()["cluster/mismatch"] == pytest.approx((0 + 2 - 1 - log(2)) / 2, rel=1e-5)
+    run._watch_policy_drift(old, present, batch)
+    assert run._metrics.row()["cluster/policy_drift"] == pytest.approx((0 + 2 - 1 - log(2)) / 2, rel=1e-5)
 
 
-def test_the_lag_falls_to_zero_after_two_steps_of_too_large_a_mismatch_in_a_row(
+def test_the_lag_falls_to_zero_after_two_steps_of_too_large_a_policy_drift_in_a_row(
     tiny_policy: MakePolicy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, batch = toy_run(tiny_policy(), tmp_path), make_batch((3,), (6,))
     near, far = torch.full((1, 6), 0.1), torch.full((1, 6), 2.0)
     for present, lag in ((far, 1), (near, 1), (far, 1), (far, 0)):
-        run._watch_mismatch(torch.zeros((1, 6)), present, batch)
+        run._watch_policy_drift(torch.zeros((1, 6)), present, batch)
         assert run._engine.lag == lag
     assert "rollouts run ahead no more (lag 0)" in " ".join(capsys.readouterr().out.split())
 
@@ -83,7 +83,7 @@ def test_groups_whose_rollouts_could_not_be_made_are_left_out_and_said(
         raise KeyboardInterrupt  # what comes after is not looked at here
 
     monkeypatch.setattr(Run, "_judge", judge)
-    requests: list[Request] = run._requests_of(1)
+    requests: list[Request] = run._schedule.requests_of(1)
     made = {r.uid: r for r in run._engine.generate(requests, sampler_of(run.recipe), seed=0)}
     lost = requests[1].uid
     monkeypatch.setattr(ClusterEngine, "rollouts", lambda self, step: {u: r for u, r in made.items() if u != lost})

@@ -24,9 +24,8 @@ from coupled.rl.estimators.draw import draw_masks
 from coupled.rl.model.open import open_policy
 from coupled.rl.model.weights import digest_of, save_policy, trainable_state
 from coupled.rl.recipe.schema import Recipe
-from coupled.rl.rollout.engine import InlineEngine
+from coupled.rl.rollout.engine import InlineEngine, policy_engine
 from coupled.rl.rollout.sampler import Sampler
-from coupled.rl.rollout.workers import rank_group_engine
 from coupled.rl.trainer.collectives import Ranks
 from coupled.rl.trainer.open import open_rl_learner
 from coupled.rl.trainer.rank_failures import (
@@ -103,14 +102,13 @@ def test_a_rank_group_does_what_a_learner_does_and_a_killed_rank_ends_it_with_it
         for name, tensor in alone.trainable_state().items():
             assert (state[name] - tensor).abs().max() < 1e-6
 
-        engine, plain = rank_group_engine(rank_group), InlineEngine(alone.policy, 2)
+        engine, plain = InlineEngine(rank_group.generate, None), policy_engine(alone.policy, 2)
         for each in (engine, plain):
             each.load_weights(rank_group, 1)
         requests = make_requests(5)
-        assert len(engine._batches(requests, SAMPLER, 0)) == 1, (
-            "the ranks share out all of them, whatever their lengths"
-        )
+        before = rank_group._num_calls
         made, wanted = (each.generate(requests, SAMPLER, seed=0) for each in (engine, plain))
+        assert rank_group._num_calls == before + 1, "the ranks share out all of them, whatever their lengths"
         assert [(r.uid, r.canvas_ids.tolist(), r.weight_version) for r in made] == [
             (r.uid, r.canvas_ids.tolist(), r.weight_version) for r in wanted
         ]

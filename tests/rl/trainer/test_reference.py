@@ -16,7 +16,7 @@ from coupled.rl.model.policy import Policy
 from coupled.rl.model.reference import keep_reference, reference_kind
 from coupled.rl.model.weights import save_policy, trainable_state
 from coupled.rl.recipe.schema import Loss, Optimizer
-from coupled.rl.rollout.workers import inline_engine
+from coupled.rl.rollout.engine import policy_engine
 from coupled.rl.run import Run
 from coupled.rl.run_folder.folder import RunFolder
 from coupled.rl.trainer.checkpoint import REFERENCE, read_checkpoint, write_checkpoint
@@ -180,7 +180,7 @@ def test_the_reference_of_another_model_is_refused(tiny_policy: MakePolicy) -> N
 
 def toy_run(policy: Policy, folder: Path, **loss: object) -> Run:
     recipe = make_recipe(loss=loss, optimizer={"learning_rate": 1e-2, "schedule": "constant"}, num_steps=4)
-    return Run(recipe, policy, [], [], Grader.__new__(Grader), RunFolder(folder, keep=1), inline_engine(policy, 4))
+    return Run(recipe, policy, [], [], Grader.__new__(Grader), RunFolder(folder, keep=1), policy_engine(policy, 4))
 
 
 def step_of(run: Run, step: int, num_updates: int = 2) -> None:
