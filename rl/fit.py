@@ -19,12 +19,12 @@ from coupled.rl.likelihood.samples import Cursor, open_source, told
 from coupled.rl.model.open import open_policy, use_threads
 from coupled.rl.monitoring.progress import Progress
 from coupled.rl.monitoring.watchdog import PATIENCE_WITH_FILES, Watchdog, stall_seconds
-from coupled.rl.recipe.schema import Recipe
+from coupled.rl.recipe.schema import LikelihoodRecipe
 from coupled.rl.run_folder.folder import open_run_folder
 from coupled.rl.trainer.open import open_likelihood_learner
 
 
-def fit(recipe: Recipe, resume: str = "never") -> Path:
+def fit(recipe: LikelihoodRecipe, resume: str = "never") -> Path:
     """Train by maximum likelihood (`stage: pretrain` or `sft`). Returns the last checkpoint's folder.
 
     Raises:
@@ -33,11 +33,11 @@ def fit(recipe: Recipe, resume: str = "never") -> Path:
     use_threads(recipe)
     policy = open_policy(recipe.model, recipe.seed)
     as_asked, recipe = recipe, recipe.model_copy(update={"fit": settle(recipe.fit, policy.family)})
-    source = open_source(recipe, policy)
+    source = open_source(recipe.data, recipe.fit, recipe.seed, policy)
     run = open_run_folder(as_asked, resume)
     with ExitStack() as opened:
         learner = opened.enter_context(closing(open_likelihood_learner(recipe, policy, run.path)))
-        watchdog = Watchdog(stall_seconds(recipe), run.path)
+        watchdog = Watchdog(stall_seconds(recipe.cluster), run.path)
         policy.on_pass = watchdog.moved
         opened.callback(watchdog.close)
         done, cursor = 0, Cursor()
@@ -46,7 +46,7 @@ def fit(recipe: Recipe, resume: str = "never") -> Path:
             done, cursor = int(state["step"]), Cursor(**state["cursor"])
         run.forget_after(done)
         watchdog.start()
-        rows = RowMaker(source, recipe, policy.tokenizer.eos_token_id, cursor)
+        rows = RowMaker(source, recipe.fit, recipe.seed, policy.tokenizer.eos_token_id, cursor)
         progress = opened.enter_context(Progress(recipe.num_steps, done, title=f"{recipe.stage} {run.path}"))
 
         for step in range(done, recipe.num_steps):

@@ -33,10 +33,10 @@ from coupled.rl.monitoring.watchdog import PATIENCE_WITH_FILES, Watchdog, stall_
 from coupled.rl.objective.advantage import filter_groups, group_advantages
 from coupled.rl.objective.batch import collate, passes_of, refuse_identical_groups, rewards_of
 from coupled.rl.recipe.schema import Recipe
-from coupled.rl.rollout.exactness import compare, exact_counterpart
+from coupled.rl.rollout.exactness import NUM_COMPARED, TOLERANCE, compare, exact_counterpart
 from coupled.rl.rollout.open import open_engine
 from coupled.rl.rollout.parity import prompts_to_check, sampler_for_parity
-from coupled.rl.rollout.sampler import Request, sampler_of
+from coupled.rl.rollout.sampler import Request
 from coupled.rl.rollout.workers import ClusterEngine
 from coupled.rl.run_folder.folder import RunFolder, open_run_folder
 from coupled.rl.run_folder.rollout_log import write_rollouts
@@ -77,7 +77,7 @@ class Run:
         self._engine = engine
         self.learner = RLLearner(recipe, policy) if learner is None else learner
         self._events = events or EventLog()
-        self._watchdog = Watchdog(stall_seconds(recipe), folder.path, state=engine.oldest)
+        self._watchdog = Watchdog(stall_seconds(recipe.cluster), folder.path, state=engine.oldest)
         self._events.on_result = self.policy.on_pass = self._watchdog.moved
         self._version = 0
         """Of the weights that rolled out the step under way."""
@@ -100,7 +100,7 @@ class Run:
             self._done = int(state["step"])
             self._under_way = self._restore(latest, state)
         folder.forget_after(self._done)
-        self._sampler = sampler_of(recipe)
+        self._sampler = recipe.rollout.sampler
         if any("mismatch/fell_back" in row for row in folder.rows()):
             self._sampler = self._sampler.exact()
         engine.load_weights(self.learner, self._done)
@@ -148,7 +148,7 @@ class Run:
         prompts = prompts_to_check(self._prompts)
         requests = [Request(uid=f"parity/{i}-{p.task.uid}", prompt_ids=p.token_ids) for i, p in enumerate(prompts)]
         made = self._engine.generate(
-            requests, sampler_for_parity(sampler_of(recipe), self.policy.family.block_length), seed=recipe.seed
+            requests, sampler_for_parity(recipe.rollout.sampler, self.policy.family.block_length), seed=recipe.seed
         )
         found = self.learner.check_parity(prompts, made)
         self._console.print(
@@ -229,24 +229,24 @@ class Run:
         Raises:
             RolloutError: there is one, and the recipe wants to stop.
         """
-        monitor = self.recipe.rollout.monitor
-        if not monitor.every or (step - 1) % monitor.every or self._sampler.is_exact:
+        rollout = self.recipe.rollout
+        if not rollout.monitor_every or (step - 1) % rollout.monitor_every or self._sampler.is_exact:
             return
-        some = groups[: monitor.num_prompts]
+        some = groups[:NUM_COMPARED]
         requests = [Request(uid=r.uid, prompt_ids=r.prompt_ids) for group in some for r in group.rollouts]
         with self._clock("monitor"):
             made = self._engine.generate(requests, exact_counterpart(self._sampler), seed=self.recipe.seed)
             found = compare(some, self._judge(step, prompts[: len(some)], made))
         self._metrics.add(found.row())
-        if not found.is_beyond(monitor.tolerance):
+        if not found.is_beyond(TOLERANCE):
             return
         text = f"step {step}: rollouts differ from exact ones by more than chance: {found}"
-        if monitor.on_mismatch == "stop":
+        if rollout.on_mismatch == "stop":
             raise RolloutError(
-                f"{text}. rollout.monitor.on_mismatch is stop: lower rollout.entropy_bound, raise rollout.end_fill, "
+                f"{text}. rollout.on_mismatch is stop: lower rollout.entropy_bound, raise rollout.end_fill, "
                 "refresh the cache more often, or roll out exactly (rollout.preset=rl)"
             )
-        if monitor.on_mismatch == "fall_back":
+        if rollout.on_mismatch == "fall_back":
             self._sampler = self._sampler.exact()
             self._metrics.add({"mismatch/fell_back": 1.0})
             text += "; exact from the next step on"
@@ -427,14 +427,14 @@ class Run:
         log_ratio = (present - old)[batch.valid].clamp(max=self.recipe.loss.max_log_ratio)
         mismatch = float((log_ratio.exp() - 1 - log_ratio).mean()) if len(log_ratio) else 0.0
         self._metrics.of_mismatch(mismatch)
-        limit = self.recipe.cluster.max_mismatch
+        limit = self.recipe.cluster.max_policy_drift
         self._num_mismatched = self._num_mismatched + 1 if mismatch > limit else 0
         if self._num_mismatched >= 2 and self._engine.lag:
             self._engine.fall_back()
             self._events.tell("fall_back", mismatch=mismatch)
             self._console.print(
                 f"the policy moved {mismatch:.3g} nats per token from the one that rolled out, twice more than "
-                f"cluster.max_mismatch={limit:g}: rollouts run ahead no more (lag 0)",
+                f"cluster.max_policy_drift={limit:g}: rollouts run ahead no more (lag 0)",
                 highlight=False,
             )
 

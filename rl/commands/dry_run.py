@@ -17,7 +17,8 @@ from coupled.rl.estimators import scoring_cost
 from coupled.rl.estimators.cost import ScoringCost
 from coupled.rl.model.families import Family, family_of
 from coupled.rl.model.vocabulary import CHUNK_LOGITS
-from coupled.rl.recipe.schema import Recipe
+from coupled.rl.recipe.schema import AnyRecipe, LikelihoodRecipe, Recipe
+from coupled.rl.rollout.sampler import plan_steps, steps_per_block
 
 PEAK_TFLOPS = {"H200": 790.0, "A100": 250.0}
 """bfloat16, dense: third-party measurement on large products (H200), or the published peak (A100)."""
@@ -126,7 +127,7 @@ def shape_of(config: dict[str, Any]) -> Shape:
     )
 
 
-def memory_gib(recipe: Recipe, shape: Shape, family: Family) -> dict[str, float]:
+def memory_gib(recipe: AnyRecipe, shape: Shape, family: Family) -> dict[str, float]:
     """Peak memory of a device of the trainer, part by part, in GiB.
 
     Trained weights have a gradient and two moments, all float32. Activations: per token and layer, the inputs of norms,
@@ -141,7 +142,7 @@ def memory_gib(recipe: Recipe, shape: Shape, family: Family) -> dict[str, float]
     parts = {"weights": shape.parameters * bytes_each / shares, "gradients and moments": trained * 12 / shares}
     if adapter is not None:
         parts["adapter"] = trained * 4
-    if recipe.stage == "rl" and recipe.loss.kl_beta > 0 and recipe.loss.reference != "old":
+    if isinstance(recipe, Recipe) and recipe.loss.kl_beta > 0 and recipe.loss.reference != "old":
         copied = trained if recipe.loss.reference == "synced" or adapter is None else 0
         parts["reference"] = copied * bytes_each / shares
     compute_bytes = 2 if recipe.model.compute_dtype == "bfloat16" else 4
@@ -150,7 +151,7 @@ def memory_gib(recipe: Recipe, shape: Shape, family: Family) -> dict[str, float]
     elif compute_bytes == 2 and bytes_each == 4:
         parts["autocast copies"] = shape.body * 2
     streams = 2 if _has_two_streams(recipe, family) else 1
-    if recipe.stage == "rl":
+    if isinstance(recipe, Recipe):
         rows, canvas = recipe.optimizer.micro_batch_size, recipe.rollout.canvas
         inputs = rows if recipe.optimizer.has_two_passes else scoring_rows(recipe, family, rows)
         length = recipe.data.max_prompt_tokens + canvas
@@ -168,17 +169,17 @@ def memory_gib(recipe: Recipe, shape: Shape, family: Family) -> dict[str, float]
     return {name: size / GIB for name, size in parts.items()}
 
 
-def _gathered(recipe: Recipe, shape: Shape, compute_bytes: int) -> int:
+def _gathered(recipe: AnyRecipe, shape: Shape, compute_bytes: int) -> int:
     """Bytes of sharded weights that are whole at a time: the part outside of the layers in fp32, and layers in the
-    compute type, all of them to roll out or score. Likelihood training: two layers, gradients of one and of the outside.
+    compute type, all of them to roll out or score. Likelihood training: two layers, gradients of one and the outside.
     """
     outside, layer = shape.parameters - shape.body, shape.body // shape.layers
-    if recipe.stage == "rl":
+    if isinstance(recipe, Recipe):
         return outside * 4 + shape.body * compute_bytes
     return outside * 8 + layer * (2 * compute_bytes + 4)
 
 
-def fit_step_flops(recipe: Recipe, shape: Shape, family: Family) -> dict[str, int]:
+def fit_step_flops(recipe: LikelihoodRecipe, shape: Shape, family: Family) -> dict[str, int]:
     """Operations of one step of likelihood training: forward and backward pass over every row, streams included."""
     length = recipe.fit.context or recipe.data.max_prompt_tokens + recipe.fit.canvas
     streams = 2 if _has_two_streams(recipe, family) else 1
@@ -198,7 +199,7 @@ def rl_step_flops(recipe: Recipe, shape: Shape, family: Family) -> dict[str, int
         passes = rollout.denoising_steps
         made = rows * passes * shape.forward_flops(length, length, canvas // 2)
     else:
-        per_block = _steps_per_block(recipe, size)
+        per_block = steps_per_block(rollout, size)
         tokens = (per_block + 1) * canvas
         made = rows * shape.forward_flops(tokens, length - canvas // 2, per_block * canvas // 2)
         made += rollout.num_prompts * shape.forward_flops(prompt, prompt, 0)
@@ -227,25 +228,21 @@ def scoring_rows(recipe: Recipe, family: Family, num_completions: int) -> int:
 
 def scoring_cost_of(recipe: Recipe, family: Family) -> ScoringCost:
     """Masked inputs of a completion that fills the canvas, and is committed in all the steps it may take."""
-    rollout, size = recipe.rollout, family.block_length
-    steps = rollout.denoising_steps
-    if size is not None:
-        steps = _steps_per_block(recipe, size) * -(-rollout.canvas // size)
-    return scoring_cost(recipe.estimator, rollout.canvas, min(steps, rollout.canvas))
+    sampler, size = recipe.rollout, family.block_length
+    if size is None:
+        steps = len(plan_steps(sampler))
+    else:
+        steps = min(steps_per_block(sampler, size) * -(-sampler.canvas // size), sampler.canvas)
+    return scoring_cost(recipe.estimator, sampler.canvas, steps)
 
 
-def _steps_per_block(recipe: Recipe, size: int) -> int:
-    rollout = recipe.rollout
-    return max(1, min(size, -(-rollout.denoising_steps * size // rollout.canvas)))
-
-
-def _has_two_streams(recipe: Recipe, family: Family) -> bool:
-    if recipe.stage == "rl" or recipe.fit.objective is None:
+def _has_two_streams(recipe: AnyRecipe, family: Family) -> bool:
+    if isinstance(recipe, Recipe) or recipe.fit.objective is None:
         return family.block_length is not None
     return recipe.fit.objective == "block_diffusion"
 
 
-def estimate_run(recipe: Recipe) -> str:
+def estimate_run(recipe: AnyRecipe) -> str:
     """The estimate in a few lines; one line with the reason where the model's shape is not available."""
     try:
         config = _config_of(recipe)
@@ -264,7 +261,10 @@ def estimate_run(recipe: Recipe) -> str:
         f"# memory: {sum(memory.values()):.1f} GiB = "
         + " + ".join(f"{name} {size:.1f}" for name, size in memory.items() if size),
     ]
-    flops = rl_step_flops(recipe, shape, family) if recipe.stage == "rl" else fit_step_flops(recipe, shape, family)
+    if isinstance(recipe, Recipe):
+        flops = rl_step_flops(recipe, shape, family)
+    else:
+        flops = fit_step_flops(recipe, shape, family)
     ranks = recipe.cluster.trainer_ranks
     for name, peak in PEAK_TFLOPS.items():
         seconds = {part: work / (peak * 1e12 * UTILISATION * ranks) for part, work in flops.items()}
@@ -278,7 +278,7 @@ def estimate_run(recipe: Recipe) -> str:
     return "\n".join(lines)
 
 
-def _config_of(recipe: Recipe) -> dict[str, Any]:
+def _config_of(recipe: AnyRecipe) -> dict[str, Any]:
     path = recipe.model.path
     if not Path(path).is_dir() and path in HUB_NAMES:
         return PUBLISHED[HUB_NAMES[path]]

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from coupled.rl.estimators import ar_order, coupled, espo, full_mask, gdpo, random_mask, trajectory
 from coupled.rl.estimators.cost import ScoringCost
 from coupled.rl.keys import Key
-from coupled.rl.recipe.schema import Estimator
+from coupled.rl.recipe.objective import Estimator
 from coupled.rl.types import MaskDraw, TrainBatch
 
 

@@ -10,7 +10,7 @@ import torch
 
 from coupled.rl.estimators.cost import ScoringCost
 from coupled.rl.keys import Key
-from coupled.rl.recipe.schema import Estimator
+from coupled.rl.recipe.objective import Estimator
 from coupled.rl.types import MaskDraw, TrainBatch, View
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from coupled.rl.estimators import ESTIMATORS
 from coupled.rl.keys import Key, generator
-from coupled.rl.recipe.schema import Estimator
+from coupled.rl.recipe.objective import Estimator
 from coupled.rl.types import MaskDraw, TrainBatch
 
 

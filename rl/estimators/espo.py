@@ -16,7 +16,7 @@ from torch import Tensor
 from coupled.rl.estimators.cost import ScoringCost
 from coupled.rl.estimators.subsets import exact_count, stack
 from coupled.rl.keys import Key, generator
-from coupled.rl.recipe.schema import Estimator
+from coupled.rl.recipe.objective import Estimator
 from coupled.rl.shapes import Bool
 from coupled.rl.types import MaskDraw, TrainBatch, View
 

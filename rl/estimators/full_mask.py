@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from coupled.rl.estimators.cost import ScoringCost
 from coupled.rl.keys import Key
-from coupled.rl.recipe.schema import Estimator
+from coupled.rl.recipe.objective import Estimator
 from coupled.rl.types import MaskDraw, TrainBatch, View
 
 

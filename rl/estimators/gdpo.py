@@ -19,7 +19,7 @@ import numpy as np
 from coupled.rl.estimators.cost import ScoringCost
 from coupled.rl.estimators.subsets import column, exact_count, stack
 from coupled.rl.keys import Key, generator
-from coupled.rl.recipe.schema import Estimator
+from coupled.rl.recipe.objective import Estimator
 from coupled.rl.types import MaskDraw, TrainBatch, View
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from coupled.rl.estimators.cost import ScoringCost
 from coupled.rl.estimators.subsets import bernoulli, column, exact_count, nearest_count, stack
 from coupled.rl.keys import Key, generator
-from coupled.rl.recipe.schema import Estimator
+from coupled.rl.recipe.objective import Estimator
 from coupled.rl.types import MaskDraw, TrainBatch, View
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from coupled.rl.errors import CheckpointError
-from coupled.rl.model.cuda_graphs import Graphs
 from coupled.rl.model.loading import add_adapter, load_policy
 from coupled.rl.model.policy import Policy
-from coupled.rl.recipe.schema import Model, Recipe
+from coupled.rl.recipe.model import Model
+from coupled.rl.recipe.schema import RunRecipe
 
 
 def open_policy(model: Model, seed: int) -> Policy:
@@ -32,7 +32,6 @@ def open_policy(model: Model, seed: int) -> Policy:
     if model.adapter is not None and not policy.has_adapter:
         adapter = model.adapter
         add_adapter(policy, rank=adapter.rank, alpha=adapter.alpha, targets=adapter.targets, seed=seed)
-    policy.graphs = Graphs() if model.has_cuda_graphs else None
     return policy
 
 
@@ -58,7 +57,7 @@ def pick_device(wanted: str) -> str:
     return "cuda" if has_gpu and wanted != "cpu" else "cpu"
 
 
-def use_threads(recipe: Recipe) -> None:
+def use_threads(recipe: RunRecipe) -> None:
     """Set torch's thread count for this process, when the recipe names one, or several ranks share the cores."""
     if recipe.num_threads:
         torch.set_num_threads(recipe.num_threads)

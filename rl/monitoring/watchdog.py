@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from coupled.rl.cluster.types import HEALTH, ClusterError
-from coupled.rl.recipe.schema import Recipe
+from coupled.rl.recipe.cluster import Cluster
 
 FILE = "stalled.txt"
 TICKS = 20
@@ -27,11 +27,11 @@ PATIENCE_WITH_FILES = 4 * 3600.0
 """More seconds for what reads or writes many gigabytes, or a stream from far away."""
 
 
-def stall_seconds(recipe: Recipe) -> float:
+def stall_seconds(cluster: Cluster) -> float:
     """So much silence ends the process; coordinator and ranks, which can say more of it, notice it before that."""
-    waits = [HEALTH[recipe.cluster.health].stall_seconds]
-    if recipe.cluster.trainer_ranks > 1:
-        waits.append(recipe.cluster.trainer_timeout_seconds)
+    waits = [HEALTH[cluster.health].stall_seconds]
+    if cluster.trainer_ranks > 1:
+        waits.append(cluster.trainer_timeout_seconds)
     return 1.5 * max(waits)
 
 

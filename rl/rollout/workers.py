@@ -29,9 +29,10 @@ from coupled.rl.cluster.types import PATIENT, TRAINING, ClusterError, Counters, 
 from coupled.rl.errors import CoupledError, RolloutError
 from coupled.rl.model.open import open_policy, use_threads
 from coupled.rl.model.policy import Policy, digest_of
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.recipe.schema import Recipe
 from coupled.rl.rollout.engine import HasWeights, request_chunks, roll_out
-from coupled.rl.rollout.sampler import Request, Sampler
+from coupled.rl.rollout.sampler import Request
 from coupled.rl.trainer.rank_group import RankGroup
 from coupled.rl.types import Rollout
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from coupled.rl.model.gradient_checkpointing import checkpoint_gradients
 from coupled.rl.model.policy import Policy
-from coupled.rl.recipe.schema import Recipe
+from coupled.rl.recipe.schema import RunRecipe
 from coupled.rl.trainer.checkpoint import read_checkpoint, write_checkpoint, write_sharded_checkpoint
 from coupled.rl.trainer.collectives import Ranks, add_gradients
 from coupled.rl.trainer.optimizer import apply_step, learning_rate, make_optimizer
@@ -26,7 +26,7 @@ class Learner:
     """
 
     def __init__(
-        self, recipe: Recipe, policy: Policy, ranks: Ranks, *, has_reference: bool = False, is_moving: bool = False
+        self, recipe: RunRecipe, policy: Policy, ranks: Ranks, *, has_reference: bool = False, is_moving: bool = False
     ) -> None:
         self.recipe = recipe
         self.policy = policy

@@ -31,8 +31,9 @@ from coupled.rl.likelihood.batch import LikelihoodBatch
 from coupled.rl.likelihood.objective import Noise
 from coupled.rl.model.open import pick_device
 from coupled.rl.model.policy import Policy
-from coupled.rl.recipe.schema import Recipe
-from coupled.rl.rollout.sampler import Request, Sampler
+from coupled.rl.recipe.rollout import Sampler
+from coupled.rl.recipe.schema import AnyRecipe, RunRecipe
+from coupled.rl.rollout.sampler import Request
 from coupled.rl.trainer.collectives import join, moved
 from coupled.rl.trainer.likelihood_learner import LikelihoodUpdate
 from coupled.rl.trainer.rank_protocol import RankExit, call_key, done_key, error_key, here_key, learner_of, ready
@@ -75,7 +76,7 @@ StartRank = Callable[[int, int], RankHandle]
 class ProcessRankHandle:
     """A rank on this host, in a process of its own that ends when this one does."""
 
-    def __init__(self, recipe: Recipe, rank: int, port: int, folder: Path) -> None:
+    def __init__(self, recipe: AnyRecipe, rank: int, port: int, folder: Path) -> None:
         self.rank, self.host = rank, LOCAL_HOST
         folder.mkdir(parents=True, exist_ok=True)
         self.log = str(folder / f"rank_{rank}.log")
@@ -121,7 +122,7 @@ class RankGroup:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: AnyRecipe,
         policy: Policy,
         start: StartRank,
         *,
@@ -381,7 +382,7 @@ def is_of_connections(text: str) -> bool:
     return any(word in text for word in ("connection", "gloo", "nccl", "broken pipe"))
 
 
-def refuse_too_few_devices(recipe: Recipe) -> None:
+def refuse_too_few_devices(recipe: RunRecipe) -> None:
     """Every rank needs a GPU of its own, if it is to use one."""
     size = recipe.cluster.trainer_ranks
     if pick_device(recipe.model.device) == "cuda" and torch.cuda.device_count() < size:

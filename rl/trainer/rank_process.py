@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from coupled.rl.model.open import open_policy, pick_device, use_threads
-from coupled.rl.recipe.schema import Recipe
+from coupled.rl.recipe.read import recipe_from_json
+from coupled.rl.recipe.schema import AnyRecipe
 from coupled.rl.trainer.collectives import join, moved
 from coupled.rl.trainer.rank_group import START_SECONDS
 from coupled.rl.trainer.rank_protocol import call_key, done_key, error_key, here_key, learner_of, ready
@@ -24,7 +25,7 @@ ABANDONED = 3
 """Exit status of a rank whose first rank is gone."""
 
 
-def serve_rank(recipe: Recipe, *, rank: int, host: str, port: int, device: int) -> None:
+def serve_rank(recipe: AnyRecipe, *, rank: int, host: str, port: int, device: int) -> None:
     """Be rank `rank`, on this host's GPU number `device` if the recipe uses one, until the first rank says to leave.
 
     Raises:
@@ -79,7 +80,7 @@ def main() -> None:
     """`python -m coupled.rl.trainer.rank_process '{"rank": 1, "host": …, "port": …}'`, with the recipe as a line
     of JSON on standard input."""
     place = json.loads(sys.argv[1])
-    recipe = Recipe.model_validate_json(sys.stdin.buffer.readline())
+    recipe = recipe_from_json(sys.stdin.buffer.readline())
     threading.Thread(target=end_with_the_first_rank, daemon=True).start()
     try:
         serve_rank(recipe, rank=place["rank"], host=place["host"], port=place["port"], device=place["rank"])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from coupled.rl.errors import RankError
 from coupled.rl.model.policy import Policy, digest_of
-from coupled.rl.recipe.schema import Recipe
+from coupled.rl.recipe.schema import AnyRecipe, Recipe
 from coupled.rl.trainer.collectives import Ranks
 from coupled.rl.trainer.learner import Learner
 from coupled.rl.trainer.likelihood_learner import LikelihoodLearner
@@ -44,9 +44,9 @@ def error_key(rank: int) -> str:
     return f"error/{rank}"
 
 
-def learner_of(recipe: Recipe, policy: Policy, ranks: Ranks) -> Learner:
+def learner_of(recipe: AnyRecipe, policy: Policy, ranks: Ranks) -> Learner:
     """One rank's learner, of the recipe's stage."""
-    return RLLearner(recipe, policy, ranks) if recipe.stage == "rl" else LikelihoodLearner(recipe, policy, ranks)
+    return RLLearner(recipe, policy, ranks) if isinstance(recipe, Recipe) else LikelihoodLearner(recipe, policy, ranks)
 
 
 def ready(learner: Learner, ranks: Ranks) -> Learner:

@@ -37,7 +37,7 @@ from coupled.rl.cluster.types import HEALTH, ClusterError, WorkerLost, WorkFaile
 from coupled.rl.errors import RecipeError
 from coupled.rl.model.open import pick_device
 from coupled.rl.model.policy import Policy
-from coupled.rl.recipe.schema import Recipe
+from coupled.rl.recipe.schema import AnyRecipe
 from coupled.rl.trainer.rank_group import LOCAL_HOST, RankGroup
 from coupled.rl.trainer.rank_process import serve_rank
 from coupled.rl.trainer.rank_protocol import RankExit
@@ -55,7 +55,7 @@ REMEDY = (
 class RemoteRank:
     """What runs in an actor: one rank. What it prints goes to the run folder, as that of a rank in a process does."""
 
-    def __init__(self, recipe: Recipe, rank: int, host: str, port: int, folder: Path, token: str) -> None:
+    def __init__(self, recipe: AnyRecipe, rank: int, host: str, port: int, folder: Path, token: str) -> None:
         self._recipe, self._rank, self._host, self._port = recipe, rank, host, port
         self._folder, self._token = folder, token
 
@@ -116,7 +116,7 @@ class RayRankHandle:
         return RankExit(how="status 0", is_lost=False)
 
 
-def open_ray_rank_group(recipe: Recipe, policy: Policy, folder: Path) -> RankGroup:
+def open_ray_rank_group(recipe: AnyRecipe, policy: Policy, folder: Path) -> RankGroup:
     """The ranks of a trainer, the first of them this process and the others actors.
 
     Raises:
@@ -154,7 +154,7 @@ def open_ray_rank_group(recipe: Recipe, policy: Policy, folder: Path) -> RankGro
         raise
 
 
-def reserve(ray: Any, recipe: Recipe, on_close: Callable[[Callable[[], None]], Any]) -> list[Bundle]:
+def reserve(ray: Any, recipe: AnyRecipe, on_close: Callable[[Callable[[], None]], Any]) -> list[Bundle]:
     """A place for each rank; `on_close` is told how to give them back."""
     needs = WorkerSpec(make=RemoteRank, num_gpus=float(recipe.model.device == "cuda")).needs
     ask = ResourceRequest(num=recipe.cluster.trainer_ranks, what="trainer ranks", needs=needs, has_one_here=True)

@@ -18,10 +18,11 @@ from coupled.rl.model.policy import Policy
 from coupled.rl.objective.batch import micro_batches
 from coupled.rl.objective.gradient import add_gradient
 from coupled.rl.objective.loss import add_sums, loss_denominator
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.recipe.schema import Recipe
 from coupled.rl.rollout.engine import request_chunks, roll_out
 from coupled.rl.rollout.parity import check_parity
-from coupled.rl.rollout.sampler import Request, Sampler
+from coupled.rl.rollout.sampler import Request
 from coupled.rl.trainer.collectives import ALONE, Ranks
 from coupled.rl.trainer.learner import Learner
 from coupled.rl.types import Anchor, MaskDraw, Prompt, Rollout, TrainBatch
@@ -40,6 +41,8 @@ class Update:
 
 class RLLearner(Learner):
     """Policy, reference and optimizer of one rank. With several ranks, every method is called on all of them."""
+
+    recipe: Recipe
 
     def __init__(self, recipe: Recipe, policy: Policy, ranks: Ranks = ALONE) -> None:
         has_reference = recipe.loss.kl_beta > 0 and recipe.loss.reference != "old"
@@ -107,9 +110,11 @@ class RLLearner(Learner):
                     batch.rows(rows),
                     masks.rows(rows),
                     anchor.rows(rows),
-                    recipe,
+                    recipe.estimator,
+                    recipe.loss,
                     self.temperature,
                     denominator,
+                    has_two_passes=recipe.optimizer.has_two_passes,
                     is_silent=is_silent,
                 )
                 if not is_silent:

@@ -20,7 +20,7 @@ from coupled.rl.estimators.score import estimate_logp
 from coupled.rl.model.families import family_of
 from coupled.rl.model.policy import Policy
 from coupled.rl.objective.batch import micro_batches
-from coupled.rl.recipe.schema import Estimator
+from coupled.rl.recipe.objective import Estimator
 from coupled.rl.types import TrainBatch
 
 CANVAS = 8

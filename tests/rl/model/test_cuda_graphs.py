@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 from helpers.toys import MakePolicy
@@ -12,11 +10,10 @@ from torch import Tensor, nn
 import coupled.rl.model.cuda_graphs
 from coupled.rl.model.cuda_graphs import Graphs, fill_up, is_small
 from coupled.rl.model.last_layer import only
-from coupled.rl.model.open import open_policy
 from coupled.rl.model.policy import Policy
-from coupled.rl.recipe.schema import Model
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.rollout.denoise import denoise
-from coupled.rl.rollout.sampler import Request, Sampler
+from coupled.rl.rollout.sampler import Request
 
 SAMPLER = Sampler(canvas=10, denoising_steps=10, temperature=1.0)
 REQUESTS = [Request(uid=f"{i}", prompt_ids=(5, 9, 12, 6)) for i in range(5)]
@@ -36,7 +33,7 @@ def test_rollouts_in_few_shapes_are_those_in_their_own(
     tiny_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch, order: str
 ) -> None:
     monkeypatch.setattr(coupled.rl.model.cuda_graphs, "READ_COLUMNS", 4)
-    policy, sampler = tiny_policy(end_scale=1.5), replace(SAMPLER, order=order)
+    policy, sampler = tiny_policy(end_scale=1.5), SAMPLER.changed(order=order)
     plain = denoise(policy, REQUESTS, sampler, seed=0)
     seen: list[int] = []
 
@@ -51,12 +48,6 @@ def test_rollouts_in_few_shapes_are_those_in_their_own(
         assert mine.commit_step.tolist() == its.commit_step.tolist()
         assert mine.commit_logp == pytest.approx(its.commit_logp, abs=1e-5)
     assert set(seen) <= {4, 8, 12}
-
-
-def test_a_recipe_asks_for_them(tiny_folder: MakePolicy) -> None:
-    folder = str(tiny_folder())
-    assert open_policy(Model(path=folder), 0).graphs is None
-    assert isinstance(open_policy(Model(path=folder, has_cuda_graphs=True), 0).graphs, Graphs)
 
 
 @pytest.mark.gpu

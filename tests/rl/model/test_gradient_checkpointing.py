@@ -16,7 +16,7 @@ from coupled.rl.estimators.score import estimate_logp
 from coupled.rl.model.gradient_checkpointing import checkpoint_gradients
 from coupled.rl.model.loading import add_adapter, load_policy
 from coupled.rl.model.policy import Policy
-from coupled.rl.recipe.schema import Estimator
+from coupled.rl.recipe.objective import Estimator
 
 KEY = (0, "mask", 1, 0)
 # peft asks transformers for a name that transformers has renamed.

@@ -17,8 +17,8 @@ from helpers.toys import MakePolicy, make_batch, make_requests
 
 from coupled.rl.monitoring.events import EventLog
 from coupled.rl.monitoring.watchdog import FILE, STATE_SECONDS, Watchdog
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.rollout.denoise import denoise
-from coupled.rl.rollout.sampler import Sampler
 
 SECONDS = 0.5
 Make = Callable[..., Watchdog]

@@ -15,7 +15,8 @@ from helpers.toys import MakePolicy, make_recipe
 from coupled.rl.errors import CheckpointError, FencedError
 from coupled.rl.model.loading import add_adapter, load_policy
 from coupled.rl.model.policy import Policy
-from coupled.rl.recipe.schema import Optimizer, Recipe
+from coupled.rl.recipe.objective import Optimizer
+from coupled.rl.recipe.schema import Recipe
 from coupled.rl.run_folder.folder import (
     MANIFEST,
     RunFolder,

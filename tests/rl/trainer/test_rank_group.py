@@ -22,9 +22,9 @@ from coupled.rl.errors import RankError, RecipeError
 from coupled.rl.estimators.draw import draw_masks
 from coupled.rl.model.open import open_policy
 from coupled.rl.model.policy import digest_of
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.recipe.schema import Recipe
 from coupled.rl.rollout.engine import InlineEngine
-from coupled.rl.rollout.sampler import Sampler
 from coupled.rl.rollout.workers import rank_group_engine
 from coupled.rl.trainer.collectives import Ranks
 from coupled.rl.trainer.open import open_rl_learner

@@ -19,8 +19,8 @@ from coupled.rl.errors import RankError, RankLostError, RecipeError
 from coupled.rl.estimators.draw import draw_masks
 from coupled.rl.model.open import open_policy
 from coupled.rl.model.policy import digest_of
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.recipe.schema import Recipe
-from coupled.rl.rollout.sampler import Sampler
 from coupled.rl.rollout.workers import ObjectCarrier, RolloutWorker
 from coupled.rl.trainer import ray_ranks
 from coupled.rl.trainer.open import open_rl_learner

@@ -13,7 +13,7 @@ from coupled.rl.estimators.draw import draw_masks
 from coupled.rl.judging.grader import Grader
 from coupled.rl.model.loading import add_adapter, load_policy
 from coupled.rl.model.policy import Policy
-from coupled.rl.recipe.schema import Optimizer
+from coupled.rl.recipe.objective import Optimizer
 from coupled.rl.rollout.workers import inline_engine
 from coupled.rl.run import Run
 from coupled.rl.run_folder.folder import RunFolder
