@@ -30,7 +30,8 @@ from coupled.rl.evaluation.benchmarks import BENCHMARKS, Benchmark, Problem, dat
 from coupled.rl.evaluation.benchmarks.run import Arm, EvaluationPlan, evaluate_benchmark, read_evaluation
 from coupled.rl.model.loading import load_tokenizer
 from coupled.rl.model.policy import Policy
-from coupled.rl.rollout.sampler import Request, Sampler
+from coupled.rl.recipe.rollout import Sampler
+from coupled.rl.rollout.sampler import Request
 from coupled.rl.types import Rollout
 from coupled.sandbox import open_executor
 

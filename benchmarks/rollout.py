@@ -47,13 +47,13 @@ from coupled.rl.model.families import FAMILIES
 from coupled.rl.model.open import open_policy
 from coupled.rl.model.policy import Policy
 from coupled.rl.recipe.read import load_recipe
-from coupled.rl.recipe.schema import PRESETS
+from coupled.rl.recipe.rollout import PRESETS, Sampler
 from coupled.rl.rollout import readout
 from coupled.rl.rollout.denoise import keyed_draws
 from coupled.rl.rollout.distributions import draw_tokens
 from coupled.rl.rollout.engine import policy_engine, roll_out
 from coupled.rl.rollout.readout import chunks
-from coupled.rl.rollout.sampler import Request, Sampler, Step, plan_steps, sampler_of, unmask_counts
+from coupled.rl.rollout.sampler import Request, Step, plan_steps, unmask_counts
 from coupled.rl.types import Rollout
 
 SHAPES = {
@@ -343,7 +343,7 @@ class Problem:
         settings = dict(arm.settings)
         if "denoising_steps" in settings:  # tokens a step
             settings["denoising_steps"] = self.sampler.denoising_steps // settings["denoising_steps"]
-        return replace(self.sampler, **settings)
+        return self.sampler.changed(**settings)
 
     def generate(self, sampler: Sampler) -> list[Rollout]:
         return policy_engine(self.policy, self.batch_size).generate(self.requests, sampler, seed=SEED)
@@ -406,7 +406,8 @@ def embedded_problem(num_prompts: int) -> Problem:
         for i, p in enumerate(chosen)
         for k in range(recipe.rollout.group_size)
     ]
-    return Problem(policy=policy, requests=requests, sampler=sampler_of(recipe), batch_size=recipe.rollout.batch_size)
+    sampler, batch_size = recipe.rollout.sampler, recipe.rollout.batch_size
+    return Problem(policy=policy, requests=requests, sampler=sampler, batch_size=batch_size)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -492,7 +493,7 @@ def synchronize(problem: Problem) -> None:
 
 def measure_memory(problem: Problem, arms: list[Arm], steps: int) -> Iterator[tuple[str, float]]:
     """MB that an arm adds, at its first steps, which are its largest."""
-    few = replace(problem, sampler=replace(problem.sampler, denoising_steps=steps))
+    few = replace(problem, sampler=problem.sampler.changed(denoising_steps=steps))
     for arm in arms:
         if "denoising_steps" in arm.settings:
             continue
@@ -521,7 +522,7 @@ def profile(problem: Problem, arm: Arm) -> list[dict[str, Any]]:
     """Where the time of an arm goes: the eight operations that take most."""
     is_gpu = problem.policy.device.type == "cuda"
     kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if is_gpu else [])]
-    few = replace(problem, sampler=replace(problem.sampler, denoising_steps=4))
+    few = replace(problem, sampler=problem.sampler.changed(denoising_steps=4))
     with prepared(arm), torch.profiler.profile(activities=kinds) as found:
         canvases(few, arm, is_keyed=False)
         synchronize(problem)
@@ -675,7 +676,7 @@ def measure_blocks(report: dict[str, Any], policy: Policy, what: str, size: Size
             "about": f"{what}, prompt {size.prompt}, canvas {canvas}. Floor: 100 % of an H200.",
         }
         part["rows"][OURS]["floor"] = floor_of_blocks(problem, length)
-        roll_out(policy, problem.requests[:2], replace(problem.sampler, denoising_steps=4), seed=SEED)
+        roll_out(policy, problem.requests[:2], problem.sampler.changed(denoising_steps=4), seed=SEED)
         for arm in reversed(BLOCK_ARMS):
             measure_arm(problem, arm, part["rows"][arm.name], 1 + (arm.name == OURS), 1, stop_at, rows * canvas)
         part["profile"] = profile(problem, next(arm for arm in BLOCK_ARMS if arm.name == OURS))

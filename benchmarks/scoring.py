@@ -51,7 +51,7 @@ from coupled.rl.objective.loss import loss_denominator
 from coupled.rl.recipe.read import load_recipe
 from coupled.rl.recipe.schema import Recipe
 from coupled.rl.rollout.engine import policy_engine
-from coupled.rl.rollout.sampler import Request, sampler_of
+from coupled.rl.rollout.sampler import Request
 from coupled.rl.types import Anchor, MaskDraw, MaskPair, TrainBatch
 
 SHAPES = {
@@ -301,7 +301,17 @@ def task_of(arm: Arm, policy: Policy, size: Size, batch: TrainBatch) -> Callable
     def update() -> SimpleNamespace:
         if arm.is_straightforward:
             return SimpleNamespace(loss=straightforward_update(policy, batch, pair, reference), scores=None)
-        output = add_gradient(policy, batch, draw, anchor, recipe, TEMPERATURE, denominator)
+        output = add_gradient(
+            policy,
+            batch,
+            draw,
+            anchor,
+            recipe.estimator,
+            recipe.loss,
+            TEMPERATURE,
+            denominator,
+            has_two_passes=recipe.optimizer.has_two_passes,
+        )
         return SimpleNamespace(loss=output.sums["loss"], scores=None)
 
     @torch.no_grad()
@@ -514,7 +524,7 @@ def count_distinct_inputs(num_groups: int, group: int) -> dict[str, Any]:
     policy = open_policy(recipe.model, recipe.seed)
     prompts = encode_prompts(load_tasks(recipe.data), policy.tokenizer, recipe.data.max_prompt_tokens)[:num_groups]
     requests = [Request(uid=f"{i}/{k}", prompt_ids=p.token_ids) for i, p in enumerate(prompts) for k in range(group)]
-    made = policy_engine(policy, recipe.rollout.batch_size).generate(requests, sampler_of(recipe), seed=recipe.seed)
+    made = policy_engine(policy, recipe.rollout.batch_size).generate(requests, recipe.rollout.sampler, seed=recipe.seed)
     found: dict[str, Any] = {"groups": num_groups, "group": group}
     found["end_rate"] = statistics.mean(rollout.finish_reason == "end" for rollout in made)
     for post_eos in ("kept", "mask"):

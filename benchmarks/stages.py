@@ -38,7 +38,7 @@ from coupled.rl.likelihood.samples import Encoder, Example
 from coupled.rl.model.open import open_policy
 from coupled.rl.model.policy import Policy
 from coupled.rl.recipe.read import load_recipe
-from coupled.rl.recipe.schema import Recipe
+from coupled.rl.recipe.schema import LikelihoodRecipe
 from coupled.rl.rollout.denoise import completion_length
 from coupled.rl.run_folder.folder import committed_checkpoints, read_rows
 
@@ -143,7 +143,7 @@ def clippings(start: Path, scale: float) -> Iterator[tuple[str, Training]]:
             yield f"{block}, {noise}", training
 
 
-def clipping_result(folder: Path, recipe: Recipe, problems: int) -> dict[str, Any]:
+def clipping_result(folder: Path, recipe: LikelihoodRecipe, problems: int) -> dict[str, Any]:
     """Held-out loss along the way, of the same bound for every arm: t ~ U(0.05, 1), weight 1/t, masks not forced."""
     losses = {}
     for checkpoint in committed_checkpoints(folder / "checkpoints"):
@@ -154,7 +154,7 @@ def clipping_result(folder: Path, recipe: Recipe, problems: int) -> dict[str, An
 
 
 @torch.no_grad()
-def held_out_loss(policy: Policy, recipe: Recipe, problems: int) -> float:
+def held_out_loss(policy: Policy, recipe: LikelihoodRecipe, problems: int) -> float:
     """Nats per response token of the block-diffusion bound, on held-out problems and fixed masks."""
     length = policy.family.block_length
     values = recipe.fit.model_dump() | {"objective": "block_diffusion", "block_length": length}
@@ -171,9 +171,9 @@ def held_out_loss(policy: Policy, recipe: Recipe, problems: int) -> float:
     return total / len(examples)
 
 
-def held_out(policy: Policy, recipe: Recipe) -> list[Example]:
+def held_out(policy: Policy, recipe: LikelihoodRecipe) -> list[Example]:
     """Prompt and solution of the held-out problems, those that fit the canvas."""
-    encoded = Encoder(recipe, policy).encode(list(dataset_rows(str(TINY / "tasks" / "test.jsonl"))))
+    encoded = Encoder(recipe.data, recipe.fit, policy).encode(list(dataset_rows(str(TINY / "tasks" / "test.jsonl"))))
     return [example for example in encoded if isinstance(example, Example)]
 
 
@@ -195,7 +195,7 @@ def second_half(objective: str, start: Path, scale: float) -> Training:
     return Training(name=f"c2-{objective}", recipe="adapt", steps=steps, settings=settings)
 
 
-def curriculum_result(folder: Path, recipe: Recipe, problems: int) -> dict[str, Any]:
+def curriculum_result(folder: Path, recipe: LikelihoodRecipe, problems: int) -> dict[str, Any]:
     """Greedy pass@1 on held-out problems, decoded in blocks of 1, 2 and 32 positions."""
     rl = load_recipe(TINY / "rl.yaml")
     policy = policy_of(last_checkpoint(folder), recipe)
@@ -257,7 +257,7 @@ def scaled(steps: int, scale: float) -> int:
     return max(2, round(steps * scale))
 
 
-def policy_of(checkpoint: Path, recipe: Recipe) -> Policy:
+def policy_of(checkpoint: Path, recipe: LikelihoodRecipe) -> Policy:
     model = recipe.model.model_copy(update={"path": str(checkpoint), "init": "checkpoint"})
     return open_policy(model, recipe.seed)
 

@@ -41,10 +41,11 @@ from coupled.rl.model.policy import Policy
 from coupled.rl.objective.advantage import group_advantages
 from coupled.rl.objective.batch import collate, micro_batches, rewards_of
 from coupled.rl.objective.loss import coupled_grpo_loss, loss_denominator
+from coupled.rl.recipe.objective import Estimator, Loss
 from coupled.rl.recipe.read import load_recipe
-from coupled.rl.recipe.schema import Estimator, Loss, Recipe
+from coupled.rl.recipe.schema import Recipe
 from coupled.rl.rollout.denoise import denoise
-from coupled.rl.rollout.sampler import Request, sampler_of
+from coupled.rl.rollout.sampler import Request
 from coupled.rl.types import Group, MaskDraw, TrainBatch, View
 
 NUM_FORWARDS = 5
@@ -125,7 +126,7 @@ def judged_batch(recipe: Recipe, policy: Policy, num_prompts: int) -> tuple[Trai
         for place, prompt in enumerate(prompts):
             uids = [f"variance/{place}-{prompt.task.uid}/{i}" for i in range(size)]
             requests = [Request(uid=uid, prompt_ids=prompt.token_ids) for uid in uids]
-            made = denoise(policy, requests, sampler_of(recipe), seed=recipe.seed)
+            made = denoise(policy, requests, recipe.rollout.sampler, seed=recipe.seed)
             verdicts = grader.score([prompt.task] * size, [rollout.text for rollout in made])
             group = Group(prompt=prompt, rollouts=tuple(made), verdicts=tuple(verdicts))
             if float(rewards_of([group]).std()) > 0:

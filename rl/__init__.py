@@ -20,7 +20,7 @@ __all__ = ["Recipe", "load_recipe", "train"]
 def __getattr__(name: str) -> Any:
     import importlib
 
-    home = {"Recipe": "recipe", "load_recipe": "recipe", "train": "train"}.get(name)
+    home = {"Recipe": "recipe.schema", "load_recipe": "recipe.read", "train": "train"}.get(name)
     if home is None:
         raise AttributeError(f"coupled.rl has no attribute {name!r}; public names: {', '.join(__all__)}")
     return getattr(importlib.import_module(f"coupled.rl.{home}"), name)

@@ -19,7 +19,7 @@ from coupled.sandbox import SandboxUnavailable
 
 if TYPE_CHECKING:
     from coupled.rl.evaluation.benchmarks.command import EvalOptions
-    from coupled.rl.recipe.schema import Recipe
+    from coupled.rl.recipe.schema import AnyRecipe
 
 app = typer.Typer(
     add_completion=False,
@@ -330,7 +330,7 @@ def main() -> None:
         sys.exit(BUG)
 
 
-def _train(recipe: Recipe, resume: str) -> None:
+def _train(recipe: AnyRecipe, resume: str) -> None:
     started = time.monotonic()
     if recipe.stage != "rl":
         from coupled.rl.fit import fit

@@ -19,13 +19,13 @@ from coupled.rl.likelihood.samples import Cursor, open_source, told
 from coupled.rl.model.open import open_policy, use_threads
 from coupled.rl.monitoring.progress import Progress
 from coupled.rl.monitoring.watchdog import PATIENCE_WITH_FILES, Watchdog, stall_seconds
-from coupled.rl.recipe.schema import Recipe
+from coupled.rl.recipe.schema import LikelihoodRecipe
 from coupled.rl.run_folder.folder import open_run_folder
 from coupled.rl.run_folder.saver import CheckpointSaver
 from coupled.rl.trainer.open import open_likelihood_learner
 
 
-def fit(recipe: Recipe, resume: str = "never") -> Path:
+def fit(recipe: LikelihoodRecipe, resume: str = "never") -> Path:
     """Train by maximum likelihood (`stage: pretrain` or `sft`). Returns the last checkpoint's folder.
 
     Raises:
@@ -35,21 +35,21 @@ def fit(recipe: Recipe, resume: str = "never") -> Path:
     use_threads(recipe)
     policy = open_policy(recipe.model, recipe.seed)
     as_asked, recipe = recipe, recipe.model_copy(update={"fit": settle(recipe.fit, policy.family)})
-    source = open_source(recipe, policy)
+    source = open_source(recipe.data, recipe.fit, recipe.seed, policy)
     console = Console(soft_wrap=True)
     report = partial(console.print, highlight=False, markup=False)
     folder = open_run_folder(as_asked, resume)
     with ExitStack() as opened:
         opened.callback(folder.close)
         learner = opened.enter_context(closing(open_likelihood_learner(recipe, policy, folder.path)))
-        watchdog = Watchdog(stall_seconds(recipe), folder.path)
+        watchdog = Watchdog(stall_seconds(recipe.cluster), folder.path)
         watchdog.beat_on(*learner.bodies)
         opened.callback(watchdog.close)
         saver = CheckpointSaver(folder, num_steps=recipe.num_steps, every=recipe.checkpoint.every, report=report)
         state = saver.restore(learner.read)
         done, cursor = int(state["step"]), Cursor(**state.get("cursor", {}))
         watchdog.start()
-        rows = RowMaker(source, recipe, policy.tokenizer.eos_token_id, cursor)
+        rows = RowMaker(source, recipe.fit, recipe.seed, policy.tokenizer.eos_token_id, cursor)
         title = f"{recipe.stage} {folder.path}"
         progress = opened.enter_context(Progress(recipe.num_steps, done, title=title, console=console))
 

@@ -34,10 +34,10 @@ from coupled.rl.objective.advantage import filter_groups, group_advantages
 from coupled.rl.objective.batch import collate, passes_of, refuse_identical_groups, rewards_of
 from coupled.rl.recipe.schema import Recipe
 from coupled.rl.rollout.engine import EngineSnapshot, StepEngine
-from coupled.rl.rollout.exactness import compare, exact_counterpart
+from coupled.rl.rollout.exactness import NUM_COMPARED, compare, exact_counterpart
 from coupled.rl.rollout.open import open_engine
 from coupled.rl.rollout.parity import prompts_to_check, sampler_for_parity
-from coupled.rl.rollout.sampler import Request, sampler_of
+from coupled.rl.rollout.sampler import Request
 from coupled.rl.rollout.schedule import PromptSchedule
 from coupled.rl.run_folder.folder import RunFolder, open_run_folder
 from coupled.rl.run_folder.rollout_log import write_rollouts
@@ -73,7 +73,7 @@ class Run:
         self._grader = grader
         self._engine = engine
         self._events = events or EventLog()
-        self._watchdog = Watchdog(stall_seconds(recipe), folder.path, state=engine.oldest)
+        self._watchdog = Watchdog(stall_seconds(recipe.cluster), folder.path, state=engine.oldest)
         self._events.on_result = self._watchdog.moved
         self._watchdog.beat_on(*self.learner.bodies)
         self._console = Console(soft_wrap=True)
@@ -96,7 +96,7 @@ class Run:
             report=self._report,
         )
         self._done = int(self._saver.restore(self._read)["step"])
-        self._sampler = sampler_of(recipe)
+        self._sampler = recipe.rollout.sampler
         if any("mismatch/fell_back" in row for row in folder.rows()):
             self._sampler = self._sampler.exact()
         engine.load_weights(self.learner, self._done)
@@ -146,7 +146,7 @@ class Run:
         prompts = prompts_to_check(self._schedule.prompts)
         requests = [Request(uid=f"parity/{i}-{p.task.uid}", prompt_ids=p.token_ids) for i, p in enumerate(prompts)]
         made = self._engine.generate(
-            requests, sampler_for_parity(sampler_of(recipe), self.policy.family.block_length), seed=recipe.seed
+            requests, sampler_for_parity(recipe.rollout.sampler, self.policy.family.block_length), seed=recipe.seed
         )
         found = self.learner.check_parity(prompts, made)
         self._report(f"scoring agrees with {len(made)} replayed rollouts within {found:.1g} nats")
@@ -332,7 +332,7 @@ class Run:
 
     def _compare_with_exact(self, step: int, prompts: Sequence[Prompt], groups: Sequence[Group]) -> None:
         """Decode some groups of the step again, exactly, and follow the recipe on a mismatch."""
-        some = groups[: self.recipe.rollout.monitor.num_prompts]
+        some = groups[:NUM_COMPARED]
         requests = [Request(uid=r.uid, prompt_ids=r.prompt_ids) for group in some for r in group.rollouts]
         with self._clock("monitor"):
             made = self._engine.generate(requests, exact_counterpart(self._sampler), seed=self.recipe.seed)

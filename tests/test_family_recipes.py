@@ -25,7 +25,6 @@ from coupled.rl.model.families import family_of
 from coupled.rl.model.loading import load_policy
 from coupled.rl.model.weights import save_policy
 from coupled.rl.recipe.read import load_recipe
-from coupled.rl.recipe.schema import Cluster
 from coupled.rl.run_folder.folder import read_rows
 from coupled.rl.train import train
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from coupled.rl.cluster.placement import HostResources
 from coupled.rl.errors import CoupledError, RecipeError
-from coupled.rl.recipe.schema import Recipe
+from coupled.rl.recipe.schema import AnyRecipe, Recipe
 
 CONNECT_SECONDS = 10.0
 SIOCGIFADDR = 0x8915
@@ -30,7 +30,7 @@ _interface: str | None = None
 """What gloo and NCCL were told last."""
 
 
-def open_ray(recipe: Recipe, log_dir: Path | None = None) -> Any:
+def open_ray(recipe: AnyRecipe, log_dir: Path | None = None) -> Any:
     """Start Ray, or join the instance that this process has started, and return the module `ray`.
 
     With `cluster.address` the cluster that runs there is joined. A bare `ray.init()` would join whatever it finds on
@@ -233,16 +233,17 @@ def _require_mode() -> None:
         )
 
 
-def _start_quietly(ray: Any, recipe: Recipe) -> None:
+def _start_quietly(ray: Any, recipe: AnyRecipe) -> None:
     num_threads = recipe.num_threads or 1
     if recipe.cluster.address is not None:
         _join(ray, recipe.cluster.address, num_threads)
         return
     num_ranks = recipe.cluster.trainer_ranks if recipe.cluster.trainer_workers == "ray" else 0
+    num_workers = recipe.rollout.num_workers if isinstance(recipe, Recipe) else 0
     ray.init(
         address="local",
-        num_cpus=max(recipe.rollout.num_workers + num_ranks, os.cpu_count() or 1),
-        include_dashboard=recipe.cluster.dashboard,
+        num_cpus=max(num_workers + num_ranks, os.cpu_count() or 1),
+        include_dashboard=False,
         _node_ip_address="127.0.0.1",
         **_quiet(num_threads),
     )

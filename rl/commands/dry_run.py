@@ -1,7 +1,7 @@
-"""What a run may take: memory of the trainer and time of a step, from the model's shape alone.
+"""Memory of the trainer and time of a step, estimated from the model's shape and the recipe alone.
 
-Arithmetic, not measurement: operations divided by what the processor can do at best times the share of it that large
-matrix products reach in practice. It tells whether a recipe fits a machine and what its steps spend their time on.
+Arithmetic, not measurement: operations divided by the processor's peak times the share of it that large matrix products
+reach in practice. The estimate shows whether a recipe fits a machine, and which part of a step takes the time.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from coupled.rl.errors import CheckpointError
+from coupled.rl.estimators import scoring_cost
+from coupled.rl.estimators.cost import ScoringCost
 from coupled.rl.model.families import Family, family_of
 from coupled.rl.model.vocabulary import CHUNK_LOGITS
-from coupled.rl.recipe.schema import Recipe
+from coupled.rl.recipe.schema import AnyRecipe, LikelihoodRecipe, Recipe
+from coupled.rl.rollout.sampler import plan_steps, steps_per_block
 
 PEAK_TFLOPS = {"H200": 790.0, "A100": 250.0}
-"""bfloat16, dense, as measured by others on large products (H200), or published."""
+"""bfloat16, dense: third-party measurement on large products (H200), or the published peak (A100)."""
 UTILISATION = 0.5
 GIB = 2.0**30
 
@@ -41,8 +44,8 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "model_type": "sdar", "block_size": 4,
     },
 }  # fmt: skip
-"""Shapes of checkpoints that recipes name on the hub, for machines that cannot ask it."""
-# What Dream-7B and Stable-DiffCoder were made of.
+"""Shapes of checkpoints that recipes name on the hub, for machines without access to it."""
+# The autoregressive models that Dream-7B and Stable-DiffCoder were adapted from.
 PUBLISHED["qwen2"] = PUBLISHED["dream"] | {"model_type": "qwen2"}
 PUBLISHED["llama"] = PUBLISHED["stable_diffcoder"] | {"architectures": ["LlamaForCausalLM"]}
 HUB_NAMES = {
@@ -104,7 +107,7 @@ class Shape:
         return self.layers * sum(rank * sum(size) for name, size in self.linear.items() if name in targets)
 
     def forward_flops(self, tokens: int, context: int, head_rows: int) -> int:
-        """2 operations a parameter and token, attention over the context, and the head at the rows it is asked for."""
+        """2 operations per parameter and token, attention over the context, and the head at `head_rows` positions."""
         attention = 4 * self.layers * self.heads * self.head_dim * context
         return tokens * (2 * self.body + attention) + 2 * self.head * head_rows
 
@@ -124,13 +127,13 @@ def shape_of(config: dict[str, Any]) -> Shape:
     )
 
 
-def memory_gib(recipe: Recipe, shape: Shape, family: Family) -> dict[str, float]:
-    """What a device of the trainer holds at its fullest, part by part.
+def memory_gib(recipe: AnyRecipe, shape: Shape, family: Family) -> dict[str, float]:
+    """Peak memory of a device of the trainer, part by part, in GiB.
 
-    Trained weights have a gradient and two moments, all float32. Activations: per token and layer, what the backward
-    pass needs of norms, projections and the inner layer, kept for one micro-batch of all the estimator's inputs, or of
-    one with `has_two_passes`; with gradient checkpointing, the input of each layer and all of one.
-    Of weights that are sharded over ranks the device holds its share, and what is gathered at a time.
+    Trained weights have a gradient and two moments, all float32. Activations: per token and layer, the inputs of norms,
+    projections and the inner layer that the backward pass needs, kept for one micro-batch of all the estimator's masked
+    inputs, or of one with `has_two_passes`; with gradient checkpointing, the input of each layer and all of one.
+    Weights that are sharded over ranks count with the device's share, and with the part that is gathered at a time.
     """
     adapter = recipe.model.adapter
     bytes_each = 2 if recipe.model.weights_dtype == "bfloat16" else 4
@@ -139,7 +142,7 @@ def memory_gib(recipe: Recipe, shape: Shape, family: Family) -> dict[str, float]
     parts = {"weights": shape.parameters * bytes_each / shares, "gradients and moments": trained * 12 / shares}
     if adapter is not None:
         parts["adapter"] = trained * 4
-    if recipe.stage == "rl" and recipe.loss.kl_beta > 0 and recipe.loss.reference != "old":
+    if isinstance(recipe, Recipe) and recipe.loss.kl_beta > 0 and recipe.loss.reference != "old":
         copied = trained if recipe.loss.reference == "synced" or adapter is None else 0
         parts["reference"] = copied * bytes_each / shares
     compute_bytes = 2 if recipe.model.compute_dtype == "bfloat16" else 4
@@ -148,15 +151,15 @@ def memory_gib(recipe: Recipe, shape: Shape, family: Family) -> dict[str, float]
     elif compute_bytes == 2 and bytes_each == 4:
         parts["autocast copies"] = shape.body * 2
     streams = 2 if _has_two_streams(recipe, family) else 1
-    if recipe.stage == "rl":
+    if isinstance(recipe, Recipe):
         rows, canvas = recipe.optimizer.micro_batch_size, recipe.rollout.canvas
-        views = 1 if recipe.optimizer.has_two_passes else 2 * recipe.estimator.num_pairs + 1
+        inputs = rows if recipe.optimizer.has_two_passes else scoring_rows(recipe, family, rows)
         length = recipe.data.max_prompt_tokens + canvas
     else:
-        rows, views = recipe.fit_micro_batch_size, 1
+        rows = inputs = recipe.fit_micro_batch_size
         canvas = recipe.fit.context or recipe.fit.canvas
         length = recipe.fit.context or recipe.data.max_prompt_tokens + canvas
-    tokens = views * streams * rows * length
+    tokens = inputs * streams * length
     of_layer = 16 * shape.hidden + 3 * shape.inner
     kept = shape.layers * of_layer
     if recipe.optimizer.has_gradient_checkpointing:
@@ -166,17 +169,17 @@ def memory_gib(recipe: Recipe, shape: Shape, family: Family) -> dict[str, float]
     return {name: size / GIB for name, size in parts.items()}
 
 
-def _gathered(recipe: Recipe, shape: Shape, compute_bytes: int) -> int:
-    """Bytes of sharded weights that are whole at a time: what is outside of the layers, in fp32, and the layers in the
-    compute type, all of them to roll out or score. In likelihood training two, and gradients of one and of the outside.
+def _gathered(recipe: AnyRecipe, shape: Shape, compute_bytes: int) -> int:
+    """Bytes of sharded weights that are whole at a time: the part outside of the layers in fp32, and layers in the
+    compute type, all of them to roll out or score. Likelihood training: two layers, gradients of one and the outside.
     """
     outside, layer = shape.parameters - shape.body, shape.body // shape.layers
-    if recipe.stage == "rl":
+    if isinstance(recipe, Recipe):
         return outside * 4 + shape.body * compute_bytes
     return outside * 8 + layer * (2 * compute_bytes + 4)
 
 
-def fit_step_flops(recipe: Recipe, shape: Shape, family: Family) -> dict[str, int]:
+def fit_step_flops(recipe: LikelihoodRecipe, shape: Shape, family: Family) -> dict[str, int]:
     """Operations of one step of likelihood training: forward and backward pass over every row, streams included."""
     length = recipe.fit.context or recipe.data.max_prompt_tokens + recipe.fit.canvas
     streams = 2 if _has_two_streams(recipe, family) else 1
@@ -186,8 +189,8 @@ def fit_step_flops(recipe: Recipe, shape: Shape, family: Family) -> dict[str, in
 
 
 def rl_step_flops(recipe: Recipe, shape: Shape, family: Family) -> dict[str, int]:
-    """Operations of one rollout step: making the completions, then scoring and training on them."""
-    rollout, estimator = recipe.rollout, recipe.estimator
+    """Operations of one rollout step: denoising the completions, then scoring them and training on them."""
+    rollout = recipe.rollout
     rows = rollout.num_prompts * rollout.group_size
     canvas, prompt = rollout.canvas, recipe.data.max_prompt_tokens
     length = prompt + canvas
@@ -196,27 +199,51 @@ def rl_step_flops(recipe: Recipe, shape: Shape, family: Family) -> dict[str, int
         passes = rollout.denoising_steps
         made = rows * passes * shape.forward_flops(length, length, canvas // 2)
     else:
-        per_block = max(1, min(size, -(-rollout.denoising_steps * size // canvas)))
+        per_block = steps_per_block(rollout, size)
         tokens = (per_block + 1) * canvas
         made = rows * shape.forward_flops(tokens, length - canvas // 2, per_block * canvas // 2)
         made += rollout.num_prompts * shape.forward_flops(prompt, prompt, 0)
-    inputs = 2 * estimator.num_pairs + 1
     streams = 1 if size is None else 2
-    once = rows * shape.forward_flops(inputs * length * streams, length, 2 * canvas)
+    tokens = scoring_rows(recipe, family, rows) * length * streams
+    once = shape.forward_flops(tokens, length, round(rows * scoring_cost_of(recipe, family).scored))
     has_reference = recipe.loss.kl_beta > 0 and recipe.loss.reference != "old"
     scored = once * (recipe.num_updates * int(has_reference) + recipe.num_updates - 1)
     backward = 2 if recipe.model.adapter is None else 1  # frozen weights need no gradient
     return {"rollout": made, "scoring": scored, "update": recipe.num_updates * once * (1 + backward)}
 
 
-def _has_two_streams(recipe: Recipe, family: Family) -> bool:
-    if recipe.stage == "rl" or recipe.fit.objective is None:
+def scoring_rows(recipe: Recipe, family: Family, num_completions: int) -> int:
+    """Rows of all forward passes that score so many completions once, groups one after the other.
+
+    Completions of a group share their fully masked rows within a micro-batch, where their inputs are equal: the
+    attention is full, what follows the end is MASK, and no token of the prompt is hidden. (Completions that fill the
+    canvas are equal there too, whatever follows; the estimate does not count on that.)
+    """
+    cost = scoring_cost_of(recipe, family)
+    estimator, size, group = recipe.estimator, recipe.optimizer.micro_batch_size, recipe.rollout.group_size
+    is_shared = family.block_length is None and estimator.post_eos == "mask" and estimator.prompt_mask_probability == 0
+    distinct = len({(row // size, row // group) for row in range(num_completions)}) if is_shared else num_completions
+    return cost.own_views * num_completions + cost.shared_views * distinct
+
+
+def scoring_cost_of(recipe: Recipe, family: Family) -> ScoringCost:
+    """Masked inputs of a completion that fills the canvas, and is committed in all the steps it may take."""
+    sampler, size = recipe.rollout, family.block_length
+    if size is None:
+        steps = len(plan_steps(sampler))
+    else:
+        steps = min(steps_per_block(sampler, size) * -(-sampler.canvas // size), sampler.canvas)
+    return scoring_cost(recipe.estimator, sampler.canvas, steps)
+
+
+def _has_two_streams(recipe: AnyRecipe, family: Family) -> bool:
+    if isinstance(recipe, Recipe) or recipe.fit.objective is None:
         return family.block_length is not None
     return recipe.fit.objective == "block_diffusion"
 
 
-def estimate_run(recipe: Recipe) -> str:
-    """A few lines for people; says so where the model's shape is not to be had."""
+def estimate_run(recipe: AnyRecipe) -> str:
+    """The estimate in a few lines; one line with the reason where the model's shape is not available."""
     try:
         config = _config_of(recipe)
         family = family_of(
@@ -234,7 +261,10 @@ def estimate_run(recipe: Recipe) -> str:
         f"# memory: {sum(memory.values()):.1f} GiB = "
         + " + ".join(f"{name} {size:.1f}" for name, size in memory.items() if size),
     ]
-    flops = rl_step_flops(recipe, shape, family) if recipe.stage == "rl" else fit_step_flops(recipe, shape, family)
+    if isinstance(recipe, Recipe):
+        flops = rl_step_flops(recipe, shape, family)
+    else:
+        flops = fit_step_flops(recipe, shape, family)
     ranks = recipe.cluster.trainer_ranks
     for name, peak in PEAK_TFLOPS.items():
         seconds = {part: work / (peak * 1e12 * UTILISATION * ranks) for part, work in flops.items()}
@@ -248,7 +278,7 @@ def estimate_run(recipe: Recipe) -> str:
     return "\n".join(lines)
 
 
-def _config_of(recipe: Recipe) -> dict[str, Any]:
+def _config_of(recipe: AnyRecipe) -> dict[str, Any]:
     path = recipe.model.path
     if not Path(path).is_dir() and path in HUB_NAMES:
         return PUBLISHED[HUB_NAMES[path]]

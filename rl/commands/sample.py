@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +12,9 @@ from coupled.rl.errors import DataError
 from coupled.rl.model.loading import load_policy, require_end_token
 from coupled.rl.model.open import how_to_open
 from coupled.rl.model.policy import Policy
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.rollout.engine import roll_out
-from coupled.rl.rollout.sampler import Request, Sampler, sampler_of
+from coupled.rl.rollout.sampler import Request
 from coupled.rl.run_folder.find import find_checkpoint, recipe_for
 from coupled.rl.types import Rollout
 
@@ -37,7 +37,7 @@ def sample_checkpoint(
     chosen = recipe_for(checkpoint, recipe, overrides)
     policy = load_policy(checkpoint, **how_to_open(chosen.model))
     require_end_token(policy.tokenizer, checkpoint)
-    sampler: Sampler = replace(sampler_of(chosen), temperature=temperature)
+    sampler: Sampler = chosen.rollout.sampler.changed(temperature=temperature)
     text = render_prompt(prompt, policy.tokenizer)
     ids = tuple(policy.tokenizer(text, add_special_tokens=False)["input_ids"])
     if not ids:

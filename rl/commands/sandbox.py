@@ -17,7 +17,7 @@ from rich.text import Text
 from coupled.reward import Judge, Judgement, Status, Task
 from coupled.rl.errors import DataError
 from coupled.rl.judging.local_sandbox import open_local_sandbox
-from coupled.rl.recipe.schema import Sandbox
+from coupled.rl.recipe.judging import Sandbox
 from coupled.sandbox import Execution, Executor, Isolation, Job, Limits
 
 _OURS = ("uid", "prompt", "visible_tests", "hidden_tests", "columns")

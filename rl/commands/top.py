@@ -12,7 +12,7 @@ from rich.table import Table
 
 from coupled.rl.commands.run_view import Balance, EventReader, RunView, balance_of
 from coupled.rl.monitoring.events import FILE
-from coupled.rl.recipe.schema import Recipe
+from coupled.rl.recipe.schema import Recipe, RunRecipe
 from coupled.rl.run_folder.folder import RunFolder, read_run_recipe
 
 REFRESH_SECONDS = 1.0
@@ -55,7 +55,7 @@ def top(folder: Path, console: Console, *, is_live: bool) -> None:
             live.update(shown, refresh=True)
 
 
-def head(folder: Path, recipe: Recipe | None, run: RunView, done: int, now: float) -> str:
+def head(folder: Path, recipe: RunRecipe | None, run: RunView, done: int, now: float) -> str:
     """One line: which run, how far it is, and whether it has workers at all."""
     if recipe is None:
         return f"{folder}: {done} steps trained"
@@ -64,12 +64,14 @@ def head(folder: Path, recipe: Recipe | None, run: RunView, done: int, now: floa
         told += ", finished"
     elif now - run.last > SILENT_SECONDS:
         told += f", no event for {now - run.last:.0f} s"
+    if not isinstance(recipe, Recipe):
+        return told
     if recipe.rollout.workers == "inline" and recipe.sandbox.workers == "inline":
         told += "\nno cluster: rollout.workers and sandbox.workers are inline, so the run is one process"
     return told
 
 
-def show(run: RunView, now: float, balance: Balance | None = None, recipe: Recipe | None = None) -> Group:
+def show(run: RunView, now: float, balance: Balance | None = None, recipe: RunRecipe | None = None) -> Group:
     """The view as tables; `now` in seconds since the epoch."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in ("worker", "state", "host", "pid", "done", "lost", "has", "for"):
@@ -100,7 +102,7 @@ def show(run: RunView, now: float, balance: Balance | None = None, recipe: Recip
     return Group(table, *lines)
 
 
-def split(balance: Balance, recipe: Recipe | None) -> list[str]:
+def split(balance: Balance, recipe: RunRecipe | None) -> list[str]:
     """What the two sides cost, and how many rollout workers would keep both busy."""
     lines = [
         f"idle: rollout workers {balance.rollout_idle:.0%}, trainer {balance.trainer_idle:.0%}",

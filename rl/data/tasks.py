@@ -13,7 +13,7 @@ from typing import Any
 from coupled.reward import PROGRAM_STYLES, Task, UnsupportedTest, known_task, plan, style_of
 from coupled.rl.data.rows import load_rows
 from coupled.rl.errors import DataError, nearest
-from coupled.rl.recipe.schema import COLUMNS, Data
+from coupled.rl.recipe.data import COLUMNS, Data
 
 
 def to_task(

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import torch
 
+from coupled.rl.estimators.cost import ScoringCost
 from coupled.rl.keys import Key
-from coupled.rl.recipe.schema import Estimator
+from coupled.rl.recipe.objective import Estimator
 from coupled.rl.types import MaskDraw, TrainBatch, View
 
 
@@ -23,3 +24,8 @@ def draw(batch: TrainBatch, config: Estimator, key: tuple[Key, ...]) -> MaskDraw
         for k in range(canvas)
     )
     return MaskDraw(forwards=forwards, total=1)
+
+
+def cost(config: Estimator, canvas: int, steps: int) -> ScoringCost:
+    """One view per canvas position, each with one scored position; the first hides everything and is not shared."""
+    return ScoringCost(own_views=canvas, shared_views=0, scored=canvas)

@@ -16,15 +16,27 @@ from __future__ import annotations
 
 import torch
 
+from coupled.rl.estimators.cost import ScoringCost
 from coupled.rl.estimators.subsets import bernoulli, column, exact_count, nearest_count, stack
 from coupled.rl.keys import Key, generator
-from coupled.rl.recipe.schema import Estimator
+from coupled.rl.recipe.objective import Estimator
 from coupled.rl.types import MaskDraw, MaskPair, TrainBatch, View
 
 
 def draw(batch: TrainBatch, config: Estimator, key: tuple[Key, ...]) -> MaskDraw:
     """λ pairs, t ~ U(lo, hi) per sample and pair, and the fully masked pass where the weights have one."""
     return of_pairs(draw_pairs(batch, config, key), batch, config.weights)
+
+
+def cost(config: Estimator, canvas: int, steps: int) -> ScoringCost:
+    """Two views per pair, which score each position once between them, and the fully masked view of some weights."""
+    shared = int(has_full_view(config.weights))
+    return ScoringCost(own_views=2 * config.num_pairs, shared_views=shared, scored=(config.num_pairs + shared) * canvas)
+
+
+def has_full_view(weights: str) -> bool:
+    """Whether the weights sum over the fully masked view besides the pairs."""
+    return weights in ("paper", "normalized")
 
 
 def of_pairs(pairs: tuple[MaskPair, ...], batch: TrainBatch, weights: str) -> MaskDraw:
@@ -36,7 +48,7 @@ def of_pairs(pairs: tuple[MaskPair, ...], batch: TrainBatch, weights: str) -> Ma
         "antithetic": 2 * len(pairs),
         "unit": len(pairs),
     }[weights]
-    if weights in ("paper", "normalized"):
+    if has_full_view(weights):
         forwards.insert(0, (View.fully_masked(batch.valid),))
     return MaskDraw(forwards=tuple(forwards), total=total)
 

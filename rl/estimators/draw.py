@@ -14,16 +14,16 @@ from torch import Tensor
 
 from coupled.rl.estimators import ESTIMATORS
 from coupled.rl.keys import Key, generator
-from coupled.rl.recipe.schema import Estimator
+from coupled.rl.recipe.objective import Estimator
 from coupled.rl.types import MaskDraw, TrainBatch
 
 
 def draw_masks(batch: TrainBatch, estimator: Estimator, key: tuple[Key, ...]) -> MaskDraw:
-    """What scores a batch once: the masked inputs of the recipe's estimator and how their log-probabilities are summed.
+    """The masked inputs of the recipe's estimator that score a batch once, and how their log-probabilities are summed.
 
     With `prompt_mask_probability` p > 0 each prompt token is hidden with probability p in all inputs of the draw [d1].
     """
-    draw = ESTIMATORS[estimator.name](batch, estimator, key)
+    draw = ESTIMATORS[estimator.name].draw(batch, estimator, key)
     if estimator.prompt_mask_probability == 0:
         return draw
     return replace(draw, hidden_prompt=_hidden_prompt(batch, estimator.prompt_mask_probability, key))

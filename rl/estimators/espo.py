@@ -13,9 +13,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from coupled.rl.estimators.cost import ScoringCost
 from coupled.rl.estimators.subsets import exact_count, stack
 from coupled.rl.keys import Key, generator
-from coupled.rl.recipe.schema import Estimator
+from coupled.rl.recipe.objective import Estimator
 from coupled.rl.shapes import Bool
 from coupled.rl.types import MaskDraw, TrainBatch, View
 
@@ -24,6 +25,11 @@ def draw(batch: TrainBatch, config: Estimator, key: tuple[Key, ...]) -> MaskDraw
     """λ masks with their complements; `mask_ratio`, `weights` and `draw` play no part."""
     forwards = tuple(halves(_draw_mask(batch, (*key, pair)), batch.valid) for pair in range(config.num_pairs))
     return MaskDraw(forwards=forwards, total=2 * config.num_pairs, is_sequence=True)
+
+
+def cost(config: Estimator, canvas: int, steps: int) -> ScoringCost:
+    """Two views per draw, a mask and its complement: they score each position once between them."""
+    return ScoringCost(own_views=2 * config.num_pairs, shared_views=0, scored=config.num_pairs * canvas)
 
 
 def halves(mask: Bool[Tensor, "B C"], valid: Bool[Tensor, "B C"]) -> tuple[View, View]:

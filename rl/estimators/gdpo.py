@@ -16,9 +16,10 @@ import math
 
 import numpy as np
 
+from coupled.rl.estimators.cost import ScoringCost
 from coupled.rl.estimators.subsets import column, exact_count, stack
 from coupled.rl.keys import Key, generator
-from coupled.rl.recipe.schema import Estimator
+from coupled.rl.recipe.objective import Estimator
 from coupled.rl.types import MaskDraw, TrainBatch, View
 
 
@@ -27,6 +28,12 @@ def draw(batch: TrainBatch, config: Estimator, key: tuple[Key, ...]) -> MaskDraw
     nodes = zip(*gauss_legendre(config.num_nodes), strict=True)
     forwards = tuple((_draw_view(batch, t, w, (*key, index)),) for index, (t, w) in enumerate(nodes))
     return MaskDraw(forwards=forwards, total=1, is_sequence=True)
+
+
+def cost(config: Estimator, canvas: int, steps: int) -> ScoringCost:
+    """One view per node, which scores ⌈t_n · canvas⌉ positions."""
+    nodes, _ = gauss_legendre(config.num_nodes)
+    return ScoringCost(own_views=config.num_nodes, shared_views=0, scored=sum(math.ceil(t * canvas) for t in nodes))
 
 
 def gauss_legendre(num_nodes: int) -> tuple[list[float], list[float]]:

@@ -5,9 +5,10 @@ n = 2 · `num_pairs`, as many masked inputs as λ pairs have. In expectation the
 
 from __future__ import annotations
 
+from coupled.rl.estimators.cost import ScoringCost
 from coupled.rl.estimators.subsets import bernoulli, column, exact_count, nearest_count, stack
 from coupled.rl.keys import Key, generator
-from coupled.rl.recipe.schema import Estimator
+from coupled.rl.recipe.objective import Estimator
 from coupled.rl.types import MaskDraw, TrainBatch, View
 
 
@@ -17,6 +18,11 @@ def draw(batch: TrainBatch, config: Estimator, key: tuple[Key, ...]) -> MaskDraw
     return MaskDraw(
         forwards=tuple((_draw_view(batch, config, (*key, index)),) for index in range(num_masks)), total=num_masks
     )
+
+
+def cost(config: Estimator, canvas: int, steps: int) -> ScoringCost:
+    """2 · `num_pairs` views, which score half of the positions each in the mean: the range of t has its middle at ½."""
+    return ScoringCost(own_views=2 * config.num_pairs, shared_views=0, scored=config.num_pairs * canvas)
 
 
 def _draw_view(batch: TrainBatch, config: Estimator, key: tuple[Key, ...]) -> View:

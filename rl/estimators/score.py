@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from coupled.rl.model.policy import Policy
-from coupled.rl.recipe.schema import Estimator
+from coupled.rl.recipe.objective import Estimator
 from coupled.rl.shapes import Bool, Float, Int
 from coupled.rl.types import MaskDraw, TrainBatch, View
 

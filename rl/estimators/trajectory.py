@@ -16,9 +16,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from coupled.rl.estimators.cost import ScoringCost
 from coupled.rl.estimators.subsets import column, stack
 from coupled.rl.keys import Key, generator
-from coupled.rl.recipe.schema import Estimator
+from coupled.rl.recipe.objective import Estimator
 from coupled.rl.types import MaskDraw, TrainBatch, View
 
 
@@ -55,6 +56,13 @@ def draw(batch: TrainBatch, config: Estimator, key: tuple[Key, ...]) -> MaskDraw
                 scored[row] = (grouped[row] == taken[place]) & valid[row]
         forwards.append((View(hidden=_tensor(hidden, batch), scored=_tensor(scored, batch), divisor=share),))
     return MaskDraw(forwards=tuple(forwards), total=1)
+
+
+def cost(config: Estimator, canvas: int, steps: int) -> ScoringCost:
+    """One view per replayed step, at most one for each of the `steps` in which the rollout committed the canvas."""
+    replayed = -(-steps // config.shrink)
+    views = min(config.num_sampled_steps or replayed, replayed)
+    return ScoringCost(own_views=views, shared_views=0, scored=canvas * views / replayed)
 
 
 def _tensor(rows: np.ndarray, batch: TrainBatch) -> torch.Tensor:

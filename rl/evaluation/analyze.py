@@ -39,9 +39,10 @@ from coupled.rl.judging.open import open_sandbox
 from coupled.rl.model.loading import require_end_token
 from coupled.rl.model.open import open_policy, use_threads
 from coupled.rl.model.policy import Policy
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.recipe.schema import Recipe
 from coupled.rl.rollout.engine import policy_engine
-from coupled.rl.rollout.sampler import Request, Sampler, sampler_of
+from coupled.rl.rollout.sampler import Request
 from coupled.rl.run_folder.find import find_checkpoint, recipe_for
 from coupled.rl.run_folder.folder import atomic_write
 from coupled.rl.types import Rollout
@@ -288,11 +289,11 @@ def _analyze_one(
     model = recipe.model.model_copy(update={"path": str(checkpoint), "init": "checkpoint", "adapter": None})
     policy = open_policy(model, recipe.seed)
     require_end_token(policy.tokenizer, checkpoint)
-    sampler, points = sampler_of(recipe), []
+    sampler, points = recipe.rollout.sampler, []
     main: list[Rollout] = []
     for temperature, steps in sweep_settings(sweep, sampler):
-        here = replace(
-            sampler, temperature=temperature, denoising_steps=steps, top_p=sampler.top_p if temperature else 1.0
+        here = sampler.changed(
+            temperature=temperature, denoising_steps=steps, top_p=sampler.top_p if temperature else 1.0
         )
         point, rollouts = _measure(policy, recipe, problems, source, here, sweep, judge)
         points.append(point)

@@ -22,10 +22,11 @@ from coupled.rl.keys import uniform
 from coupled.rl.model.families import family_of
 from coupled.rl.model.loading import ADAPTER_CONFIG, load_tokenizer, require_end_token
 from coupled.rl.model.policy import Policy
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.rollout.denoise import completion_length, make_rollout
 from coupled.rl.rollout.distributions import draw_tokens, nucleus
 from coupled.rl.rollout.engine import request_chunks
-from coupled.rl.rollout.sampler import Request, Sampler
+from coupled.rl.rollout.sampler import Request
 from coupled.rl.shapes import Float
 from coupled.rl.types import Rollout
 

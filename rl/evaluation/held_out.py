@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,10 @@ from coupled.rl.evaluation.statistics import Interval, bootstrap
 from coupled.rl.judging.grader import Grader
 from coupled.rl.judging.open import open_grader
 from coupled.rl.model.open import open_policy, use_threads
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.recipe.schema import Recipe
 from coupled.rl.rollout.engine import RolloutEngine, policy_engine
-from coupled.rl.rollout.sampler import Request, Sampler, sampler_of
+from coupled.rl.rollout.sampler import Request
 from coupled.rl.run_folder.find import find_checkpoint, recipe_for
 from coupled.rl.types import Prompt
 
@@ -105,11 +106,11 @@ def evaluate(
     The random numbers are those of the problem and the sample, not of the step: before and after are compared on
     the same draws.
     """
-    sampler = sampler_of(recipe)
+    sampler = recipe.rollout.sampler
     greedy = None
     if recipe.evaluation.has_greedy:
         greedy = _pass_rates(
-            engine, grader, prompts, replace(sampler, temperature=0.0, top_p=1.0, top_k=0), 1, recipe.seed
+            engine, grader, prompts, sampler.changed(temperature=0.0, top_p=1.0, top_k=0), 1, recipe.seed
         )
     sampled = _pass_rates(engine, grader, prompts, sampler, recipe.evaluation.num_samples, recipe.seed)
     return Evaluation(step=step, sampled=sampled, greedy=greedy)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from coupled.rl.recipe.schema import Sandbox
+from coupled.rl.recipe.judging import Sandbox
 from coupled.sandbox import (
     Executor,
     RemoteExecutor,

@@ -23,7 +23,8 @@ from coupled.rl.cluster.runtime import Runtime
 from coupled.rl.cluster.transport import WorkerSpec
 from coupled.rl.cluster.types import NO_EVENTS, ClusterError, EventSink, GroupKey, Health, Masked, Unit, WorkerLost
 from coupled.rl.judging.local_sandbox import open_local_sandbox
-from coupled.rl.recipe.schema import Recipe, Sandbox
+from coupled.rl.recipe.judging import Sandbox
+from coupled.rl.recipe.schema import Recipe
 from coupled.sandbox import Execution, Isolation, Job, Outcome, SandboxUnavailable
 from coupled.sandbox.pool import require_runnable
 

@@ -15,7 +15,7 @@ from coupled.rl.keys import generator
 from coupled.rl.likelihood.samples import Cursor, Example, Source
 from coupled.rl.model.attention import Layout, left_padded, packed
 from coupled.rl.model.policy import Policy
-from coupled.rl.recipe.schema import Fit, Recipe
+from coupled.rl.recipe.likelihood import Fit
 from coupled.rl.shapes import Bool, Int
 
 PackedRow = tuple[Example, ...]
@@ -42,9 +42,9 @@ class LikelihoodBatch:
 class RowMaker:
     """Takes samples from a source and makes rows of them. `cursor` is how far the finished rows reach."""
 
-    def __init__(self, source: Source, recipe: Recipe, end_id: int, cursor: Cursor) -> None:
-        self._fit = recipe.fit
-        self._seed = recipe.seed
+    def __init__(self, source: Source, fit: Fit, seed: int, end_id: int, cursor: Cursor) -> None:
+        self._fit = fit
+        self._seed = seed
         self._end_id = end_id
         self._samples = source.read(cursor)
         self._next: tuple[Example, Cursor, Cursor] | None = None

@@ -37,8 +37,11 @@ from coupled.rl.model.attention import may_attend
 from coupled.rl.model.families import Family
 from coupled.rl.model.policy import Policy, before
 from coupled.rl.model.vocabulary import token_logp
-from coupled.rl.recipe.schema import Fit
+from coupled.rl.recipe.likelihood import Fit
 from coupled.rl.shapes import Bool, Float, Int
+
+NOISE_WARMUP_START = 0.001
+"""The cap of t at step 0 of a noise warm-up: the smallest t that is drawn without one."""
 
 
 def settle(fit: Fit, family: Family) -> Fit:
@@ -92,7 +95,7 @@ def draw_noise(batch: LikelihoodBatch, fit: Fit, seed: int, step: int) -> Noise:
     is_warm = step >= fit.noise_warmup_steps
     low, high = fit.mask_ratio
     if not is_warm:
-        low, high = 0.0, min(high, warmup_cap(step, fit.noise_warmup_steps, fit.noise_warmup_start))
+        low, high = 0.0, min(high, warmup_cap(step, fit.noise_warmup_steps, NOISE_WARMUP_START))
     ratios = stratified_ratios(int(units.max()) + 1, low, high, seed, "fit-ratio", step)
     if fit.context or fit.objective == "block_diffusion":
         ratios = shuffled(ratios, seed, "fit-ratio-order", step)

@@ -15,7 +15,8 @@ from coupled.rl.data.rows import Bad, Row, read_rows
 from coupled.rl.errors import CheckpointError, DataError
 from coupled.rl.keys import generator
 from coupled.rl.model.policy import Policy
-from coupled.rl.recipe.schema import Recipe
+from coupled.rl.recipe.data import Data
+from coupled.rl.recipe.likelihood import Fit
 
 RESPONSE = "```python\n{solution}\n```"
 """How a solution is answered; the format reward asks for the same fence."""
@@ -66,8 +67,9 @@ class Source(Protocol):
 class Encoder:
     """Rows → samples as the recipe cuts them. What does not fit is a `Bad` with its reason."""
 
-    def __init__(self, recipe: Recipe, policy: Policy) -> None:
-        self._recipe = recipe
+    def __init__(self, data: Data, fit: Fit, policy: Policy) -> None:
+        self._data = data
+        self._fit = fit
         self._tokenizer: Any = policy.tokenizer
         if self._tokenizer.eos_token_id is None:
             raise CheckpointError(
@@ -92,7 +94,7 @@ class Encoder:
         return found
 
     def _fitting(self, prompt: list[int], response: list[int]) -> Example | Bad:
-        data, fit = self._recipe.data, self._recipe.fit
+        data, fit = self._data, self._fit
         if not response:
             return Bad("an empty text")
         example = Example(prompt_ids=tuple(prompt), response_ids=(*response, self._tokenizer.eos_token_id))
@@ -123,7 +125,7 @@ class Encoder:
             if len(value) > MAX_CHARACTERS:
                 return Bad(f"a text of more than {MAX_CHARACTERS} characters")
         if layout == ("text",):
-            if not self._recipe.fit.context:
+            if not self._fit.context:
                 raise DataError("plain text is packed into rows; give their length, for example fit.context=512")
             return "", str(values["text"])
         answer = values["response"] if "response" in values else RESPONSE.format(solution=values["solution"])
@@ -150,19 +152,19 @@ class Encoder:
         return str(prompt), messages[-1]["content"]
 
     def _column(self, name: str) -> str:
-        return self._recipe.data.columns.get(name, name)
+        return self._data.columns.get(name, name)
 
 
 class Loaded:
     """All rows in memory, in a new order every epoch. Rows that cannot be used are counted once, when loaded."""
 
-    def __init__(self, recipe: Recipe, encoder: Encoder) -> None:
-        encoded = encoder.encode(list(read_rows(recipe.data.path, split=recipe.data.split)))
+    def __init__(self, data: Data, seed: int, encoder: Encoder) -> None:
+        encoded = encoder.encode(list(read_rows(data.path, split=data.split)))
         self.examples = [e for e in encoded if isinstance(e, Example)]
         self.skipped = dict(Counter(e.reason for e in encoded if isinstance(e, Bad)))
         if not self.examples:
-            raise DataError(f"{recipe.data.path}: no row can be trained on: {told(self.skipped) or 'it has none'}")
-        self._order = cache(partial(_order, len(self.examples), recipe.seed))
+            raise DataError(f"{data.path}: no row can be trained on: {told(self.skipped) or 'it has none'}")
+        self._order = cache(partial(_order, len(self.examples), seed))
 
     def read(self, cursor: Cursor) -> Iterator[tuple[Example, Cursor, Cursor]]:
         cursor = replace(cursor, skipped=self.skipped)
@@ -181,19 +183,20 @@ def _order(num: int, seed: int, epoch: int) -> list[int]:
 class Streamed:
     """Rows as they are needed, shuffled within windows of `data.window` rows."""
 
-    def __init__(self, recipe: Recipe, encoder: Encoder) -> None:
-        self._recipe = recipe
+    def __init__(self, data: Data, seed: int, encoder: Encoder) -> None:
+        self._data = data
+        self._seed = seed
         self._encoder = encoder
 
     def read(self, cursor: Cursor) -> Iterator[tuple[Example, Cursor, Cursor]]:
-        data = self._recipe.data
+        data = self._data
         while True:
             number, place = divmod(cursor.row, data.window)
             rows = read_rows(data.path, split=data.split, first=number * data.window)
             has_any = cursor.row > 0
             while window := list(islice(rows, data.window)):
                 encoded = self._encoder.encode(window)
-                order = generator(self._recipe.seed, "fit-window", cursor.epoch, number).permutation(len(window))
+                order = generator(self._seed, "fit-window", cursor.epoch, number).permutation(len(window))
                 for row in order[place:]:
                     found = encoded[row]
                     after = cursor.past(found.reason if isinstance(found, Bad) else None)
@@ -207,16 +210,16 @@ class Streamed:
             cursor = replace(cursor, epoch=cursor.epoch + 1, row=0, offset=0)
 
 
-def open_source(recipe: Recipe, policy: Policy) -> Source:
-    """What the recipe trains on: in memory, or streamed where `data.window` says so.
+def open_source(data: Data, fit: Fit, seed: int, policy: Policy) -> Source:
+    """The samples to train on: in memory, or streamed where `data.window` is not 0.
 
     Raises:
         DataError: nothing to train on.
     """
-    encoder = Encoder(recipe, policy)
-    if not recipe.data.window:
-        return Loaded(recipe, encoder)
-    stream = Streamed(recipe, encoder)
+    encoder = Encoder(data, fit, policy)
+    if not data.window:
+        return Loaded(data, seed, encoder)
+    stream = Streamed(data, seed, encoder)
     next(stream.read(Cursor()))  # a dataset without a sample is refused before anything is written
     return stream
 

@@ -10,7 +10,8 @@ import torch
 from coupled.rl.errors import CheckpointError
 from coupled.rl.model.loading import add_adapter, load_policy
 from coupled.rl.model.policy import Policy
-from coupled.rl.recipe.schema import Model, Recipe
+from coupled.rl.recipe.model import Model
+from coupled.rl.recipe.schema import RunRecipe
 
 
 def open_policy(model: Model, seed: int) -> Policy:
@@ -56,7 +57,7 @@ def pick_device(wanted: str) -> str:
     return "cuda" if has_gpu and wanted != "cpu" else "cpu"
 
 
-def use_threads(recipe: Recipe) -> None:
+def use_threads(recipe: RunRecipe) -> None:
     """Set torch's thread count for this process where the recipe names one, or where several ranks share the cores."""
     if recipe.num_threads:
         torch.set_num_threads(recipe.num_threads)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from coupled.rl.errors import CheckpointError
 from coupled.rl.model.policy import Policy
 from coupled.rl.model.weights import shard_like, whole_tensor
-from coupled.rl.recipe.schema import Loss
+from coupled.rl.recipe.objective import Loss
 
 ReferenceKind = Literal["none", "adapter_off", "frozen", "moving"]
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from coupled.reward import Status
 from coupled.rl.cluster.types import NO_EVENTS, EventSink
 from coupled.rl.errors import RolloutError
-from coupled.rl.recipe.schema import Cluster, Recipe
-from coupled.rl.rollout.exactness import Mismatch
-from coupled.rl.rollout.sampler import Sampler
+from coupled.rl.recipe.rollout import Sampler
+from coupled.rl.recipe.schema import Recipe
+from coupled.rl.rollout.exactness import TOLERANCE, Mismatch
 from coupled.rl.shapes import Bool, Float
 from coupled.rl.types import Group
 
@@ -63,32 +63,32 @@ class RunChecks:
             )
 
     def is_exactness_due(self, step: int, sampler: Sampler) -> bool:
-        """Whether some groups of the step are to be decoded again, exactly (`rollout.monitor.every`)."""
-        every = self._recipe.rollout.monitor.every
+        """Whether some groups of the step are to be decoded again, exactly (`rollout.monitor_every`)."""
+        every = self._recipe.rollout.monitor_every
         return bool(every) and (step - 1) % every == 0 and not sampler.is_exact
 
     def exactness(self, step: int, found: Mismatch) -> bool:
         """Report a mismatch beyond the tolerance. True: roll out exactly from the next step on.
 
         Raises:
-            RolloutError: there is one, and `rollout.monitor.on_mismatch` is stop.
+            RolloutError: there is one, and `rollout.on_mismatch` is stop.
         """
-        monitor = self._recipe.rollout.monitor
-        if not found.is_beyond(monitor.tolerance):
+        on_mismatch = self._recipe.rollout.on_mismatch
+        if not found.is_beyond(TOLERANCE):
             return False
         text = f"step {step}: rollouts differ from exact ones by more than chance: {found}"
-        if monitor.on_mismatch == "stop":
+        if on_mismatch == "stop":
             raise RolloutError(
-                f"{text}. rollout.monitor.on_mismatch is stop: lower rollout.entropy_bound, raise rollout.end_fill, "
+                f"{text}. rollout.on_mismatch is stop: lower rollout.entropy_bound, raise rollout.end_fill, "
                 "refresh the cache more often, or roll out exactly (rollout.preset=rl)"
             )
-        has_fallen_back = monitor.on_mismatch == "fall_back"
+        has_fallen_back = on_mismatch == "fall_back"
         self._report(f"{text}; exact from the next step on" if has_fallen_back else text)
         return has_fallen_back
 
     def policy_drift(self, drift: float, *, lag: int) -> bool:
         """Report a policy that keeps moving too far from the one that rolled out. True: roll out on-policy (lag 0)."""
-        limit = _max_policy_drift(self._recipe.cluster)
+        limit = self._recipe.cluster.max_policy_drift
         self._num_drifted = self._num_drifted + 1 if drift > limit else 0
         if self._num_drifted < MAX_DRIFTED_STEPS or not lag:
             return False
@@ -111,8 +111,3 @@ def policy_drift(
     """
     log_ratio = (present - old)[valid].clamp(max=max_log_ratio)
     return float((log_ratio.exp() - 1 - log_ratio).mean()) if len(log_ratio) else 0.0
-
-
-def _max_policy_drift(cluster: Cluster) -> float:
-    """`cluster.max_policy_drift`, which recipes call `max_mismatch` so far."""
-    return float(getattr(cluster, "max_policy_drift", None) or getattr(cluster, "max_mismatch"))  # noqa: B009

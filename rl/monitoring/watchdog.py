@@ -20,7 +20,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from coupled.rl.cluster.types import HEALTH, ClusterError
-from coupled.rl.recipe.schema import Recipe
+from coupled.rl.recipe.cluster import Cluster
 
 FILE = "stalled.txt"
 TICKS = 20
@@ -31,11 +31,11 @@ PATIENCE_WITH_FILES = 4 * 3600.0
 """Additional seconds for phases that read or write many gigabytes, or a stream from far away."""
 
 
-def stall_seconds(recipe: Recipe) -> float:
+def stall_seconds(cluster: Cluster) -> float:
     """Allowed silence in seconds: longer than the limits of coordinator and ranks, whose errors are more precise."""
-    waits = [HEALTH[recipe.cluster.health].stall_seconds]
-    if recipe.cluster.trainer_ranks > 1:
-        waits.append(recipe.cluster.trainer_timeout_seconds)
+    waits = [HEALTH[cluster.health].stall_seconds]
+    if cluster.trainer_ranks > 1:
+        waits.append(cluster.trainer_timeout_seconds)
     return 1.5 * max(waits)
 
 

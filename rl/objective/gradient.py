@@ -7,7 +7,7 @@ import torch
 from coupled.rl.estimators.score import backward_by_view, estimate_logp
 from coupled.rl.model.policy import Policy
 from coupled.rl.objective.loss import coupled_grpo_loss
-from coupled.rl.recipe.schema import Recipe
+from coupled.rl.recipe.objective import Estimator, Loss
 from coupled.rl.types import Anchor, LossOutput, MaskDraw, TrainBatch
 
 
@@ -16,34 +16,33 @@ def add_gradient(
     batch: TrainBatch,
     masks: MaskDraw,
     anchor: Anchor,
-    recipe: Recipe,
+    estimator: Estimator,
+    loss: Loss,
     temperature: float,
     denominator: int,
     *,
+    has_two_passes: bool = False,
     is_silent: bool = False,
     skips_empty_views: bool = True,
 ) -> LossOutput:
-    """Add what these rows give to the gradient of the loss of the whole batch, whose `denominator` is given.
+    """Add the share of these rows to the gradient of the loss of the whole batch, whose `denominator` is given.
 
     `is_silent`: make the same passes and add nothing, for the sake of ranks that wait for this one's share of a layer.
     `skips_empty_views`: as for `estimate_logp`.
 
-    With `optimizer.has_two_passes` the scores are first estimated without gradients, the loss is differentiated at
+    With `has_two_passes` the scores are first estimated without gradients, the loss is differentiated at
     them, and the scores then view by view: the memory of one masked input, for one more forward pass of each.
     """
-    has_two_passes = recipe.optimizer.has_two_passes
     with torch.set_grad_enabled(not has_two_passes):
-        new = estimate_logp(policy, batch, masks, recipe.estimator, temperature, skips_empty_views=skips_empty_views)
+        new = estimate_logp(policy, batch, masks, estimator, temperature, skips_empty_views=skips_empty_views)
     if has_two_passes:
         new.requires_grad_()
     old = new.detach() if anchor.old is None else anchor.old
-    pulls_to_old = recipe.loss.kl_beta > 0 and recipe.loss.reference == "old"
+    pulls_to_old = loss.kl_beta > 0 and loss.reference == "old"
     reference = old if pulls_to_old else anchor.reference
-    output = coupled_grpo_loss(new, old, reference, batch.advantages, batch.valid, denominator, recipe.loss)
+    output = coupled_grpo_loss(new, old, reference, batch.advantages, batch.valid, denominator, loss)
     (0 * output.loss if is_silent else output.loss).backward()
     if has_two_passes:
         assert new.grad is not None, "new is a leaf, and the loss depends on it"
-        backward_by_view(
-            policy, batch, masks, recipe.estimator, new.grad, temperature, skips_empty_views=skips_empty_views
-        )
+        backward_by_view(policy, batch, masks, estimator, new.grad, temperature, skips_empty_views=skips_empty_views)
     return output

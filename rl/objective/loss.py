@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from coupled.rl.recipe.schema import Loss
+from coupled.rl.recipe.objective import Loss
 from coupled.rl.shapes import Bool, Float
 from coupled.rl.types import LossOutput
 

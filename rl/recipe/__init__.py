@@ -1,5 +1,14 @@
 """The recipe: everything a run depends on.
 
-schema  fields, units, ranges, defaults and the rules between fields
-read    reading, overriding, validating and writing recipes
+schema      the recipe of each stage, and the rules between sections
+section     the base of the sections
+model       model, adapter
+data        data
+rollout     rollout, and the sampler in it
+objective   estimator, loss, optimizer
+judging     reward, sandbox, evaluation
+likelihood  fit
+cluster     cluster, checkpoint
+read        reading, overriding, validating and writing recipes
+retired     fields of earlier releases
 """

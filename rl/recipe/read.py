@@ -2,27 +2,130 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from coupled.rl.errors import RecipeError, nearest
-from coupled.rl.recipe.schema import OF_PRESETS, Recipe, Reward
+from coupled.rl.recipe.judging import Reward
+from coupled.rl.recipe.retired import without_retired
+from coupled.rl.recipe.rollout import OF_PRESETS
+from coupled.rl.recipe.schema import STAGES, AnyRecipe, LikelihoodRecipe, Recipe, RunRecipe, recipe_class
 
 PATH_FIELDS = (("model", "path"), ("data", "path"), ("data", "eval_path"))
 
 
-def load_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> Recipe:
+def load_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> AnyRecipe:
     """Read a recipe file, apply `key=value` overrides, and validate.
 
-    Relative paths in the file are meant from the file's folder; those in overrides from the working folder.
+    Relative paths in the file count from the file's folder; those in overrides from the working folder.
 
     Raises:
         RecipeError: the file is missing or not YAML, a key is unknown, or a value breaks a rule.
     """
+    file, values = _read_file(path)
+    return validate(_overridden(values, overrides), source=str(file))
+
+
+def load_sampling_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Like `load_recipe`, for the use of a checkpoint: see `sampling_recipe`."""
+    file, values = _read_file(path)
+    return sampling_recipe(values, overrides, source=str(file))
+
+
+def sampling_recipe(
+    values: dict[str, Any], overrides: tuple[str, ...], source: str, *, is_saved: bool = False
+) -> Recipe:
+    """The recipe by which a checkpoint is sampled, evaluated and analysed: that of the RL stage.
+
+    A recipe of another stage gives the sections that both have, and defaults take the place of the others.
+
+    Raises:
+        RecipeError: see `validate`.
+    """
+    if values.get("stage") in STAGES:
+        values = {key: value for key, value in values.items() if key not in _OTHER["rl"]} | {"stage": "rl"}
+    found = validate(_overridden(values, overrides), source, is_saved=is_saved)
+    assert isinstance(found, Recipe), "the stage is rl"
+    return found
+
+
+def validate(values: dict[str, Any], source: str, *, is_saved: bool = False) -> AnyRecipe:
+    """Build a recipe of plain values, turning every complaint into one readable RecipeError.
+
+    Args:
+        is_saved: the values are those of a run folder, perhaps of an earlier release, where recipes named the sections
+            of all stages, and fields that are gone: these are dropped where the run computes the same without them.
+
+    Raises:
+        RecipeError: a key is unknown or of another stage, or a value breaks a rule.
+    """
+    values, lines = without_retired(values, is_saved=is_saved)
+    stage = values.get("stage")
+    for key in [key for key in values if key in _OTHER.get(str(stage), ())]:
+        del values[key]
+        if not is_saved:
+            homes = "rl" if stage != "rl" else "sft and pretrain"
+            lines.append(f"{key}: a recipe of stage {stage} has no such field, it belongs to {homes}; leave it out")
+    try:
+        recipe = recipe_class(stage).model_validate(values)
+    except ValidationError as error:
+        raise _refusal(source, lines + _complaints(error, recipe_class(stage))) from error
+    if lines:
+        raise _refusal(source, lines)
+    return recipe
+
+
+def recipe_from_json(text: str | bytes) -> AnyRecipe:
+    """The recipe that `recipe.model_dump_json()` wrote, for processes of the same run."""
+    values = json.loads(text)
+    return recipe_class(values["stage"]).model_validate(values)
+
+
+AnyStage = TypeVar("AnyStage", bound=RunRecipe)
+
+
+def apply_overrides(recipe: AnyStage, overrides: tuple[str, ...]) -> AnyStage:
+    """The recipe with `key=value` settings changed.
+
+    Raises:
+        RecipeError: an unknown key or a value that breaks a rule.
+    """
+    values = _overridden(recipe.model_dump(mode="json"), overrides)
+    found = validate(values, source="the recipe with its overrides")
+    assert isinstance(found, type(recipe)), "the sections of another stage are refused"
+    return found
+
+
+def dump_recipe(recipe: RunRecipe) -> str:
+    """The resolved recipe as YAML, for `--dry-run` and the run folder."""
+    values = recipe.model_dump(mode="json")
+    return yaml.safe_dump({"stage": values.pop("stage"), **values}, sort_keys=False)
+
+
+def json_schema() -> str:
+    """JSON schema of recipe files, for editors: `recipes/schema.json`. A union by `stage`."""
+    union: Any = Annotated[AnyRecipe, Field(discriminator="stage")]
+    schema = TypeAdapter(union).json_schema()
+    del schema["discriminator"]  # a word of OpenAPI; editors go by the stage that each part requires
+    schema["title"] = "coupled recipe"
+    return json.dumps(schema, indent=1, sort_keys=True) + "\n"
+
+
+_OTHER = {
+    "rl": LikelihoodRecipe.model_fields.keys() - Recipe.model_fields.keys(),
+    "sft": Recipe.model_fields.keys() - LikelihoodRecipe.model_fields.keys(),
+    "pretrain": Recipe.model_fields.keys() - LikelihoodRecipe.model_fields.keys(),
+}
+"""Stage → top-level fields that only the other stages have."""
+
+
+def _read_file(path: Path | str) -> tuple[Path, dict[str, Any]]:
+    """A recipe file, found by its path or the name of a shipped one, with its paths resolved."""
     file = Path(path)
     if not file.is_file():
         shipped = Path(__file__).parents[2] / "recipes"
@@ -46,50 +149,18 @@ def load_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> Recipe:
     for function in functions if isinstance(functions, list) else []:
         if isinstance(function, dict) and isinstance(function.get("path"), str):
             function["path"] = _from(file.parent, function["path"])
+    return file, values
+
+
+def _overridden(values: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, Any]:
+    values = copy.deepcopy(values)
     for override in overrides:
         _apply_override(values, override)
-    return validate(values, source=str(file))
+    return values
 
 
-def validate(values: dict[str, Any], source: str) -> Recipe:
-    """Build a Recipe of plain values, turning every complaint into one readable RecipeError."""
-    try:
-        return Recipe.model_validate(values)
-    except ValidationError as error:
-        items = error.errors()
-        places = [item["loc"] for item in items]
-        # A part that failed also makes its list too short; only the failure itself is of use.
-        lines = [
-            _complaint(item)
-            for item in items
-            if item["type"] != "too_short"
-            or not any(p != item["loc"] and p[: len(item["loc"])] == item["loc"] for p in places)
-        ]
-        raise RecipeError(f"{source} breaks {len(lines)} rule(s):\n  " + "\n  ".join(lines)) from error
-
-
-def apply_overrides(recipe: Recipe, overrides: tuple[str, ...]) -> Recipe:
-    """The recipe with `key=value` settings changed.
-
-    Raises:
-        RecipeError: an unknown key or a value that breaks a rule.
-    """
-    values = recipe.model_dump(mode="json")
-    for override in overrides:
-        _apply_override(values, override)
-    return validate(values, source="the recipe with its overrides")
-
-
-def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML: what `--dry-run` prints and the run folder keeps."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False)
-
-
-def json_schema() -> str:
-    """JSON schema of recipe files, for editors: `recipes/schema.json`."""
-    schema = Recipe.model_json_schema()
-    schema["title"] = "coupled recipe"
-    return json.dumps(schema, indent=1, sort_keys=True) + "\n"
+def _refusal(source: str, lines: list[str]) -> RecipeError:
+    return RecipeError(f"{source} breaks {len(lines)} rule(s):\n  " + "\n  ".join(lines))
 
 
 def _from(folder: Path, value: str) -> str:
@@ -126,21 +197,35 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise RecipeError(f"{key}: the value {text!r} is not valid YAML: {error}") from error
 
 
-def _complaint(item: Any) -> str:
+def _complaints(error: ValidationError, recipe: type[RunRecipe]) -> list[str]:
+    items = sorted(error.errors(), key=lambda item: item["loc"] != ("stage",))  # which decides the other fields
+    places = [item["loc"] for item in items]
+    # A part that failed also makes its list too short; only the failure itself is of use.
+    return [
+        _complaint(item, recipe)
+        for item in items
+        if item["type"] != "too_short"
+        or not any(p != item["loc"] and p[: len(item["loc"])] == item["loc"] for p in places)
+    ]
+
+
+def _complaint(item: Any, recipe: type[RunRecipe]) -> str:
     where = ".".join(str(part) for part in item["loc"])
     if item["type"] == "extra_forbidden":
-        known = _fields_at(item["loc"][:-1])
+        known = _fields_at(item["loc"][:-1], recipe)
         return f"{where}: unknown key; {nearest(str(item['loc'][-1]), known)}"
     if item["type"] == "missing":
         return f"{where}: required but absent"
+    if item["loc"] == ("stage",):
+        return f"stage: Input should be {', '.join(map(repr, STAGES[:-1]))} or {STAGES[-1]!r}; got {item['input']!r}"
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
         return f"{where}: {message}" if where else message
     return f"{where}: {message}; got {item['input']!r}"
 
 
-def _fields_at(location: tuple[Any, ...]) -> list[str]:
-    section: Any = Recipe
+def _fields_at(location: tuple[Any, ...], recipe: type[RunRecipe]) -> list[str]:
+    section: Any = recipe
     for part in location:
         if isinstance(part, int):
             section = Reward

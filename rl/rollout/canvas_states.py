@@ -20,7 +20,8 @@ from transformers import Cache, DynamicCache
 
 from coupled.rl.model.attention import left_padded, may_attend
 from coupled.rl.model.policy import Policy
-from coupled.rl.rollout.sampler import Sampler, Step
+from coupled.rl.recipe.rollout import Sampler
+from coupled.rl.rollout.sampler import Step
 from coupled.rl.shapes import Bool, Float, Int
 
 

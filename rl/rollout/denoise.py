@@ -20,9 +20,10 @@ from torch import Tensor
 from coupled.rl.errors import RolloutError
 from coupled.rl.keys import uniform
 from coupled.rl.model.policy import Policy
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.rollout.canvas_states import CachedStates, distinct_states
 from coupled.rl.rollout.readout import Choice, choose_positions, choose_tokens, read_out
-from coupled.rl.rollout.sampler import Request, Sampler, Step, plan_steps
+from coupled.rl.rollout.sampler import Request, Step, plan_steps
 from coupled.rl.shapes import Bool, Float, Int
 from coupled.rl.types import Rollout
 

@@ -21,9 +21,10 @@ from transformers import Cache, DynamicCache
 from coupled.rl.errors import RolloutError
 from coupled.rl.model.attention import left_padded, may_attend
 from coupled.rl.model.policy import Policy
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.rollout.denoise import Record, is_settled, keyed_draws
 from coupled.rl.rollout.readout import Choice, choose_positions, choose_tokens, read_out
-from coupled.rl.rollout.sampler import Request, Sampler, steps_per_block
+from coupled.rl.rollout.sampler import Request, steps_per_block
 from coupled.rl.shapes import Bool, Float, Int
 from coupled.rl.types import Rollout
 

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from coupled.rl.cluster.types import NO_EVENTS, Counters, EventSink, GroupKey
 from coupled.rl.model.policy import Policy
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.rollout.denoise import denoise
 from coupled.rl.rollout.denoise_blocks import denoise_blocks
-from coupled.rl.rollout.sampler import Request, Sampler
+from coupled.rl.rollout.sampler import Request
 from coupled.rl.types import Rollout
 
 

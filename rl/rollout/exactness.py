@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from coupled.rl.objective.batch import rewards_of
-from coupled.rl.rollout.sampler import Sampler
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.types import Group, Rollout
+
+NUM_COMPARED = 4
+"""Prompts of a step whose groups are decoded twice: few enough to cost little beside the step."""
+TOLERANCE = 0.1
+"""Accepted difference of the mean rewards, in units of the reward; beyond it, and beyond chance, it is a mismatch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +63,7 @@ class Mismatch:
 
 def exact_counterpart(sampler: Sampler) -> Sampler:
     """The published loop to the end of the canvas, for the same distribution."""
-    return replace(sampler.exact(), has_early_exit=False)
+    return sampler.exact().changed(has_early_exit=False)
 
 
 def compare(made: Sequence[Group], exact: Sequence[Group]) -> Mismatch:

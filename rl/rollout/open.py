@@ -49,8 +49,7 @@ def _open_cluster_engine(recipe: Recipe, folder: Path, emit: EventSink) -> Clust
         transport, on_close = RayTransport(ray), close_ray
         request = ResourceRequest(num=cluster.min_workers, what="rollout workers", needs=spec.needs)
         room = lambda: f"\n{no_room(request, rooms(ray), REMEDY)}"  # noqa: E731
-        if cluster.weights == "object":
-            carrier = ObjectCarrier(ray)
+        carrier = ObjectCarrier(ray)
     else:
         from coupled.rl.cluster.processes import LocalTransport
 

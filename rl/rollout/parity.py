@@ -22,7 +22,7 @@ from coupled.reward import Status, Verdict
 from coupled.rl.errors import RolloutError
 from coupled.rl.model.policy import Policy
 from coupled.rl.objective.batch import collate, micro_batches
-from coupled.rl.rollout.sampler import Sampler
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.shapes import Bool, Float, Int
 from coupled.rl.types import Group, Prompt, Rollout
 
@@ -75,7 +75,7 @@ def sampler_for_parity(sampler: Sampler, block_length: int | None = None) -> Sam
         # A row is replayed once for each step of each block.
         canvas = min(canvas, max(1, NUM_STEPS // 2) * block_length)
     steps = min(sampler.denoising_steps, NUM_STEPS, canvas)
-    return replace(sampler.exact(), canvas=canvas, denoising_steps=steps, top_p=1.0, top_k=0)
+    return sampler.exact().changed(canvas=canvas, denoising_steps=steps, top_p=1.0, top_k=0)
 
 
 def replay_of(policy: Policy, prompts: Sequence[Prompt], rollouts: Sequence[Rollout]) -> Replay:

@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from coupled.rl.model.vocabulary import CHUNK_LOGITS, OutputHead
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.rollout.distributions import FORBIDDEN, likeliest, nucleus
 from coupled.rl.rollout.row_statistics import draw_states, measure_states
 from coupled.rl.rollout.row_statistics_torch import Choice, RowStatistics, draw_logits, measure, tempered
-from coupled.rl.rollout.sampler import Sampler
 from coupled.rl.shapes import Bool, Float, Int
 
 ROUNDING = 1e-3

@@ -40,9 +40,10 @@ from coupled.rl.cluster.types import (
 from coupled.rl.errors import CoupledError, RolloutError
 from coupled.rl.model.open import open_policy, use_threads
 from coupled.rl.model.weights import digest_of, load_trainable_state, trainable_state
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.recipe.schema import Recipe
 from coupled.rl.rollout.engine import EngineSnapshot, HasWeights, request_batches, roll_out
-from coupled.rl.rollout.sampler import Request, Sampler
+from coupled.rl.rollout.sampler import Request
 from coupled.rl.types import Rollout
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from coupled.rl.errors import CheckpointError, RecipeError
-from coupled.rl.recipe.read import apply_overrides, load_recipe
+from coupled.rl.recipe.read import load_sampling_recipe, sampling_recipe
 from coupled.rl.recipe.schema import Recipe
-from coupled.rl.run_folder.folder import committed_checkpoints, read_run_recipe
+from coupled.rl.run_folder.folder import committed_checkpoints, read_run_values
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -31,8 +31,8 @@ def recipe_for(checkpoint: Path, recipe: str | None, overrides: tuple[str, ...])
         RecipeError: neither is there.
     """
     if recipe is not None:
-        return load_recipe(recipe, overrides)
+        return load_sampling_recipe(recipe, overrides)
     run = checkpoint.resolve().parent.parent
     if not (run / "recipe.yaml").is_file():
         raise RecipeError(f"{checkpoint} does not lie in a run folder; say how to sample from it with --recipe FILE")
-    return apply_overrides(read_run_recipe(run), overrides)
+    return sampling_recipe(read_run_values(run), overrides, str(run / "recipe.yaml"), is_saved=True)

@@ -28,7 +28,7 @@ import yaml
 
 from coupled.rl.errors import CheckpointError, FencedError, SaveError
 from coupled.rl.recipe.read import dump_recipe, validate
-from coupled.rl.recipe.schema import Recipe
+from coupled.rl.recipe.schema import AnyRecipe, RunRecipe
 from coupled.rl.run_folder.provenance import describe_provenance
 
 MANIFEST = "MANIFEST.json"
@@ -166,14 +166,14 @@ class RunFolder:
             )
 
 
-def run_folders(recipe: Recipe) -> list[Path]:
+def run_folders(recipe: RunRecipe) -> list[Path]:
     """The numbered folders of a recipe's name, `output_dir/name-001` first. Not those of `name-other`."""
     start = len(recipe.name) + 1
     found = Path(recipe.output_dir).glob(f"{recipe.name}-*")
     return sorted((p for p in found if re.fullmatch(r"\d+", p.name[start:])), key=lambda p: int(p.name[start:]))
 
 
-def open_run_folder(recipe: Recipe, resume: str = "never") -> RunFolder:
+def open_run_folder(recipe: RunRecipe, resume: str = "never") -> RunFolder:
     """A new numbered folder `output_dir/name-001`, or with `resume` an existing one.
 
     Args:
@@ -228,9 +228,15 @@ def committed_checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
 
 
-def read_run_recipe(run: Path) -> Recipe:
+def read_run_recipe(run: Path) -> AnyRecipe:
     """The recipe a run folder was made with."""
-    return validate(yaml.safe_load((run / "recipe.yaml").read_text()), source=str(run / "recipe.yaml"))
+    return validate(read_run_values(run), source=str(run / "recipe.yaml"), is_saved=True)
+
+
+def read_run_values(run: Path) -> dict[str, Any]:
+    """The recipe of a run folder as it was written, perhaps by an earlier release."""
+    values: dict[str, Any] = yaml.safe_load((run / "recipe.yaml").read_text())
+    return values
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -255,8 +261,8 @@ def _record_environment(run: Path) -> None:
     atomic_write(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def _refuse_other_recipe(run: Path, recipe: Recipe) -> None:
-    before = yaml.safe_load((run / "recipe.yaml").read_text())
+def _refuse_other_recipe(run: Path, recipe: RunRecipe) -> None:
+    before = read_run_recipe(run).model_dump(mode="json")
     now = recipe.model_dump(mode="json")
     differing = [k for k in now if k not in MAY_CHANGE and before.get(k) != now[k]]
     if differing:

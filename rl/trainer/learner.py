@@ -16,7 +16,7 @@ from coupled.rl.model.gradient_checkpointing import checkpoint_gradients
 from coupled.rl.model.policy import Policy
 from coupled.rl.model.reference import ReferenceKind, keep_reference
 from coupled.rl.model.weights import trainable_state
-from coupled.rl.recipe.schema import Recipe
+from coupled.rl.recipe.schema import RunRecipe
 from coupled.rl.trainer.checkpoint import read_checkpoint, write_checkpoint, write_sharded_checkpoint
 from coupled.rl.trainer.collectives import Ranks, add_gradients
 from coupled.rl.trainer.optimizer import apply_step, learning_rate, make_optimizer
@@ -29,7 +29,7 @@ class Learner:
         reference: the kind of reference to keep of the present weights.
     """
 
-    def __init__(self, recipe: Recipe, policy: Policy, ranks: Ranks, reference: ReferenceKind = "none") -> None:
+    def __init__(self, recipe: RunRecipe, policy: Policy, ranks: Ranks, reference: ReferenceKind = "none") -> None:
         self.recipe = recipe
         self.policy = policy
         self._ranks = ranks

@@ -12,7 +12,7 @@ from coupled.rl.likelihood.batch import LikelihoodBatch
 from coupled.rl.likelihood.objective import Noise, block_length_of, fit_loss
 from coupled.rl.model.policy import Policy
 from coupled.rl.objective.batch import micro_batches
-from coupled.rl.recipe.schema import Recipe
+from coupled.rl.recipe.schema import LikelihoodRecipe
 from coupled.rl.trainer.collectives import ALONE, Ranks
 from coupled.rl.trainer.learner import Learner
 
@@ -31,7 +31,9 @@ class LikelihoodUpdate:
 class LikelihoodLearner(Learner):
     """Policy and optimizer of one rank. The recipe's objective must be settled."""
 
-    def __init__(self, recipe: Recipe, policy: Policy, ranks: Ranks = ALONE) -> None:
+    recipe: LikelihoodRecipe
+
+    def __init__(self, recipe: LikelihoodRecipe, policy: Policy, ranks: Ranks = ALONE) -> None:
         # The objective decides the attention, which is saved with the model, so that rollout and evaluation use it.
         policy.attend(block_length_of(recipe.fit))
         super().__init__(recipe, policy, ranks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from coupled.rl.model.policy import Policy
-from coupled.rl.recipe.schema import Recipe
+from coupled.rl.recipe.schema import AnyRecipe, LikelihoodRecipe, Recipe
 from coupled.rl.trainer.likelihood_learner import LikelihoodLearner
 from coupled.rl.trainer.rank_group import RankGroup, refuse_too_few_devices
 from coupled.rl.trainer.rank_process import ProcessRankHandle
@@ -23,7 +23,7 @@ def open_rl_learner(recipe: Recipe, policy: Policy, folder: Path) -> RLLearner |
     return RLLearner(recipe, policy) if recipe.cluster.trainer_ranks == 1 else _open_rank_group(recipe, policy, folder)
 
 
-def open_likelihood_learner(recipe: Recipe, policy: Policy, folder: Path) -> LikelihoodLearner | RankGroup:
+def open_likelihood_learner(recipe: LikelihoodRecipe, policy: Policy, folder: Path) -> LikelihoodLearner | RankGroup:
     """The learner of a likelihood run, as `open_rl_learner`."""
     return (
         LikelihoodLearner(recipe, policy)
@@ -32,7 +32,7 @@ def open_likelihood_learner(recipe: Recipe, policy: Policy, folder: Path) -> Lik
     )
 
 
-def _open_rank_group(recipe: Recipe, policy: Policy, folder: Path) -> RankGroup:
+def _open_rank_group(recipe: AnyRecipe, policy: Policy, folder: Path) -> RankGroup:
     if recipe.cluster.trainer_workers == "ray":
         from coupled.rl.trainer.ray_ranks import open_ray_rank_group
 

@@ -8,18 +8,16 @@ import torch
 
 from coupled.rl.model.policy import Policy
 from coupled.rl.model.weights import whole_tensor
-from coupled.rl.recipe.schema import Optimizer
+from coupled.rl.recipe.objective import Optimizer
 
 
 def learning_rate(step: int, num_steps: int, config: Optimizer) -> float:
     """Learning rate of step `step` (from 0): linear warm-up, then cosine to `final_fraction` of the peak.
 
-    Example: peak 1, 2 warm-up steps, constant → steps 0, 1, 2 have 0.5, 1, 1.
+    Example: peak 1, 2 warm-up steps, `final_fraction` 1 → steps 0, 1, 2 have 0.5, 1, 1.
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.learning_rate
     span = max(1, num_steps - config.warmup_steps)
     progress = min(1.0, (step - config.warmup_steps) / span)
     share = config.final_fraction + (1 - config.final_fraction) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -25,8 +25,9 @@ from coupled.rl.likelihood.batch import LikelihoodBatch
 from coupled.rl.likelihood.objective import Noise
 from coupled.rl.model.open import pick_device
 from coupled.rl.model.policy import Policy
-from coupled.rl.recipe.schema import Recipe
-from coupled.rl.rollout.sampler import Request, Sampler
+from coupled.rl.recipe.rollout import Sampler
+from coupled.rl.recipe.schema import AnyRecipe, RunRecipe
+from coupled.rl.rollout.sampler import Request
 from coupled.rl.trainer.collectives import join, moved
 from coupled.rl.trainer.likelihood_learner import LikelihoodUpdate
 from coupled.rl.trainer.rank_failures import (
@@ -66,7 +67,7 @@ class RankGroup:
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: AnyRecipe,
         policy: Policy,
         start: StartRank,
         *,
@@ -231,7 +232,7 @@ class RankGroup:
             time.sleep(POLL_SECONDS)
 
 
-def refuse_too_few_devices(recipe: Recipe) -> None:
+def refuse_too_few_devices(recipe: RunRecipe) -> None:
     """Return if every rank has a GPU of its own, or none uses one.
 
     Raises:

@@ -20,7 +20,8 @@ import torch
 import torch.distributed as dist
 
 from coupled.rl.model.open import open_policy, pick_device, use_threads
-from coupled.rl.recipe.schema import Recipe
+from coupled.rl.recipe.read import recipe_from_json
+from coupled.rl.recipe.schema import AnyRecipe
 from coupled.rl.trainer.collectives import join, moved
 from coupled.rl.trainer.rank_failures import report_of
 from coupled.rl.trainer.rank_protocol import (
@@ -47,7 +48,7 @@ class ProcessRankHandle:
     program: ClassVar[tuple[str, ...]] = ("-m", "coupled.rl.trainer.rank_process")
     """Arguments of the interpreter that run `main`."""
 
-    def __init__(self, recipe: Recipe, rank: int, port: int, folder: Path) -> None:
+    def __init__(self, recipe: AnyRecipe, rank: int, port: int, folder: Path) -> None:
         self.rank, self.host = rank, LOCAL_HOST
         folder.mkdir(parents=True, exist_ok=True)
         self.log = str(folder / f"rank_{rank}.log")
@@ -82,7 +83,7 @@ class ProcessRankHandle:
             self._process.stdin.close()
 
 
-def serve_rank(recipe: Recipe, *, rank: int, host: str, port: int, device: int) -> None:
+def serve_rank(recipe: AnyRecipe, *, rank: int, host: str, port: int, device: int) -> None:
     """Run as rank `rank`, on this host's GPU number `device` if the recipe uses one, until the first rank closes.
 
     Raises:
@@ -138,7 +139,7 @@ def main() -> None:
     """`python -m coupled.rl.trainer.rank_process '{"rank": 1, "host": …, "port": …}'`, with the recipe as a line
     of JSON on standard input."""
     place = json.loads(sys.argv[1])
-    recipe = Recipe.model_validate_json(sys.stdin.buffer.readline())
+    recipe = recipe_from_json(sys.stdin.buffer.readline())
     threading.Thread(target=end_with_the_first_rank, daemon=True).start()
     try:
         serve_rank(recipe, rank=place["rank"], host=place["host"], port=place["port"], device=place["rank"])

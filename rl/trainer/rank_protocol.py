@@ -9,7 +9,7 @@ from typing import Protocol, runtime_checkable
 from coupled.rl.errors import RankError
 from coupled.rl.model.policy import Policy
 from coupled.rl.model.weights import digest_of
-from coupled.rl.recipe.schema import Recipe
+from coupled.rl.recipe.schema import AnyRecipe, Recipe
 from coupled.rl.trainer.collectives import Ranks
 from coupled.rl.trainer.learner import Learner
 from coupled.rl.trainer.likelihood_learner import LikelihoodLearner
@@ -89,9 +89,9 @@ def error_key(rank: int) -> str:
     return f"error/{rank}"
 
 
-def learner_of(recipe: Recipe, policy: Policy, ranks: Ranks) -> Learner:
+def learner_of(recipe: AnyRecipe, policy: Policy, ranks: Ranks) -> Learner:
     """The learner of one rank, for the recipe's stage."""
-    return RLLearner(recipe, policy, ranks) if recipe.stage == "rl" else LikelihoodLearner(recipe, policy, ranks)
+    return RLLearner(recipe, policy, ranks) if isinstance(recipe, Recipe) else LikelihoodLearner(recipe, policy, ranks)
 
 
 def ready(learner: Learner, ranks: Ranks) -> Learner:

@@ -37,7 +37,7 @@ from coupled.rl.cluster.types import HEALTH, ClusterError, WorkerLost, WorkFaile
 from coupled.rl.errors import RecipeError
 from coupled.rl.model.open import pick_device
 from coupled.rl.model.policy import Policy
-from coupled.rl.recipe.schema import Recipe
+from coupled.rl.recipe.schema import AnyRecipe
 from coupled.rl.trainer.rank_failures import report_of
 from coupled.rl.trainer.rank_group import RankGroup
 from coupled.rl.trainer.rank_process import serve_rank
@@ -53,7 +53,7 @@ REMEDY = "Free resources (see `ray status`), add hosts, or lower cluster.trainer
 class RemoteRank:
     """One rank, inside an actor. Its output goes to the run folder, as for a rank in a process."""
 
-    def __init__(self, recipe: Recipe, rank: int, host: str, port: int, folder: Path, token: str) -> None:
+    def __init__(self, recipe: AnyRecipe, rank: int, host: str, port: int, folder: Path, token: str) -> None:
         self._recipe, self._rank, self._host, self._port = recipe, rank, host, port
         self._folder, self._token = folder, token
 
@@ -114,7 +114,7 @@ class RayRankHandle:
         return RankExit(how="status 0", is_lost=False)
 
 
-def open_ray_rank_group(recipe: Recipe, policy: Policy, folder: Path) -> RankGroup:
+def open_ray_rank_group(recipe: AnyRecipe, policy: Policy, folder: Path) -> RankGroup:
     """The ranks of a trainer, the first of them this process and the others actors.
 
     Raises:
@@ -152,7 +152,7 @@ def open_ray_rank_group(recipe: Recipe, policy: Policy, folder: Path) -> RankGro
         raise
 
 
-def reserve(ray: Any, recipe: Recipe, on_close: Callable[[Callable[[], None]], Any]) -> list[Bundle]:
+def reserve(ray: Any, recipe: AnyRecipe, on_close: Callable[[Callable[[], None]], Any]) -> list[Bundle]:
     """A place for each rank; `on_close` receives the function that releases them."""
     needs = WorkerSpec(make=RemoteRank, num_gpus=float(recipe.model.device == "cuda")).needs
     ask = ResourceRequest(num=recipe.cluster.trainer_ranks, what="trainer ranks", needs=needs, has_one_here=True)

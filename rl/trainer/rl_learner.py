@@ -20,10 +20,11 @@ from coupled.rl.model.weights import load_trainable_state, trainable_state
 from coupled.rl.objective.batch import micro_batches
 from coupled.rl.objective.gradient import add_gradient
 from coupled.rl.objective.loss import add_sums, loss_denominator
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.recipe.schema import Recipe
 from coupled.rl.rollout.engine import request_chunks, roll_out
 from coupled.rl.rollout.parity import check_parity
-from coupled.rl.rollout.sampler import Request, Sampler
+from coupled.rl.rollout.sampler import Request
 from coupled.rl.trainer.collectives import ALONE, Ranks
 from coupled.rl.trainer.learner import Learner
 from coupled.rl.types import Anchor, MaskDraw, Prompt, Rollout, TrainBatch
@@ -42,6 +43,8 @@ class Update:
 
 class RLLearner(Learner):
     """Policy, reference and optimizer of one rank. With several ranks, every method is called on all of them."""
+
+    recipe: Recipe
 
     def __init__(self, recipe: Recipe, policy: Policy, ranks: Ranks = ALONE) -> None:
         super().__init__(recipe, policy, ranks, reference_kind(recipe.loss, has_adapter=policy.has_adapter))
@@ -107,9 +110,11 @@ class RLLearner(Learner):
                     batch.rows(rows),
                     masks.rows(rows),
                     anchor.rows(rows),
-                    recipe,
+                    recipe.estimator,
+                    recipe.loss,
                     self.temperature,
                     denominator,
+                    has_two_passes=recipe.optimizer.has_two_passes,
                     is_silent=is_silent,
                     skips_empty_views=not self.is_sharded,
                 )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from coupled.rl.judging.grader import Grader
 from coupled.rl.model.policy import Policy
-from coupled.rl.recipe.schema import Estimator
+from coupled.rl.recipe.objective import Estimator
 from coupled.rl.rollout.engine import policy_engine
 from coupled.rl.run import Run
 from coupled.rl.run_folder.folder import RunFolder

@@ -8,20 +8,20 @@ from pathlib import Path
 from coupled.rl.model.policy import Policy
 from coupled.rl.model.weights import save_policy
 from coupled.rl.monitoring.metrics import DETERMINISTIC_EXCEPT
-from coupled.rl.recipe.schema import Recipe
+from coupled.rl.recipe.schema import LikelihoodRecipe
 from coupled.rl.run_folder.folder import read_rows
-from helpers.toys import make_recipe
+from helpers.toys import make_likelihood_recipe
 
 
 def sft_recipe(
     tmp_path: Path, policy: Policy, fit: dict[str, object] | None = None, window: int = 0, **fields: object
-) -> Recipe:
+) -> LikelihoodRecipe:
     if not (tmp_path / "base").exists():
         save_policy(policy, tmp_path / "base")
         rows = [{"prompt": f"write {c}", "solution": f"{c * 3} {i}"} for i, c in enumerate("abcdefgh")]
         rows.insert(3, {"prompt": "write", "solution": ""})
         (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return make_recipe(
+    return make_likelihood_recipe(
         stage="sft",
         num_steps=4,
         output_dir=str(tmp_path / "runs"),

@@ -24,8 +24,9 @@ from coupled.rl.likelihood.batch import PackedRow, collate
 from coupled.rl.likelihood.objective import draw_noise
 from coupled.rl.likelihood.samples import Example
 from coupled.rl.model.open import open_policy
-from coupled.rl.recipe.schema import Fit, Recipe
-from coupled.rl.rollout.sampler import Sampler
+from coupled.rl.recipe.likelihood import Fit
+from coupled.rl.recipe.rollout import Sampler
+from coupled.rl.recipe.schema import LikelihoodRecipe, Recipe, recipe_class
 from coupled.rl.trainer.collectives import ALONE, Ranks, join
 from coupled.rl.trainer.learner import Learner
 from coupled.rl.trainer.likelihood_learner import LikelihoodLearner
@@ -67,7 +68,7 @@ def batch_and_draws(case: Case, recipe: Recipe, step: int) -> tuple[TrainBatch, 
 
 def run_case(case: Case, ranks: Ranks = ALONE) -> dict[str, Any]:
     """Three steps; losses, norms, weights, and what else there is to compare."""
-    recipe = Recipe.model_validate(case.recipe)
+    recipe = recipe_class(case.recipe["stage"]).model_validate(case.recipe)
     return _rl_case(case, recipe, ranks) if recipe.stage == "rl" else _fit_case(case, recipe, ranks)
 
 
@@ -96,7 +97,7 @@ def _rl_case(case: Case, recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
     }
 
 
-def _fit_case(case: Case, recipe: Recipe, ranks: Ranks) -> dict[str, Any]:
+def _fit_case(case: Case, recipe: LikelihoodRecipe, ranks: Ranks) -> dict[str, Any]:
     """Steps of one update each; also how many positions of each row were masked."""
     policy = open_policy(recipe.model, recipe.seed)
     learner = LikelihoodLearner(recipe, policy, ranks)

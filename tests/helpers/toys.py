@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from coupled.rl.model.policy import Policy
-from coupled.rl.recipe.schema import Recipe
+from coupled.rl.recipe.schema import LikelihoodRecipe, Recipe
 from coupled.rl.rollout.sampler import Request
 from coupled.rl.types import TrainBatch
 
@@ -112,3 +112,9 @@ def make_recipe(**sections: object) -> Recipe:
         "rollout": {"canvas": 6, "denoising_steps": 6},
     }
     return Recipe.model_validate(values | sections)
+
+
+def make_likelihood_recipe(**sections: object) -> LikelihoodRecipe:
+    """A recipe of a stage before RL; `sections` replace its parts."""
+    values = {"stage": "sft", "model": {"path": "nowhere"}, "data": {"path": "nowhere.jsonl"}}
+    return LikelihoodRecipe.model_validate(values | sections)

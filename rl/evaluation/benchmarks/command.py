@@ -21,10 +21,9 @@ from coupled.rl.evaluation.statistics import Comparison
 from coupled.rl.judging.open import open_sandbox
 from coupled.rl.model.loading import require_end_token
 from coupled.rl.model.open import open_policy, pick_device, use_threads
-from coupled.rl.recipe.read import apply_overrides, validate
+from coupled.rl.recipe.read import apply_overrides, sampling_recipe
 from coupled.rl.recipe.schema import Recipe
 from coupled.rl.rollout.engine import policy_engine
-from coupled.rl.rollout.sampler import sampler_of
 from coupled.rl.run_folder.find import find_checkpoint, recipe_for
 from coupled.sandbox import CachedExecutor
 
@@ -178,7 +177,7 @@ def _recipe(checkpoint: Path, options: EvalOptions) -> Recipe:
             raise
     # A checkpoint that is no run's: the defaults of recipes, which are the published sampler's canvas and steps.
     values = {"stage": "rl", "model": {"path": str(checkpoint)}, "data": {"path": "none"}}
-    return apply_overrides(validate(values, source="the defaults"), options.overrides)
+    return sampling_recipe(values, options.overrides, source="the defaults")
 
 
 def _plan(recipe: Recipe, arm: Arm, options: EvalOptions) -> EvaluationPlan:
@@ -204,8 +203,8 @@ def _plan(recipe: Recipe, arm: Arm, options: EvalOptions) -> EvaluationPlan:
     if prompting == "chat" and not arm.tokenizer.chat_template:
         raise DataError("--prompting chat needs a tokenizer with a chat template; this one has none: use completion")
     return EvaluationPlan(
-        sampler=replace(
-            sampler_of(recipe), temperature=temperature, top_p=recipe.rollout.top_p if temperature else 1.0
+        sampler=recipe.rollout.sampler.changed(
+            temperature=temperature, top_p=recipe.rollout.top_p if temperature else 1.0
         ),
         num_samples=options.num_samples,
         seed=options.seed,

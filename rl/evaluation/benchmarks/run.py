@@ -28,8 +28,9 @@ from coupled.rl.data.prompts import render_prompt
 from coupled.rl.errors import DataError
 from coupled.rl.evaluation.benchmarks import Benchmark, Problem, Prompting, data_file, file_sha256, load_problems
 from coupled.rl.evaluation.benchmarks.score import score_of
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.rollout.engine import RolloutEngine, request_chunks
-from coupled.rl.rollout.sampler import Request, Sampler
+from coupled.rl.rollout.sampler import Request
 from coupled.rl.run_folder.folder import atomic_write, read_rows
 from coupled.rl.types import Rollout
 from coupled.sandbox import Executor, Limits
@@ -291,6 +292,7 @@ def _identity(
         "arm": arm.kind,
         "checkpoint": {"path": arm.checkpoint, "fingerprint": arm.fingerprint},
         **asdict(settings),
+        "sampler": settings.sampler.model_dump(),
         "limits": asdict(LIMITS),
         "left_out": sorted(left_out),
     }

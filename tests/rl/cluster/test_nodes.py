@@ -27,7 +27,8 @@ from coupled.rl.commands import doctor
 from coupled.rl.errors import RankLostError, RecipeError
 from coupled.rl.model.open import open_policy
 from coupled.rl.model.weights import digest_of, trainable_state
-from coupled.rl.recipe.schema import Cluster, Recipe
+from coupled.rl.recipe.cluster import Cluster
+from coupled.rl.recipe.schema import Recipe
 from coupled.rl.rollout.open import open_engine
 from coupled.rl.trainer import ray_ranks
 from coupled.rl.trainer.open import open_rl_learner

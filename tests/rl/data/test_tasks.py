@@ -15,7 +15,7 @@ from coupled.rl.data.prompts import encode_prompts, render_prompt
 from coupled.rl.data.rows import load_rows
 from coupled.rl.data.tasks import load_tasks
 from coupled.rl.errors import DataError
-from coupled.rl.recipe.schema import Data
+from coupled.rl.recipe.data import Data
 
 SHARED = Path(__file__).parents[3] / "../shared/data"
 TEST = "assert f(1) == 1"

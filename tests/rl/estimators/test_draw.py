@@ -8,7 +8,7 @@ from helpers.toys import global_random_states, make_batch
 from coupled.rl.estimators.coupled import draw_pairs
 from coupled.rl.estimators.draw import draw_masks
 from coupled.rl.objective.batch import micro_batches
-from coupled.rl.recipe.schema import Estimator
+from coupled.rl.recipe.objective import Estimator
 from coupled.rl.types import MaskPair, TrainBatch
 
 COUPLED = Estimator(num_pairs=3)

@@ -18,7 +18,7 @@ from coupled.rl.estimators.coupled import draw_pairs, of_pairs
 from coupled.rl.estimators.draw import draw_masks
 from coupled.rl.estimators.score import estimate_logp
 from coupled.rl.objective.loss import coupled_grpo_loss
-from coupled.rl.recipe.schema import Estimator, Loss
+from coupled.rl.recipe.objective import Estimator, Loss
 from coupled.rl.types import MaskDraw, MaskPair, TrainBatch, View
 
 KEY = (0, "mask", 1, 0)

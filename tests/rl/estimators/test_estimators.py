@@ -39,9 +39,9 @@ from coupled.rl.model.policy import Policy
 from coupled.rl.model.reference import keep_reference
 from coupled.rl.objective.batch import collate, micro_batches
 from coupled.rl.objective.loss import coupled_grpo_loss
-from coupled.rl.recipe.schema import READ_BY, Estimator, Loss
+from coupled.rl.recipe.objective import READ_BY, Estimator, Loss
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.rollout.engine import roll_out
-from coupled.rl.rollout.sampler import Sampler
 from coupled.rl.types import Anchor, Group, MaskDraw, Prompt, TrainBatch
 
 WITHOUT_CHANCE = {

@@ -16,7 +16,7 @@ from coupled.rl.estimators.draw import draw_masks
 from coupled.rl.estimators.score import estimate_logp, fully_masked_logp, masked_logp, with_tail, without_tail
 from coupled.rl.model.policy import Policy
 from coupled.rl.objective.batch import micro_batches
-from coupled.rl.recipe.schema import Estimator
+from coupled.rl.recipe.objective import Estimator
 from coupled.rl.types import MaskPair, TrainBatch
 
 KEY = (0, "mask", 1, 0)

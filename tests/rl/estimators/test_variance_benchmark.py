@@ -15,7 +15,7 @@ from helpers.enumerable import CANVAS, Toy, toy_batch
 
 from coupled.rl.estimators.draw import draw_masks
 from coupled.rl.estimators.score import estimate_logp
-from coupled.rl.recipe.schema import Estimator
+from coupled.rl.recipe.objective import Estimator
 
 YS = (2, 0, 1, 1)
 

@@ -23,7 +23,7 @@ from coupled.rl.evaluation.analyze import (
     write_analysis,
 )
 from coupled.rl.evaluation.statistics import Interval
-from coupled.rl.rollout.sampler import Sampler
+from coupled.rl.recipe.rollout import Sampler
 
 ROOT = Path(__file__).parents[3]
 TINY = ROOT / "recipes" / "tiny" / "checkpoint"

@@ -18,8 +18,9 @@ from coupled.rl.evaluation.benchmarks.programs import chat_program, continued_pr
 from coupled.rl.evaluation.benchmarks.run import LIMITS, Arm, EvaluationPlan, evaluate_benchmark, read_evaluation
 from coupled.rl.evaluation.benchmarks.score import compare_rows, pass_at, passes_by_task, score_of
 from coupled.rl.model.policy import Policy
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.rollout.denoise import completion_length
-from coupled.rl.rollout.sampler import Request, Sampler
+from coupled.rl.rollout.sampler import Request
 from coupled.rl.types import Rollout
 from coupled.sandbox import Executor, open_executor
 from tests.conftest import build_tokenizer
@@ -423,7 +424,7 @@ def test_what_the_sandbox_failed_on_is_done_again_next_time(
     [
         ({"fingerprint": "2"}, SETTINGS, "checkpoint"),
         ({}, replace(SETTINGS, seed=1), "seed"),
-        ({}, replace(SETTINGS, sampler=replace(SETTINGS.sampler, temperature=0.5)), "sampler"),
+        ({}, replace(SETTINGS, sampler=SETTINGS.sampler.changed(temperature=0.5)), "sampler"),
     ],
 )
 def test_a_folder_of_another_evaluation_is_not_continued(

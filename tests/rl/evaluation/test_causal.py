@@ -16,9 +16,10 @@ from coupled.rl.errors import CheckpointError
 from coupled.rl.evaluation.benchmarks.command import open_arm
 from coupled.rl.evaluation.causal import CausalEngine, CausalModel, is_causal_checkpoint
 from coupled.rl.keys import uniform
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.rollout.denoise import completion_length
 from coupled.rl.rollout.distributions import draw_tokens, nucleus
-from coupled.rl.rollout.sampler import Request, Sampler
+from coupled.rl.rollout.sampler import Request
 from coupled.rl.types import Rollout
 
 CANVAS = 7

@@ -19,8 +19,8 @@ from coupled.rl.evaluation.decoding_order import (
     unmasking_order,
 )
 from coupled.rl.model.policy import Policy
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.rollout.denoise import denoise
-from coupled.rl.rollout.sampler import Sampler
 from coupled.rl.types import Rollout
 
 LEFT_TO_RIGHT = [0, 1, 2, 3, 4]

@@ -18,7 +18,6 @@ from coupled.rl.evaluation.held_out import (
     paired_gain,
 )
 from coupled.rl.recipe.schema import Recipe
-from coupled.rl.rollout.sampler import sampler_of
 
 
 def rates(values: list[float], name: str = "p", temperature: float = 1.2) -> PassRates:
@@ -119,5 +118,5 @@ def test_the_sampler_is_that_of_the_recipe() -> None:
     recipe = Recipe.model_validate(
         {"stage": "rl", "model": {"path": "m"}, "data": {"path": "d.jsonl"}, "rollout": rollout}
     )
-    sampler = sampler_of(recipe)
+    sampler = recipe.rollout.sampler
     assert {name: getattr(sampler, name) for name in rollout} == rollout

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.toys import MakePolicy, make_recipe
+from helpers.toys import MakePolicy, make_likelihood_recipe
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -15,9 +15,9 @@ from coupled.rl.errors import CheckpointError, RecipeError
 from coupled.rl.fit import fit
 from coupled.rl.model.loading import load_policy
 from coupled.rl.model.weights import save_policy
-from coupled.rl.recipe.schema import Adapter, Recipe
+from coupled.rl.recipe.model import Adapter
 from coupled.rl.rollout.engine import roll_out
-from coupled.rl.rollout.sampler import Request, Sampler
+from coupled.rl.rollout.sampler import Request
 
 WORDS = ("<end>", "<spare>", *"abcdefghijklmnopqrstuvwxyz ")
 NEW = len(WORDS)
@@ -53,10 +53,12 @@ def autoregressive(tmp_path: Path) -> Path:
     return save("roomy", rows=NEW + 3, is_tied=False)
 
 
-def recipe_for(tmp_path: Path, base: Path, *, model: dict[str, object] | None = None, **fit: object) -> Recipe:
+def recipe_for(
+    tmp_path: Path, base: Path, *, model: dict[str, object] | None = None, **fit: object
+) -> LikelihoodRecipe:
     rows = [{"prompt": f"say {c}", "response": c * 3} for c in "abcdefgh"]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return make_recipe(
+    return make_likelihood_recipe(
         stage="pretrain",
         num_steps=2,
         output_dir=str(tmp_path / "runs"),

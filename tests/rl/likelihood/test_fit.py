@@ -14,7 +14,8 @@ from coupled.rl.fit import fit
 from coupled.rl.likelihood.batch import LikelihoodBatch, PackedRow, collate
 from coupled.rl.likelihood.samples import Example
 from coupled.rl.model.loading import load_policy
-from coupled.rl.recipe.schema import Adapter, Fit
+from coupled.rl.recipe.likelihood import Fit
+from coupled.rl.recipe.model import Adapter
 from coupled.rl.run_folder.folder import RunFolder, read_rows
 
 EXAMPLES = [

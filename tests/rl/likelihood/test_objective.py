@@ -15,7 +15,7 @@ from coupled.rl.likelihood.objective import Noise, attention_of_step, block_leng
 from coupled.rl.likelihood.samples import Example
 from coupled.rl.model.policy import Policy
 from coupled.rl.objective.batch import micro_batches
-from coupled.rl.recipe.schema import Fit
+from coupled.rl.recipe.likelihood import Fit
 
 ONE = Example(prompt_ids=(4, 5, 6), response_ids=(7, 8, 9, 10, 1))
 TWO = Example(prompt_ids=(9,), response_ids=(10, 11, 12, 13, 14, 15, 1))

@@ -9,27 +9,31 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from helpers.toys import MakePolicy, make_recipe
+from helpers.toys import MakePolicy, make_likelihood_recipe
 
 from coupled.rl.data.parquet import write_parquet
 from coupled.rl.data.rows import Bad, read_rows
 from coupled.rl.errors import DataError
 from coupled.rl.likelihood.batch import RowMaker
-from coupled.rl.likelihood.samples import RESPONSE, Cursor, Encoder, Example, Loaded, Streamed, open_source
+from coupled.rl.likelihood.samples import RESPONSE, Cursor, Encoder, Example, Loaded, Source, Streamed, open_source
 from coupled.rl.model.policy import Policy
-from coupled.rl.recipe.schema import Recipe
+from coupled.rl.recipe.schema import LikelihoodRecipe
 
 END = 1
 ROWS = [{"prompt": f"write {c}", "response": c * (1 + i % 5)} for i, c in enumerate("abcdefghijklm")]
 
 
-def recipe_for(path: Path, *, data: dict[str, object] | None = None, seed: int = 0, **fit: object) -> Recipe:
-    return make_recipe(
+def recipe_for(path: Path, *, data: dict[str, object] | None = None, seed: int = 0, **fit: object) -> LikelihoodRecipe:
+    return make_likelihood_recipe(
         stage="sft",
         seed=seed,
         data={"path": str(path), **(data or {})},
         fit={"canvas": 24, "batch_size": 3, **fit},
     )
+
+
+def source_of(recipe: LikelihoodRecipe, policy: Policy) -> Source:
+    return open_source(recipe.data, recipe.fit, recipe.seed, policy)
 
 
 def write_jsonl(path: Path, rows: list[dict[str, str]]) -> Path:
@@ -38,7 +42,8 @@ def write_jsonl(path: Path, rows: list[dict[str, str]]) -> Path:
 
 
 def encode(policy: Policy, rows: list[object], **fit: object) -> list[Example | Bad]:
-    return Encoder(recipe_for(Path("nowhere"), **fit), policy).encode(rows)  # type: ignore[arg-type]
+    recipe = recipe_for(Path("nowhere"), **fit)  # type: ignore[arg-type]
+    return Encoder(recipe.data, recipe.fit, policy).encode(rows)  # type: ignore[arg-type]
 
 
 def said(policy: Policy, example: Example | Bad) -> tuple[str, str]:
@@ -94,7 +99,7 @@ def test_a_chat_is_rendered_by_the_tokenizer_s_template_and_its_last_message_is_
 def test_columns_may_be_called_otherwise(tiny_policy: MakePolicy) -> None:
     policy = tiny_policy()
     recipe = recipe_for(Path("nowhere"), data={"columns": {"prompt": "q", "response": "answer"}})
-    (made,) = Encoder(recipe, policy).encode([{"q": "write", "answer": "b"}])
+    (made,) = Encoder(recipe.data, recipe.fit, policy).encode([{"q": "write", "answer": "b"}])
     assert said(policy, made) == ("write", "b")
 
 
@@ -147,7 +152,7 @@ def test_rows_that_are_left_out_are_counted_and_a_dataset_of_nothing_else_is_ref
     with file.open("ab") as out:
         out.write(b'{"prompt": "a", "response": "\xff"}\nnot json\n[1]\n\n')
     policy, recipe = tiny_policy(), recipe_for(file, data={"window": window})
-    samples = open_source(recipe, policy).read(Cursor())
+    samples = source_of(recipe, policy).read(Cursor())
     epoch = [next(samples) for _ in range(len(ROWS) + 1)]
     assert {e.prompt_ids for e, *_ in epoch[:-1]} == {
         tuple(policy.tokenizer(row["prompt"])["input_ids"]) for row in ROWS
@@ -167,10 +172,10 @@ def test_rows_that_are_left_out_are_counted_and_a_dataset_of_nothing_else_is_ref
 
     only_bad = recipe_for(write_jsonl(tmp_path / "bad.jsonl", rows[-3:-1]), data={"window": window})
     with pytest.raises(DataError, match=r"no row can be trained on: 1 × a response over fit.canvas = 24, 1 × an empty"):
-        next(open_source(only_bad, policy).read(Cursor()))
+        next(source_of(only_bad, policy).read(Cursor()))
     (tmp_path / "empty.jsonl").touch()
     with pytest.raises(DataError, match="no row can be trained on: it has none"):
-        next(open_source(recipe_for(tmp_path / "empty.jsonl", data={"window": window}), policy).read(Cursor()))
+        next(source_of(recipe_for(tmp_path / "empty.jsonl", data={"window": window}), policy).read(Cursor()))
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -247,7 +252,7 @@ def source(tiny_policy: MakePolicy, tmp_path: Path) -> Callable[..., Loaded | St
 
     def make(window: int, **options: object) -> Loaded | Streamed:
         recipe = recipe_for(file, data={"window": window}, **options)  # type: ignore[arg-type]
-        found = open_source(recipe, tiny_policy())
+        found = source_of(recipe, tiny_policy())
         assert isinstance(found, Streamed if window else Loaded)
         return found
 
@@ -300,7 +305,8 @@ class Fixed:
 
 
 def maker(*examples: Example, cursor: Cursor | None = None, seed: int = 0, **fit: object) -> RowMaker:
-    return RowMaker(Fixed(*examples), recipe_for(Path("nowhere"), seed=seed, **fit), END, cursor or Cursor())
+    recipe = recipe_for(Path("nowhere"), seed=seed, **fit)
+    return RowMaker(Fixed(*examples), recipe.fit, recipe.seed, END, cursor or Cursor())
 
 
 def test_whole_samples_share_a_row_while_there_is_room() -> None:

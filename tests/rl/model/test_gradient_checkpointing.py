@@ -18,7 +18,7 @@ from coupled.rl.model.loading import add_adapter, load_policy
 from coupled.rl.model.policy import Policy
 from coupled.rl.model.reference import ReferenceKind, keep_reference
 from coupled.rl.model.weights import save_policy
-from coupled.rl.recipe.schema import Estimator
+from coupled.rl.recipe.objective import Estimator
 
 KEY = (0, "mask", 1, 0)
 # peft asks transformers for a name that transformers has renamed.

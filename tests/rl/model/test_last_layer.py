@@ -16,8 +16,8 @@ from coupled.rl.model.families import Family
 from coupled.rl.model.last_layer import is_known, only, read_columns
 from coupled.rl.model.loading import add_adapter
 from coupled.rl.model.policy import Policy
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.rollout.denoise import denoise
-from coupled.rl.rollout.sampler import Sampler
 
 CLASSES: dict[str, dict[str, Any]] = {
     "qwen2": {},

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from coupled.rl.model.packing import Run, attend_within_runs, line_up
 from coupled.rl.model.policy import Policy
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.rollout.denoise import denoise
-from coupled.rl.rollout.sampler import Sampler
 
 PADS = [2, 0, 2, 3, 0]
 SAMPLER = Sampler(canvas=6, denoising_steps=6, temperature=1.0)

@@ -15,7 +15,7 @@ from coupled.rl.estimators.score import estimate_logp
 from coupled.rl.model.loading import add_adapter
 from coupled.rl.model.policy import Policy
 from coupled.rl.model.vocabulary import OutputHead
-from coupled.rl.recipe.schema import Estimator
+from coupled.rl.recipe.objective import Estimator
 
 # peft asks transformers for a name that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

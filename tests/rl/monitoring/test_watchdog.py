@@ -18,8 +18,8 @@ from helpers.toys import MakePolicy, make_batch, make_recipe, make_requests
 from coupled.rl.model.loading import add_adapter
 from coupled.rl.monitoring.events import EventLog
 from coupled.rl.monitoring.watchdog import FILE, STATE_SECONDS, Watchdog
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.rollout.engine import roll_out
-from coupled.rl.rollout.sampler import Sampler
 from coupled.rl.trainer.rl_learner import RLLearner
 
 SECONDS = 0.5

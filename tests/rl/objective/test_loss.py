@@ -18,7 +18,8 @@ from coupled.rl.model.reference import keep_reference
 from coupled.rl.objective.advantage import group_advantages
 from coupled.rl.objective.batch import micro_batches
 from coupled.rl.objective.loss import add_sums, coupled_grpo_loss, kl_estimate, loss_denominator, policy_log_ratio
-from coupled.rl.recipe.schema import Estimator, Loss, Recipe
+from coupled.rl.recipe.objective import Estimator, Loss
+from coupled.rl.recipe.schema import Recipe
 from coupled.rl.rollout.engine import policy_engine
 from coupled.rl.run import Run
 from coupled.rl.run_folder.folder import RunFolder

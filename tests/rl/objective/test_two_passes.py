@@ -16,7 +16,7 @@ import coupled.rl.trainer.learner as trained_module
 from coupled.rl.estimators.draw import draw_masks
 from coupled.rl.estimators.score import estimate_logp
 from coupled.rl.model.policy import Policy
-from coupled.rl.recipe.schema import Estimator
+from coupled.rl.recipe.objective import Estimator
 from coupled.rl.types import Anchor, TrainBatch
 
 ROLLOUT = {"canvas": 6, "denoising_steps": 6, "temperature": 1.0}

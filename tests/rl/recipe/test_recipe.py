@@ -12,9 +12,21 @@ import yaml
 from typer.testing import CliRunner
 
 from coupled.rl.cli import app
-from coupled.rl.errors import RecipeError
-from coupled.rl.recipe.read import apply_overrides, dump_recipe, json_schema, load_recipe, validate
-from coupled.rl.recipe.schema import Recipe
+from coupled.rl.errors import CheckpointError, RecipeError
+from coupled.rl.likelihood.objective import NOISE_WARMUP_START
+from coupled.rl.recipe.read import (
+    apply_overrides,
+    dump_recipe,
+    json_schema,
+    load_recipe,
+    load_sampling_recipe,
+    recipe_from_json,
+    validate,
+)
+from coupled.rl.recipe.retired import RETIRED
+from coupled.rl.recipe.rollout import Sampler
+from coupled.rl.recipe.schema import LikelihoodRecipe, Recipe
+from coupled.rl.run_folder.folder import open_run_folder, read_run_recipe
 
 RECIPES = Path(__file__).parents[3] / "recipes"
 SHIPPED = sorted(RECIPES.rglob("*.yaml"))
@@ -82,7 +94,7 @@ def test_the_full_size_recipes_have_the_published_numbers() -> None:
     for recipe in (cpt, sft):
         assert (recipe.fit.objective, recipe.fit.block_length, recipe.fit.context) == ("block_diffusion", 4, 8192)
         assert (recipe.fit.clipped_noise, recipe.fit.mask_ratio) == ("paper", (0.0, 1.0))
-    assert (cpt.model.shift, cpt.fit.noise_warmup_start, cpt.fit.noise_warmup_steps > 0) == (0, 1e-3, True)
+    assert (cpt.model.shift, NOISE_WARMUP_START, cpt.fit.noise_warmup_steps > 0) == (0, 1e-3, True)
     assert (sft.fit.end_tokens, sft.fit.noise_warmup_steps) == ((1, 4), 0)
     tokens = {"adapt": 65e9, "midtrain": 16e9}
     for name, published in tokens.items():
@@ -124,9 +136,10 @@ def test_every_field_of_the_schema_is_described() -> None:
     schema = json.loads(json_schema())
     jsonschema.Draft202012Validator.check_schema(schema)
     sections = {"model", "data", "rollout", "estimator", "loss", "optimizer", "reward", "sandbox", "evaluation"}
-    for name, part in {"Recipe": schema, **schema["$defs"]}.items():
+    for name, part in schema["$defs"].items():
         for field, about in part["properties"].items():
-            is_section = name == "Recipe" and field in sections | {"checkpoint", "cluster", "fit"}
+            is_recipe = name in ("Recipe", "LikelihoodRecipe")
+            is_section = is_recipe and field in sections | {"checkpoint", "cluster", "fit"}
             assert is_section or about.get("description"), f"{name}.{field} says nothing of its unit and range"
 
 
@@ -151,7 +164,9 @@ def test_the_defaults_are_the_published_recipe() -> None:
 @pytest.mark.parametrize(("micro", "ranks", "size"), [(0, 1, 9), (0, 2, 5), (0, 4, 3), (4, 1, 4), (4, 2, 4)])
 def test_rows_that_are_not_cut_into_micro_batches_are_one_for_each_rank(micro: int, ranks: int, size: int) -> None:
     fit = {"batch_size": 9, "micro_batch_size": micro}
-    recipe = Recipe.model_validate(MINIMAL | {"stage": "sft", "fit": fit, "cluster": {"trainer_ranks": ranks}})
+    recipe = LikelihoodRecipe.model_validate(
+        MINIMAL | {"stage": "sft", "fit": fit, "cluster": {"trainer_ranks": ranks}}
+    )
     assert recipe.fit_micro_batch_size == size
 
 
@@ -374,9 +389,10 @@ def test_overrides_of_a_recipe_leave_the_rest_alone() -> None:
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_a_dumped_recipe_is_the_same_recipe(path: Path) -> None:
-    recipe = load_recipe(
-        path, ("model.init=checkpoint", "model.adapter={rank: 4}", "reward.functions=[{path: 'x.py:f', weight: 0.1}]")
-    )
+    changes = ["model.init=checkpoint", "model.adapter={rank: 4}"]
+    if load_recipe(path).stage == "rl":
+        changes.append("reward.functions=[{path: 'x.py:f', weight: 0.1}]")
+    recipe = load_recipe(path, tuple(changes))
     assert validate(yaml.safe_load(dump_recipe(recipe)), source="dumped") == recipe
 
 
@@ -398,3 +414,197 @@ def test_an_accuracy_filter_needs_tests_and_a_range() -> None:
 def test_a_dual_clip_is_above_the_ratio_of_the_policy_with_itself() -> None:
     assert "loss.dual_clip" in refused(MINIMAL | {"loss": {"dual_clip": 1.0}})
     assert validate(MINIMAL | {"loss": {"dual_clip": 3}}, source="x").loss.dual_clip == 3
+
+
+# --- stages -------------------------------------------------------------------------------------------------------
+
+RL_ALONE = {"rollout", "estimator", "loss", "reward", "sandbox", "evaluation", "num_updates", "advantage"}
+RL_ALONE |= {"group_filter", "accuracy_range"}
+SFT: dict[str, Any] = MINIMAL | {"stage": "sft"}
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_a_resolved_recipe_has_the_sections_of_its_stage_alone(path: Path) -> None:
+    recipe = load_recipe(path)
+    fields = set(yaml.safe_load(dump_recipe(recipe)))
+    others = RL_ALONE if recipe.stage != "rl" else {"fit"}
+    assert not fields & others
+    assert fields >= ({"fit"} if recipe.stage != "rl" else RL_ALONE)
+
+
+def test_the_schema_is_a_union_by_stage() -> None:
+    schema = json.loads(json_schema())
+    properties = {name: schema["$defs"][name]["properties"].keys() for name in ("Recipe", "LikelihoodRecipe")}
+    assert properties["Recipe"] >= RL_ALONE
+    assert not RL_ALONE & properties["LikelihoodRecipe"]
+    assert "fit" in properties["LikelihoodRecipe"] - properties["Recipe"]
+    for values in (MINIMAL | {"fit": {}}, SFT | {"rollout": {}}):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(values, schema)
+    for values in (MINIMAL, SFT, SFT | {"fit": {"canvas": 8}}, MINIMAL | {"rollout": {"canvas": 8}}):
+        jsonschema.validate(values, schema)
+
+
+@pytest.mark.parametrize("field", sorted(RL_ALONE))
+@pytest.mark.parametrize("stage", ["sft", "pretrain"])
+def test_a_field_of_rl_in_another_stage_is_refused_with_its_home(stage: str, field: str) -> None:
+    value = dump_recipe(validate(MINIMAL, source="x"))
+    text = refused(MINIMAL | {"stage": stage, field: yaml.safe_load(value)[field]})
+    assert text.splitlines()[1:] == [
+        f"  {field}: a recipe of stage {stage} has no such field, it belongs to rl; leave it out"
+    ]
+
+
+def test_a_field_of_likelihood_training_in_an_rl_recipe_is_refused_with_its_home(write: Write) -> None:
+    line = "fit: a recipe of stage rl has no such field, it belongs to sft and pretrain; leave it out"
+    assert line in refused(MINIMAL | {"fit": {"canvas": 64}})
+    with pytest.raises(RecipeError, match="fit: a recipe of stage rl has no such field"):
+        load_recipe(write(MINIMAL), ("fit.canvas=64",))
+    text = refused(MINIMAL | {"fit": {}, "num_steps": 0})
+    assert text.startswith("mine.yaml breaks 2 rule(s):")
+
+
+def as_of_the_last_release(values: dict[str, Any]) -> dict[str, Any]:
+    """A saved recipe with the sections of all stages, and all fields that are gone, at their defaults."""
+    recipes = [yaml.safe_load(dump_recipe(validate(v, source="x"))) for v in (MINIMAL, SFT)]
+    found = recipes[0] | recipes[1] | yaml.safe_load(dump_recipe(validate(values, source="x")))
+    found["rollout"]["monitor"] = {"every": 0, "on_mismatch": "warn"}
+    for name in ("monitor_every", "on_mismatch"):
+        del found["rollout"][name]
+    found["cluster"]["max_mismatch"] = found["cluster"].pop("max_policy_drift")
+    for place, old in RETIRED.items():
+        *sections, name = place.split(".")
+        part = found
+        for section in sections:
+            part = part[section]
+        part.setdefault(name, old.default)
+    return found
+
+
+@pytest.mark.parametrize("values", [MINIMAL, SFT], ids=["rl", "sft"])
+def test_a_run_of_the_last_release_is_resumed(tmp_path: Path, values: dict[str, Any]) -> None:
+    recipe = validate(values | {"output_dir": str(tmp_path), "name": "old"}, source="x")
+    folder = open_run_folder(recipe).path
+    saved = as_of_the_last_release(values | {"output_dir": str(tmp_path), "name": "old"})
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(saved, sort_keys=False))
+    assert read_run_recipe(folder) == recipe
+    assert open_run_folder(recipe, resume="auto").path == folder
+    refused(saved)
+    # Other sections of the other stage change nothing either.
+    other = "fit" if values["stage"] == "rl" else "rollout"
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(saved | {other: saved[other] | {"canvas": 64}}))
+    assert open_run_folder(recipe, resume=str(folder)).path == folder
+    with pytest.raises(CheckpointError, match="made with another recipe: num_steps differ"):
+        open_run_folder(apply_overrides(recipe, ("num_steps=7",)), resume="auto")
+
+
+def test_a_checkpoint_of_another_stage_is_sampled_as_the_rl_stage_would(write: Write) -> None:
+    path = write(SFT | {"model": {"path": "somewhere"}, "seed": 3, "fit": {"canvas": 8}})
+    recipe = load_sampling_recipe(path, ("rollout.canvas=64", "rollout.denoising_steps=32"))
+    assert (recipe.stage, recipe.model.path, recipe.seed) == ("rl", "somewhere", 3)
+    assert (recipe.rollout.canvas, recipe.rollout.denoising_steps, recipe.rollout.temperature) == (64, 32, 1.2)
+
+
+@pytest.mark.parametrize("values", [MINIMAL, SFT], ids=["rl", "sft"])
+def test_processes_of_a_run_read_the_recipe_of_its_stage(values: dict[str, Any]) -> None:
+    recipe = validate(values, source="x")
+    assert recipe_from_json(recipe.model_dump_json()) == recipe
+    assert type(recipe) is (Recipe if values["stage"] == "rl" else LikelihoodRecipe)
+
+
+def test_the_names_of_the_python_door_are_found() -> None:
+    import coupled.rl
+
+    assert coupled.rl.Recipe is Recipe
+    assert coupled.rl.load_recipe is load_recipe
+
+
+# --- fields that are gone -----------------------------------------------------------------------------------------
+
+OTHER_VALUES: dict[str, Any] = {
+    "model.has_cuda_graphs": True,
+    "rollout.monitor.every": 3,
+    "rollout.monitor.on_mismatch": "stop",
+    "rollout.monitor.num_prompts": 2,
+    "rollout.monitor.tolerance": 0.5,
+    "optimizer.schedule": "constant",
+    "cluster.max_mismatch": 0.2,
+    "cluster.weights": "file",
+    "cluster.dashboard": True,
+    "fit.noise_warmup_start": 0.1,
+}
+
+
+def with_field(place: str, value: Any) -> dict[str, Any]:
+    *sections, name = place.split(".")
+    base = SFT if place.startswith("fit.") else MINIMAL
+    found: dict[str, Any] = json.loads(json.dumps(base))
+    part = found
+    for section in sections:
+        part = part.setdefault(section, {})
+    part[name] = value
+    return found
+
+
+@pytest.mark.parametrize("place", RETIRED)
+def test_a_field_that_is_gone_is_refused_with_its_remedy(place: str) -> None:
+    for value in (RETIRED[place].default, OTHER_VALUES[place]):
+        text = refused(with_field(place, value))
+        assert text.splitlines()[1:] == [f"  {place}: no longer a field: {RETIRED[place].remedy}"]
+
+
+@pytest.mark.parametrize("place", RETIRED)
+def test_a_saved_field_that_is_gone_is_dropped_where_the_run_stays_the_same(place: str) -> None:
+    old = RETIRED[place]
+    base = validate(SFT if place.startswith("fit.") else MINIMAL, source="x")
+    if not old.renamed:
+        assert validate(with_field(place, old.default), source="x", is_saved=True) == base
+    changed = with_field(place, OTHER_VALUES[place])
+    if old.renamed:
+        section, name = old.renamed.split(".")
+        found = validate(changed, source="x", is_saved=True)
+        assert getattr(getattr(found, section), name) == OTHER_VALUES[place]
+    elif place == "optimizer.schedule":
+        assert validate(changed, source="x", is_saved=True).optimizer.final_fraction == 1.0
+    elif not old.has_effect:
+        assert validate(changed, source="x", is_saved=True) == base
+    else:
+        with pytest.raises(RecipeError, match=rf"{place}: no longer a field, and the run was made with"):
+            validate(changed, source="x", is_saved=True)
+
+
+def test_what_replaces_a_field_that_is_gone_exists() -> None:
+    fields = {
+        f"{section}.{name}"
+        for recipe in (Recipe, LikelihoodRecipe)
+        for section, about in recipe.model_fields.items()
+        if hasattr(about.annotation, "model_fields")
+        for name in about.annotation.model_fields
+    }
+    for place, old in RETIRED.items():
+        assert place not in fields
+        assert not old.renamed or (old.renamed in fields and old.renamed in old.remedy)
+        assert all(field in fields for _, field, _ in old.translated)
+
+
+# --- the sampler --------------------------------------------------------------------------------------------------
+
+
+def test_a_rollout_section_is_a_sampler_and_more() -> None:
+    rollout = load_recipe("quickstart", ("rollout.preset=fast", "rollout.top_k=7")).rollout
+    sampler = rollout.sampler
+    assert type(sampler) is Sampler
+    assert sampler.model_dump() == {name: getattr(rollout, name) for name in Sampler.model_fields}
+    assert (sampler.hash, sampler.exact().entropy_bound) == (rollout.hash, None)
+    assert sampler.changed(temperature=0.0).temperature == 0
+    with pytest.raises(ValueError, match="greater than 0"):
+        rollout.changed(temperature=0.0)
+
+
+def test_the_hash_of_a_sampler_is_the_one_of_earlier_releases() -> None:
+    """Rows of logged rollouts name it."""
+    assert Sampler(canvas=36, denoising_steps=18, temperature=1.0).hash == "5fd00b679a02"
+    assert (
+        Sampler(canvas=256, denoising_steps=256, temperature=1.2, entropy_bound=0.1, end_fill=0.99).hash
+        == "a6dc8e6b1761"
+    )

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,10 +10,11 @@ from torch import Tensor
 
 from coupled.rl.keys import uniform
 from coupled.rl.model.policy import Policy
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.rollout.denoise import completion_length, denoise, is_settled
 from coupled.rl.rollout.distributions import draw_tokens, nucleus
 from coupled.rl.rollout.engine import policy_engine, request_chunks
-from coupled.rl.rollout.sampler import Request, Sampler, unmask_counts
+from coupled.rl.rollout.sampler import Request, unmask_counts
 from coupled.rl.types import Rollout
 
 GREEDY = Sampler(canvas=10, denoising_steps=7, temperature=0.0)
@@ -95,7 +95,7 @@ def test_the_schedule_commits_every_position_once(canvas: int) -> None:
 @pytest.mark.parametrize("order", ORDERS)
 def test_greedy_decoding_equals_a_plain_implementation(tiny_policy: MakePolicy, order: str, shift: int) -> None:
     policy, requests = tiny_policy(shift=shift), make_requests(5)
-    sampler = replace(GREEDY, order=order)
+    sampler = GREEDY.changed(order=order)
     for request, rollout in zip(requests, denoise(policy, requests, sampler, seed=0), strict=True):
         canvas, committed = reference_denoise(policy, request, sampler, 0)
         length = rollout.completion_length
@@ -106,7 +106,7 @@ def test_greedy_decoding_equals_a_plain_implementation(tiny_policy: MakePolicy, 
 @pytest.mark.parametrize("order", [*ORDERS, "origin"])
 def test_sampled_decoding_equals_a_plain_implementation(tiny_policy: MakePolicy, order: str) -> None:
     policy, requests = tiny_policy(), make_requests(6)
-    sampler = replace(SAMPLED, order=order)
+    sampler = SAMPLED.changed(order=order)
     for request, rollout in zip(requests, denoise(policy, requests, sampler, seed=3), strict=True):
         canvas, committed = reference_denoise(policy, request, sampler, 3)
         length = rollout.completion_length
@@ -118,7 +118,7 @@ def test_a_row_that_leaves_early_has_the_text_it_would_have_had_at_the_end(
     tiny_policy: MakePolicy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy, requests = tiny_policy(end_scale=1.7), make_requests(12)
-    sampler = replace(SAMPLED, denoising_steps=10, top_p=1.0)
+    sampler = SAMPLED.changed(denoising_steps=10, top_p=1.0)
     early = denoise(policy, requests, sampler, seed=1)
     left_masked = [r for r in early if (r.canvas_ids == MASK_ID).any()]
     assert len(left_masked) >= 3, "some rows must really have been dropped before the last step"
@@ -157,7 +157,7 @@ def test_published_dream_code_decodes_the_same_tokens(
 # --- independence of the batch ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampler", [GREEDY, SAMPLED, replace(SAMPLED, order="origin")])
+@pytest.mark.parametrize("sampler", [GREEDY, SAMPLED, SAMPLED.changed(order="origin")])
 def test_a_completion_does_not_depend_on_which_rows_share_its_batch(tiny_policy: MakePolicy, sampler: Sampler) -> None:
     policy, requests = tiny_policy(end_scale=2.0), make_requests(7, lengths=(3, 9, 1, 5))
     together = {r.uid: r for r in denoise(policy, requests, sampler, seed=2)}
@@ -203,7 +203,7 @@ def test_denoising_leaves_every_global_generator_untouched(tiny_policy: MakePoli
     policy = tiny_policy()
     for order in ("entropy", "maskgit", "margin", "origin"):
         before = global_random_states()
-        denoise(policy, make_requests(2), replace(SAMPLED, order=order), seed=0)
+        denoise(policy, make_requests(2), SAMPLED.changed(order=order), seed=0)
         assert global_random_states() == before
 
 
@@ -212,7 +212,7 @@ def test_denoising_leaves_every_global_generator_untouched(tiny_policy: MakePoli
 
 def test_step_log_probability_and_entropy_are_recorded_where_a_token_was_committed(tiny_policy: MakePolicy) -> None:
     policy = tiny_policy(end_scale=3.0)
-    rollouts = denoise(policy, make_requests(10), replace(SAMPLED, denoising_steps=10, top_p=1.0), seed=1)
+    rollouts = denoise(policy, make_requests(10), SAMPLED.changed(denoising_steps=10, top_p=1.0), seed=1)
     assert any((r.canvas_ids == MASK_ID).any() for r in rollouts)
     for rollout in rollouts:
         is_committed = rollout.canvas_ids != MASK_ID
@@ -259,7 +259,7 @@ def test_mask_and_unnamed_tokens_are_never_sampled_however_likely(tiny_policy: M
     policy = tiny_policy()
     with torch.no_grad():
         policy.model.lm_head.weight[[MASK_ID, *range(NUM_TOKENS, 48)]] *= 20
-    for sampler in (GREEDY, SAMPLED, replace(SAMPLED, order="maskgit")):
+    for sampler in (GREEDY, SAMPLED, SAMPLED.changed(order="maskgit")):
         for rollout in denoise(policy, make_requests(8), sampler, seed=0):
             assert MASK_ID not in completed(rollout)
             assert max(completed(rollout)) < NUM_TOKENS
@@ -274,15 +274,15 @@ def test_a_mask_token_in_the_prompt_is_left_as_it_is(tiny_policy: MakePolicy) ->
 
 
 def test_equal_samplers_have_equal_names_and_others_do_not() -> None:
-    assert SAMPLED.hash == replace(SAMPLED).hash
+    assert SAMPLED.hash == SAMPLED.changed().hash
     changed = [
-        replace(SAMPLED, canvas=11),
-        replace(SAMPLED, denoising_steps=6),
-        replace(SAMPLED, temperature=1.0),
-        replace(SAMPLED, top_p=0.8),
-        replace(SAMPLED, order="margin"),
-        replace(SAMPLED, top_k=5),
-        replace(SAMPLED, confidence_threshold=0.5),
+        SAMPLED.changed(canvas=11),
+        SAMPLED.changed(denoising_steps=6),
+        SAMPLED.changed(temperature=1.0),
+        SAMPLED.changed(top_p=0.8),
+        SAMPLED.changed(order="margin"),
+        SAMPLED.changed(top_k=5),
+        SAMPLED.changed(confidence_threshold=0.5),
     ]
     assert len({SAMPLED.hash, *(s.hash for s in changed)}) == 8
 

@@ -18,13 +18,14 @@ from coupled.rl.errors import RolloutError
 from coupled.rl.keys import uniform
 from coupled.rl.model.loading import load_policy
 from coupled.rl.model.policy import Policy
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.rollout.denoise import completion_length, denoise
 from coupled.rl.rollout.denoise_blocks import counts_of_block, denoise_blocks
 from coupled.rl.rollout.distributions import likeliest, nucleus
 from coupled.rl.rollout.engine import policy_engine, roll_out
 from coupled.rl.rollout.parity import check_parity, sampler_for_parity
 from coupled.rl.rollout.readout import choose_positions
-from coupled.rl.rollout.sampler import Request, Sampler, steps_per_block
+from coupled.rl.rollout.sampler import Request, steps_per_block
 from coupled.rl.types import Prompt, Rollout
 
 ENDS, MASK_ID = (0, 1), 2
@@ -119,7 +120,7 @@ def test_prompts_of_every_length_up_to_two_blocks(
     policy = tiny_policy(shift=shift, block_length=block_length, end_scale=1.3)
     # Without a prompt the first block holds nothing but MASK, so that all its positions are equally sure: the order is
     # then a matter of rounding, unless it is drawn.
-    drawn = replace(sampler, order="origin")
+    drawn = sampler.changed(order="origin")
     if shift:
         with pytest.raises(RolloutError, match="a prompt is empty"):
             denoise_blocks(policy, requests_of((0, 2 * block_length)), drawn, seed=0)
@@ -147,7 +148,7 @@ def test_every_order_and_every_way_to_commit_several_tokens(
     tiny_policy: MakePolicy, settings: dict[str, object]
 ) -> None:
     policy = tiny_policy(shift=0, block_length=4, end_scale=1.3)
-    assert_equal_to_no_cache(policy, requests_of((3, 9, 1, 5)), replace(SAMPLED, **settings), seed=4)
+    assert_equal_to_no_cache(policy, requests_of((3, 9, 1, 5)), SAMPLED.changed(**settings), seed=4)
 
 
 def test_published_code_decodes_the_same_tokens(tmp_path: Path) -> None:
@@ -171,7 +172,7 @@ def test_published_code_decodes_the_same_tokens(tmp_path: Path) -> None:
 def test_a_completion_does_not_depend_on_its_batch(tiny_policy: MakePolicy) -> None:
     policy = tiny_policy(shift=0, block_length=4, end_scale=1.6)
     requests = make_requests(8, lengths=(3, 9, 1, 5))
-    for sampler in (GREEDY, SAMPLED, replace(SAMPLED, order="origin")):
+    for sampler in (GREEDY, SAMPLED, SAMPLED.changed(order="origin")):
         together = denoise_blocks(policy, requests, sampler, seed=2)
         turned = {r.uid: r for r in denoise_blocks(policy, requests[::-1], sampler, seed=2)}
         assert any(r.finish_reason == "end" for r in together)
@@ -199,7 +200,7 @@ def test_a_prompt_is_read_once_for_its_group_and_rows_leave_when_they_end(
     monkeypatch.setattr(policy, "hidden_after", spy)
     prompts = [(5, 6, 7, 8, 9), (9, 8, 7, 6, 5)]
     requests = [Request(uid=f"{i}/{g}", prompt_ids=p) for i, p in enumerate(prompts) for g in range(6)]
-    made = denoise_blocks(policy, requests, replace(SAMPLED, canvas=20, denoising_steps=20), seed=0)
+    made = denoise_blocks(policy, requests, SAMPLED.changed(canvas=20, denoising_steps=20), seed=0)
     assert shapes[0] == (2, 4), "two prompts, one whole block each"
     assert all(width == 4 for _, width in shapes), "never more than a block"
     num_rows = [rows for rows, _ in shapes[1:]]
@@ -232,7 +233,7 @@ def test_the_engine_decodes_as_the_family_does(tiny_policy: MakePolicy) -> None:
     assert one.canvas_ids.tolist() == other.canvas_ids.tolist()
     for settings in ({"block_length": 4}, {"cache": "prefix"}):
         with pytest.raises(RolloutError, match="dream has blocks of 4 and an exact cache of its own: leave them out"):
-            roll_out(policy, requests, replace(SAMPLED, **settings), seed=0)
+            roll_out(policy, requests, SAMPLED.changed(**settings), seed=0)
 
 
 # --- parity ---------------------------------------------------------------------------------------------------------
@@ -242,7 +243,7 @@ def test_the_engine_decodes_as_the_family_does(tiny_policy: MakePolicy) -> None:
 def test_scoring_reproduces_the_record_to_1e_5(tiny_policy: MakePolicy, order: str) -> None:
     policy = tiny_policy(shift=0, block_length=4, end_scale=2.0)
     requests = make_requests(8, lengths=(3, 7, 2, 8))
-    sampler = replace(SAMPLED, top_p=1.0, order=order)
+    sampler = SAMPLED.changed(top_p=1.0, order=order)
     made = denoise_blocks(policy, requests, sampler, seed=0)
     assert any((r.commit_step < 0).any() for r in made)
     task = Task(uid="t", prompt="p", hidden_tests=("assert f(1) == 1",))
@@ -284,7 +285,7 @@ def test_positions_that_are_sure_enough_are_committed_together() -> None:
     sampler = Sampler(canvas=4, denoising_steps=4, temperature=1.0)
 
     def chosen(count: int, **settings: float) -> list[int]:
-        found = choose_positions(scores, entropy, sure, torch.tensor([count]), replace(sampler, **settings))
+        found = choose_positions(scores, entropy, sure, torch.tensor([count]), sampler.changed(**settings))
         return found[0].nonzero().flatten().tolist()
 
     assert chosen(1) == [2]

@@ -1,4 +1,4 @@
-"""What a comparison with exact rollouts says, and what a run does about it."""
+"""The comparison with exact rollouts, and the reaction of a run to it."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from coupled.reward import Status, Task, Verdict
+from coupled.rl import run as run_module
 from coupled.rl.errors import RecipeError, RolloutError
 from coupled.rl.recipe.read import apply_overrides, dump_recipe, load_recipe
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.rollout.exactness import Mismatch, compare, exact_counterpart, token_agreement
-from coupled.rl.rollout.sampler import Sampler, sampler_of
 from coupled.rl.run import open_run
 from coupled.rl.train import train
 from coupled.rl.types import Group, Prompt, Rollout
@@ -102,7 +103,7 @@ def test_presets_set_what_is_not_given() -> None:
     assert by_name["rl"] == load_recipe("quickstart").rollout
     assert (by_name["reference"].top_p, by_name["reference"].has_early_exit) == (0.95, False)
     assert (by_name["fast"].entropy_bound, by_name["fast"].end_fill, by_name["fast"].top_p) == (0.1, 0.99, 1.0)
-    hashes = {sampler_of(load_recipe("quickstart", (f"rollout.preset={n}",))).hash for n in by_name}
+    hashes = {load_recipe("quickstart", (f"rollout.preset={n}",)).rollout.sampler.hash for n in by_name}
     assert len(hashes) == 3
     own = load_recipe("quickstart", ("rollout.preset=fast", "rollout.entropy_bound=0.5")).rollout
     assert (own.entropy_bound, own.end_fill) == (0.5, 0.99)
@@ -146,8 +147,7 @@ SMALL = (
     "sandbox.num_workers=1",
     "num_threads=1",
     "rollout.preset=fast",
-    "rollout.monitor.every=1",
-    "rollout.monitor.num_prompts=1",
+    "rollout.monitor_every=1",
 )
 
 
@@ -157,8 +157,12 @@ def rows_of(tmp_path: Path, *overrides: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_fast_run_logs_its_bounds_and_its_distance_from_exact_rollouts(tmp_path: Path) -> None:
-    rows = rows_of(tmp_path, "rollout.monitor.tolerance=100")
+def test_a_fast_run_logs_its_bounds_and_its_distance_from_exact_rollouts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "NUM_COMPARED", 1)
+    monkeypatch.setattr(run_module, "TOLERANCE", 100)
+    rows = rows_of(tmp_path)
     for row in rows:
         assert row["kl_bound"] > 0
         assert row["fill_bound"] >= 0
@@ -174,13 +178,13 @@ def test_a_fast_run_logs_its_bounds_and_its_distance_from_exact_rollouts(tmp_pat
 
 def test_a_run_falls_back_to_exact_rollouts_and_stays_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Mismatch, "is_beyond", lambda *_: True)
-    rows = rows_of(tmp_path, "rollout.monitor.on_mismatch=fall_back")
+    rows = rows_of(tmp_path, "rollout.on_mismatch=fall_back")
     assert rows[0]["mismatch/fell_back"] == 1
     assert "kl_bound" in rows[0]
     assert not any(name.startswith("mismatch/") or name == "kl_bound" for name in rows[1])
     folder = next(tmp_path.glob("quickstart-*"))
     assert json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["mismatch/fell_back"] == 1
-    recipe = load_recipe("quickstart", (*SMALL, f"output_dir={tmp_path}", "rollout.monitor.on_mismatch=fall_back"))
+    recipe = load_recipe("quickstart", (*SMALL, f"output_dir={tmp_path}", "rollout.on_mismatch=fall_back"))
     with open_run(recipe, resume=str(folder)) as run:
         assert run._sampler.is_exact, "a resumed run remembers"
 
@@ -188,4 +192,4 @@ def test_a_run_falls_back_to_exact_rollouts_and_stays_there(tmp_path: Path, monk
 def test_a_run_stops_where_the_recipe_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Mismatch, "is_beyond", lambda *_: True)
     with pytest.raises(RolloutError, match="rollouts differ from exact ones by more than chance: reward"):
-        rows_of(tmp_path, "rollout.monitor.on_mismatch=stop")
+        rows_of(tmp_path, "rollout.on_mismatch=stop")

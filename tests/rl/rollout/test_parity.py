@@ -16,6 +16,7 @@ from coupled.reward import Task
 from coupled.rl.errors import RolloutError
 from coupled.rl.judging.grader import Grader
 from coupled.rl.model.policy import Policy
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.rollout.denoise import denoise
 from coupled.rl.rollout.engine import policy_engine
 from coupled.rl.rollout.parity import (
@@ -26,7 +27,6 @@ from coupled.rl.rollout.parity import (
     replay_of,
     sampler_for_parity,
 )
-from coupled.rl.rollout.sampler import Sampler
 from coupled.rl.run import Run
 from coupled.rl.run_folder.folder import RunFolder
 from coupled.rl.types import Prompt, Rollout
@@ -78,7 +78,7 @@ def test_a_replay_puts_each_canvas_back_as_it_was_before_the_step(tiny_policy: M
 @pytest.mark.parametrize("shift", [0, 1])
 def test_the_record_is_reproduced_to_1e_5(tiny_policy: MakePolicy, shift: int, order: str) -> None:
     policy = tiny_policy(shift=shift, end_scale=3.0)
-    made = rolled_out(policy, dataclasses.replace(SAMPLER, order=order), num=8)
+    made = rolled_out(policy, SAMPLER.changed(order=order), num=8)
     assert any((r.commit_step < 0).any() for r in made[1]), "some canvases are left unfinished"
     assert check(policy, made) <= 1e-5
 
@@ -254,7 +254,7 @@ def test_the_message_states_rule_value_and_place(tiny_policy: MakePolicy) -> Non
 
 def test_a_temperature_that_is_a_little_off_is_found_to_four_digits(tiny_policy: MakePolicy) -> None:
     policy = tiny_policy()
-    made = rolled_out(policy, dataclasses.replace(SAMPLER, temperature=0.8667))
+    made = rolled_out(policy, SAMPLER.changed(temperature=0.8667))
     assert "the temperature: the rollout used 0.8667, scoring 0.9." in complaint(policy, made, 0.9)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,10 +14,10 @@ from torch import Tensor, nn
 import coupled.rl.rollout.readout
 from coupled.rl.keys import generator, uniform
 from coupled.rl.model.vocabulary import CHUNK_LOGITS, OutputHead
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.rollout.distributions import FEW, least_kept, nucleus
 from coupled.rl.rollout.readout import _bounds, choose_tokens, read_out
 from coupled.rl.rollout.row_statistics import measure_states
-from coupled.rl.rollout.sampler import Sampler
 
 SAMPLER = Sampler(canvas=8, denoising_steps=8, temperature=0.9)
 VOCABULARY, NUM_TOKENS, MASK_ID, WIDTH = 300, 290, 7, 16
@@ -135,7 +134,7 @@ def test_confidence_is_that_of_the_whole_distribution(
     settings: dict[str, object], chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(CHUNK_LOGITS, "cpu", chunk)
-    sampler, head, hidden = replace(SAMPLER, **settings), random_head(), random_states(20)
+    sampler, head, hidden = SAMPLER.changed(**settings), random_head(), random_states(20)
     draws = torch.from_numpy(uniform((20,), "draws"))
     row_of, count = torch.arange(20) // 5, torch.ones(4, dtype=torch.int64)
     reading = read_out(head, hidden, sampler, draws, draws, row_of=row_of, count=count)
@@ -154,7 +153,7 @@ def test_confidence_is_that_of_the_whole_distribution(
 def test_with_a_nucleus_only_rivals_are_computed_and_the_choice_is_the_same(
     order: str, top_p: float, count: int, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sampler, head, hidden = replace(SAMPLER, order=order, top_p=top_p), random_head(0.7), random_states(120)
+    sampler, head, hidden = SAMPLER.changed(order=order, top_p=top_p), random_head(0.7), random_states(120)
     draws = torch.from_numpy(uniform((120,), "draws"))
     row_of = torch.arange(120) // 30
     computed: list[int] = []
@@ -183,7 +182,7 @@ def test_the_bounds_hold(order: str, scale: float) -> None:
     head, hidden = random_head(scale), random_states(400)
     nowhere = torch.zeros(400, dtype=torch.float64)
     for top_p in (0.2, 0.5, 0.8, 0.95, 0.99):
-        sampler = replace(SAMPLER, order=order, top_p=top_p)
+        sampler = SAMPLER.changed(order=order, top_p=top_p)
         with torch.no_grad():
             unfiltered, _ = measure_states(head, hidden, sampler.temperature, has_margin=True, has_token=False)
             low, high = _bounds(unfiltered, sampler, NUM_TOKENS)
@@ -201,7 +200,7 @@ def test_tokens_log_probabilities_and_entropies_are_those_of_the_whole_distribut
     settings: dict[str, object], chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(CHUNK_LOGITS, "cpu", chunk)
-    sampler, head, hidden = replace(SAMPLER, **settings), random_head(), random_states(50)
+    sampler, head, hidden = SAMPLER.changed(**settings), random_head(), random_states(50)
     draws = torch.from_numpy(uniform((50,), "token"))
     choice = choose_tokens(head, hidden, sampler, draws)
     p = plain_distribution(head, hidden, sampler)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,16 +12,17 @@ from helpers.toys import MakePolicy, make_requests, plain_logits
 import coupled.rl.rollout.denoise
 from coupled.rl.errors import RolloutError
 from coupled.rl.model.policy import Policy
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.rollout.canvas_states import distinct_rows
 from coupled.rl.rollout.denoise import denoise
 from coupled.rl.rollout.engine import roll_out
 from coupled.rl.rollout.parity import sampler_for_parity
-from coupled.rl.rollout.sampler import Request, Sampler, Step, plan_steps, unmask_counts
+from coupled.rl.rollout.sampler import Request, Step, plan_steps, unmask_counts
 from coupled.rl.types import Rollout
 
 ENDS, MASK_ID = (0, 1), 2
 SAMPLED = Sampler(canvas=10, denoising_steps=10, temperature=1.1)
-GREEDY = replace(SAMPLED, temperature=0.0)
+GREEDY = SAMPLED.changed(temperature=0.0)
 
 
 def assert_same(one: list[Rollout], other: list[Rollout]) -> None:
@@ -63,7 +63,7 @@ def test_a_group_starts_from_one_forward_pass_and_ends_as_if_each_were_alone(
 ) -> None:
     policy, requests = tiny_policy(end_scale=1.5), group(6) + group(3, (7, 7))
     requests = [Request(uid=f"{i}", prompt_ids=r.prompt_ids) for i, r in enumerate(requests)]
-    sampler = replace(SAMPLED, order=order)
+    sampler = SAMPLED.changed(order=order)
     alone = [denoise(policy, [request], sampler, seed=1)[0] for request in requests]
     seen = counting(policy, monkeypatch)
     together = denoise(policy, requests, sampler, seed=1)
@@ -105,7 +105,7 @@ def test_the_random_order_is_chosen_before_anything_is_projected(
         lambda head, hidden, *rest: projected.append(len(hidden)) or plain(head, hidden, *rest),
     )
     monkeypatch.setattr("coupled.rl.rollout.denoise.read_out", None)
-    denoise(policy, make_requests(3), replace(SAMPLED, order="origin"), seed=0)
+    denoise(policy, make_requests(3), SAMPLED.changed(order="origin"), seed=0)
     assert projected[:3] == [3, 3, 3], "one position of each of three rows"
 
 
@@ -141,7 +141,7 @@ def test_blocks_share_the_steps_and_come_one_after_the_other() -> None:
 def test_greedy_decoding_in_blocks_equals_a_plain_implementation(
     tiny_policy: MakePolicy, settings: dict[str, object]
 ) -> None:
-    policy, sampler = tiny_policy(shift=0), replace(GREEDY, **settings)
+    policy, sampler = tiny_policy(shift=0), GREEDY.changed(**settings)
     for request, rollout in zip(make_requests(5), denoise(policy, make_requests(5), sampler, seed=0), strict=True):
         canvas = [MASK_ID] * 10
         size = sampler.block_length
@@ -165,7 +165,7 @@ def test_greedy_decoding_in_blocks_equals_a_plain_implementation(
 def test_without_early_exit_the_whole_canvas_is_decoded_and_the_text_is_the_same(tiny_policy: MakePolicy) -> None:
     policy, requests = tiny_policy(end_scale=1.7), make_requests(12)
     early = denoise(policy, requests, SAMPLED, seed=1)
-    late = denoise(policy, requests, replace(SAMPLED, has_early_exit=False), seed=1)
+    late = denoise(policy, requests, SAMPLED.changed(has_early_exit=False), seed=1)
     assert sum((r.canvas_ids == MASK_ID).any() for r in early) >= 3
     assert not any((r.canvas_ids == MASK_ID).any() for r in late)
     assert [r.text for r in early] == [r.text for r in late]
@@ -177,13 +177,13 @@ def test_without_early_exit_the_whole_canvas_is_decoded_and_the_text_is_the_same
 def test_an_entropy_bound_of_zero_changes_nothing_where_one_token_is_committed_a_step(tiny_policy: MakePolicy) -> None:
     policy, requests = tiny_policy(), make_requests(6)
     plain = denoise(policy, requests, SAMPLED, seed=0)
-    assert_same(denoise(policy, requests, replace(SAMPLED, entropy_bound=0.0), seed=0), plain)
+    assert_same(denoise(policy, requests, SAMPLED.changed(entropy_bound=0.0), seed=0), plain)
 
 
 def test_an_entropy_bound_commits_more_and_accounts_for_it(tiny_policy: MakePolicy) -> None:
     policy, requests = tiny_policy(scale=0.4, end_scale=2.0), make_requests(6)
-    plain = denoise(policy, requests, replace(SAMPLED, has_early_exit=False), seed=0)
-    bounded = denoise(policy, requests, replace(SAMPLED, entropy_bound=3.0, has_early_exit=False), seed=0)
+    plain = denoise(policy, requests, SAMPLED.changed(has_early_exit=False), seed=0)
+    bounded = denoise(policy, requests, SAMPLED.changed(entropy_bound=3.0, has_early_exit=False), seed=0)
     assert np.mean([r.num_forwards for r in bounded]) < 0.7 * np.mean([r.num_forwards for r in plain])
     for rollout in bounded:
         total = 0.0
@@ -201,9 +201,9 @@ def test_an_entropy_bound_commits_more_and_accounts_for_it(tiny_policy: MakePoli
 
 def test_end_tokens_are_filled_in_behind_one_and_what_that_may_cost_is_recorded(tiny_policy: MakePolicy) -> None:
     policy, requests = tiny_policy(end_scale=4.0), make_requests(16)
-    sampler = replace(SAMPLED, has_early_exit=False)
+    sampler = SAMPLED.changed(has_early_exit=False)
     plain = denoise(policy, requests, sampler, seed=1)
-    filled = denoise(policy, requests, replace(sampler, end_fill=0.5), seed=1)
+    filled = denoise(policy, requests, sampler.changed(end_fill=0.5), seed=1)
     assert all(r.fill_bound == 0 for r in plain)
     assert sum(r.num_forwards for r in filled) < sum(r.num_forwards for r in plain)
     num_filled = 0
@@ -230,7 +230,7 @@ def test_end_tokens_are_filled_in_behind_one_and_what_that_may_cost_is_recorded(
 def test_a_bound_that_nothing_reaches_fills_nothing(tiny_policy: MakePolicy) -> None:
     policy, requests = tiny_policy(end_scale=2.0), make_requests(8)
     assert_same(
-        denoise(policy, requests, replace(SAMPLED, end_fill=1.0), seed=1), denoise(policy, requests, SAMPLED, seed=1)
+        denoise(policy, requests, SAMPLED.changed(end_fill=1.0), seed=1), denoise(policy, requests, SAMPLED, seed=1)
     )
 
 
@@ -240,8 +240,8 @@ def test_a_bound_that_nothing_reaches_fills_nothing(tiny_policy: MakePolicy) -> 
 def test_a_confidence_threshold_commits_whatever_is_sure(tiny_policy: MakePolicy) -> None:
     policy, requests = tiny_policy(scale=0.6), make_requests(6)
     plain = denoise(policy, requests, SAMPLED, seed=0)
-    assert_same(denoise(policy, requests, replace(SAMPLED, confidence_threshold=0.9999), seed=0), plain)
-    faster = denoise(policy, requests, replace(SAMPLED, confidence_threshold=0.5), seed=0)
+    assert_same(denoise(policy, requests, SAMPLED.changed(confidence_threshold=0.9999), seed=0), plain)
+    faster = denoise(policy, requests, SAMPLED.changed(confidence_threshold=0.5), seed=0)
     assert sum(r.num_forwards for r in faster) < 0.8 * sum(r.num_forwards for r in plain)
 
 
@@ -259,8 +259,8 @@ def test_a_cache_that_is_refreshed_in_every_step_changes_nothing(
     tiny_policy: MakePolicy, settings: dict[str, object]
 ) -> None:
     policy, requests = tiny_policy(end_scale=1.3), make_requests(6)
-    cached = denoise(policy, requests, replace(SAMPLED, **settings), seed=0)
-    plain = replace(SAMPLED, block_length=settings.get("block_length", 0))
+    cached = denoise(policy, requests, SAMPLED.changed(**settings), seed=0)
+    plain = SAMPLED.changed(block_length=settings.get("block_length", 0))
     assert_same(cached, denoise(policy, requests, plain, seed=0))
 
 
@@ -271,7 +271,7 @@ def test_bounded_and_approximate_modes_do_not_depend_on_the_batch_or_on_padding(
     tiny_policy: MakePolicy, settings: dict[str, object], shift: int, kind: Sampler
 ) -> None:
     policy, requests = tiny_policy(shift=shift, end_scale=1.5), make_requests(7, lengths=(3, 9, 1, 5))
-    sampler = replace(kind, **settings)
+    sampler = kind.changed(**settings)
     alone = [denoise(policy, [request], sampler, seed=2)[0] for request in requests]
     assert_same(denoise(policy, requests, sampler, seed=2), alone)
     turned = {r.uid: r for r in denoise(policy, requests[::-1], sampler, seed=2)}
@@ -286,7 +286,7 @@ def test_ways_to_commit_several_tokens_do_not_depend_on_the_batch_either(
     tiny_policy: MakePolicy, settings: dict[str, object]
 ) -> None:
     policy, requests = tiny_policy(end_scale=1.5), make_requests(7, lengths=(3, 9, 1, 5))
-    sampler = replace(SAMPLED, **settings)
+    sampler = SAMPLED.changed(**settings)
     alone = [denoise(policy, [request], sampler, seed=2)[0] for request in requests]
     assert_same(denoise(policy, requests, sampler, seed=2), alone)
 
@@ -308,7 +308,7 @@ def test_between_refreshes_only_the_block_is_computed(
     """A prompt of four and a canvas of ten; one column more on the left, which predicts the first of the block."""
     policy = tiny_policy()
     seen = counting(policy, monkeypatch)
-    denoise(policy, group(1), replace(SAMPLED, has_early_exit=False, **settings), seed=0)
+    denoise(policy, group(1), SAMPLED.changed(has_early_exit=False, **settings), seed=0)
     assert [width for _, width in seen] == [columns(step) for step in range(len(seen))]
 
 
@@ -318,16 +318,16 @@ def test_what_is_read_from_a_cache_is_what_it_was_at_the_refresh(tiny_policy: Ma
     cache is exact; a dual one is so until the tokens behind the block change, which they do not."""
     policy, requests = tiny_policy(num_hidden_layers=1, end_scale=1.3), make_requests(6)
     plain = denoise(policy, requests, SAMPLED, seed=0)
-    assert_same(denoise(policy, requests, replace(SAMPLED, cache="prefix"), seed=0), plain)
-    blocks = replace(SAMPLED, block_length=4)
+    assert_same(denoise(policy, requests, SAMPLED.changed(cache="prefix"), seed=0), plain)
+    blocks = SAMPLED.changed(block_length=4)
     assert_same(
-        denoise(policy, requests, replace(blocks, cache="dual"), seed=0), denoise(policy, requests, blocks, seed=0)
+        denoise(policy, requests, blocks.changed(cache="dual"), seed=0), denoise(policy, requests, blocks, seed=0)
     )
 
 
 def test_a_dual_cache_without_blocks_is_refused(tiny_policy: MakePolicy) -> None:
     with pytest.raises(RolloutError, match="makes the whole canvas one block: set a block_length"):
-        roll_out(tiny_policy(), make_requests(1), replace(SAMPLED, cache="dual"), seed=0)
+        roll_out(tiny_policy(), make_requests(1), SAMPLED.changed(cache="dual"), seed=0)
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
@@ -335,13 +335,13 @@ def test_a_dual_cache_without_blocks_is_refused(tiny_policy: MakePolicy) -> None
 
 def test_what_is_exact_says_so_and_has_a_name_of_its_own() -> None:
     others = [
-        replace(SAMPLED, entropy_bound=0.0),
-        replace(SAMPLED, end_fill=0.9),
-        replace(SAMPLED, confidence_threshold=0.9),
-        replace(SAMPLED, cache="prefix"),
-        replace(SAMPLED, cache="prefix", refresh_steps=2),
+        SAMPLED.changed(entropy_bound=0.0),
+        SAMPLED.changed(end_fill=0.9),
+        SAMPLED.changed(confidence_threshold=0.9),
+        SAMPLED.changed(cache="prefix"),
+        SAMPLED.changed(cache="prefix", refresh_steps=2),
     ]
-    exact = [SAMPLED, replace(SAMPLED, block_length=5), replace(SAMPLED, has_early_exit=False)]
+    exact = [SAMPLED, SAMPLED.changed(block_length=5), SAMPLED.changed(has_early_exit=False)]
     assert all(s.is_exact for s in exact)
     assert not any(s.is_exact for s in others)
     assert len({s.hash for s in (*others, *exact)}) == 8

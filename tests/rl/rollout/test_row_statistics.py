@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 import coupled.rl.rollout.row_statistics
 from coupled.rl.model.vocabulary import OutputHead
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.rollout.denoise import denoise
 from coupled.rl.rollout.distributions import FORBIDDEN
 from coupled.rl.rollout.row_statistics import AGREES, _has_kernel, is_fused
 from coupled.rl.rollout.row_statistics_torch import Choice, draw_logits, measure
-from coupled.rl.rollout.sampler import Sampler
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MASK_ID = 7
@@ -210,7 +210,7 @@ def test_rollouts_are_the_same_with_it(
 ) -> None:
     policy, requests = tiny_policy(end_scale=2.0), make_requests(3)
     policy.model.to(DEVICE)
-    sampler = replace(Sampler(canvas=6, denoising_steps=6, temperature=1.1), **settings)
+    sampler = Sampler(canvas=6, denoising_steps=6, temperature=1.1).changed(**settings)
     monkeypatch.setattr(coupled.rl.rollout.row_statistics, "is_fused", lambda _: False)
     expected = denoise(policy, requests, sampler, seed=0)
     monkeypatch.setattr(coupled.rl.rollout.row_statistics, "is_fused", lambda _: True)

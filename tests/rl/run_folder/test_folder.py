@@ -17,7 +17,8 @@ from coupled.rl.model.loading import add_adapter, load_policy
 from coupled.rl.model.policy import Policy
 from coupled.rl.model.reference import keep_reference
 from coupled.rl.model.weights import save_policy, trainable_state
-from coupled.rl.recipe.schema import Optimizer, Recipe
+from coupled.rl.recipe.objective import Optimizer
+from coupled.rl.recipe.schema import Recipe
 from coupled.rl.run_folder.folder import (
     MANIFEST,
     RunFolder,

@@ -16,7 +16,7 @@ from coupled.rl.estimators.draw import draw_masks
 from coupled.rl.judging.grader import Grader
 from coupled.rl.model.policy import Policy
 from coupled.rl.model.weights import digest_of, trainable_state
-from coupled.rl.rollout.sampler import Request, sampler_of
+from coupled.rl.rollout.sampler import Request
 from coupled.rl.rollout.workers import ClusterEngine
 from coupled.rl.run import Run
 from coupled.rl.run_folder.folder import RunFolder
@@ -25,7 +25,7 @@ from coupled.rl.types import Group, Prompt, Rollout
 
 def toy_run(policy: Policy, folder: Path, **sections: object) -> Run:
     rollout = {"canvas": 6, "denoising_steps": 6, "num_prompts": 2, "group_size": 2, "workers": "process"}
-    recipe = make_recipe(**({"rollout": rollout, "cluster": {"lag": 1, "max_mismatch": 0.1}} | sections))
+    recipe = make_recipe(**({"rollout": rollout, "cluster": {"lag": 1, "max_policy_drift": 0.1}} | sections))
     tasks = [Task(uid=f"task-{n}", prompt="", hidden_tests=("assert f(1)",)) for n in range(2)]
     prompts = [Prompt(task=task, token_ids=(4, 5, 6)) for task in tasks]
     engine = cluster_engine(policy, folder, lag=1)
@@ -84,7 +84,7 @@ def test_groups_whose_rollouts_could_not_be_made_are_left_out_and_said(
 
     monkeypatch.setattr(Run, "_judge", judge)
     requests: list[Request] = run._schedule.requests_of(1)
-    made = {r.uid: r for r in run._engine.generate(requests, sampler_of(run.recipe), seed=0)}
+    made = {r.uid: r for r in run._engine.generate(requests, run.recipe.rollout.sampler, seed=0)}
     lost = requests[1].uid
     monkeypatch.setattr(ClusterEngine, "rollouts", lambda self, step: {u: r for u, r in made.items() if u != lost})
     with pytest.raises(KeyboardInterrupt):

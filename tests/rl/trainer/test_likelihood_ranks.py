@@ -12,13 +12,12 @@ import pytest
 import torch
 from helpers.fit_runs import numbers, sft_recipe
 from helpers.rank_cases import ADAPTER, NUM_STEPS, TOLERANCE, Case, assert_goes_on, assert_same, run_case, run_together
-from helpers.toys import MakePolicy, make_recipe
+from helpers.toys import MakePolicy, make_likelihood_recipe
 
 from coupled.rl.errors import RankError
 from coupled.rl.fit import fit
 from coupled.rl.model.loading import load_policy
 from coupled.rl.model.weights import save_policy, trainable_state
-from coupled.rl.recipe.schema import Recipe
 from coupled.rl.run_folder.folder import RunFolder
 from coupled.rl.trainer.rank_process import ProcessRankHandle
 
@@ -26,11 +25,11 @@ pytestmark = pytest.mark.slow
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "autoregressive": {"canvas": 8},
     "masked_diffusion": {"context": 24, "attention_anneal_steps": 2, "micro_batch_size": 0},
-    "causal_diffusion": {"canvas": 8, "noise_warmup_steps": 2, "noise_warmup_start": 0.5},
+    "causal_diffusion": {"canvas": 8, "noise_warmup_steps": 2},
     "block_diffusion": {"context": 24, "block_length": 3, "clipped_noise": "exact"},
 }
 """Nine rows: five micro-batches of two, which come out even on no number of ranks, or one for each rank."""
-SPARSE = {"noise_warmup_steps": 1000, "noise_warmup_start": 0.08}
+SPARSE = {"mask_ratio": (0.03, 0.06)}
 ODD: dict[str, dict[str, Any]] = {
     # Most micro-batches have nothing masked, and must be computed all the same.
     "sparse-whole": {"objective": "masked_diffusion", "canvas": 8, "micro_batch_size": 1} | SPARSE,
@@ -40,11 +39,11 @@ ODD: dict[str, dict[str, Any]] = {
 
 
 def recipe_of(folder: Path, fit: dict[str, Any], num_ranks: int = 1, **sections: Any) -> dict[str, Any]:
-    recipe: Recipe = make_recipe(
+    recipe = make_likelihood_recipe(
         stage="sft",
         num_steps=4,
         model={"path": str(folder), "adapter": sections.pop("adapter", None)},
-        optimizer={"learning_rate": 1e-4, "schedule": "constant"} | sections.pop("optimizer", {}),
+        optimizer={"learning_rate": 1e-4, "final_fraction": 1.0} | sections.pop("optimizer", {}),
         cluster={"trainer_ranks": num_ranks},
         fit={"batch_size": 9, "micro_batch_size": 2} | fit,
     )

@@ -5,7 +5,7 @@ import torch
 from helpers.toys import MakePolicy
 
 from coupled.rl.model.weights import trainable_state
-from coupled.rl.recipe.schema import Optimizer
+from coupled.rl.recipe.objective import Optimizer
 from coupled.rl.trainer.optimizer import apply_step, learning_rate, make_optimizer
 
 COSINE = Optimizer(learning_rate=1.0, warmup_steps=2, final_fraction=0.1)
@@ -29,7 +29,7 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine_to_its_final_share(step
 
 
 def test_a_constant_schedule_stays_at_the_peak_after_the_warm_up() -> None:
-    config = Optimizer(learning_rate=3e-4, warmup_steps=3, schedule="constant")
+    config = Optimizer(learning_rate=3e-4, warmup_steps=3, final_fraction=1.0)
     rates = [learning_rate(step, 6, config) for step in range(6)]
     assert rates == pytest.approx([1e-4, 2e-4, 3e-4, 3e-4, 3e-4, 3e-4])
 

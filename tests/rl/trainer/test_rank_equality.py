@@ -37,7 +37,7 @@ def recipe_of(folder: Path, *, adapter: bool = False, **sections: Any) -> dict[s
     values = {
         "model": {"path": str(folder), "adapter": ADAPTER if adapter else None} | sections.pop("model", {}),
         "loss": MOVING | sections.pop("loss", {}),
-        "optimizer": {"learning_rate": 1e-4, "schedule": "constant", "micro_batch_size": 2}
+        "optimizer": {"learning_rate": 1e-4, "final_fraction": 1.0, "micro_batch_size": 2}
         | sections.pop("optimizer", {}),
         "rollout": {"canvas": 6, "denoising_steps": 6, "batch_size": 2},
         "num_steps": 4,

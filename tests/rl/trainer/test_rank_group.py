@@ -23,9 +23,9 @@ from coupled.rl.errors import RankError, RankLostError, RecipeError
 from coupled.rl.estimators.draw import draw_masks
 from coupled.rl.model.open import open_policy
 from coupled.rl.model.weights import digest_of, save_policy, trainable_state
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.recipe.schema import Recipe
 from coupled.rl.rollout.engine import InlineEngine, policy_engine
-from coupled.rl.rollout.sampler import Sampler
 from coupled.rl.trainer.collectives import Ranks
 from coupled.rl.trainer.open import open_rl_learner
 from coupled.rl.trainer.rank_failures import (

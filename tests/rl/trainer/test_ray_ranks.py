@@ -20,7 +20,6 @@ from coupled.rl.estimators.draw import draw_masks
 from coupled.rl.model.open import open_policy
 from coupled.rl.model.weights import digest_of, save_policy
 from coupled.rl.recipe.schema import Recipe
-from coupled.rl.rollout.sampler import Sampler
 from coupled.rl.rollout.workers import ObjectCarrier, RolloutWorker
 from coupled.rl.trainer import ray_ranks
 from coupled.rl.trainer.open import open_rl_learner
@@ -39,7 +38,7 @@ def checkpoint(tiny_policy: MakePolicy, tmp_path_factory: pytest.TempPathFactory
 def recipe_of(checkpoint: Path, **cluster: object) -> Recipe:
     return make_recipe(
         model={"path": str(checkpoint)},
-        optimizer={"learning_rate": 1e-3, "micro_batch_size": 2, "schedule": "constant"},
+        optimizer={"learning_rate": 1e-3, "micro_batch_size": 2, "final_fraction": 1.0},
         rollout={"canvas": 6, "denoising_steps": 6, "batch_size": 2},
         num_threads=1,
         cluster={"trainer_ranks": 2, "trainer_workers": "ray"} | cluster,

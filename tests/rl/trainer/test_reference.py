@@ -15,7 +15,7 @@ from coupled.rl.model.loading import add_adapter, load_policy
 from coupled.rl.model.policy import Policy
 from coupled.rl.model.reference import keep_reference, reference_kind
 from coupled.rl.model.weights import save_policy, trainable_state
-from coupled.rl.recipe.schema import Loss, Optimizer
+from coupled.rl.recipe.objective import Loss, Optimizer
 from coupled.rl.rollout.engine import policy_engine
 from coupled.rl.run import Run
 from coupled.rl.run_folder.folder import RunFolder
@@ -179,7 +179,7 @@ def test_the_reference_of_another_model_is_refused(tiny_policy: MakePolicy) -> N
 
 
 def toy_run(policy: Policy, folder: Path, **loss: object) -> Run:
-    recipe = make_recipe(loss=loss, optimizer={"learning_rate": 1e-2, "schedule": "constant"}, num_steps=4)
+    recipe = make_recipe(loss=loss, optimizer={"learning_rate": 1e-2, "final_fraction": 1.0}, num_steps=4)
     return Run(recipe, policy, [], [], Grader.__new__(Grader), RunFolder(folder, keep=1), policy_engine(policy, 4))
 
 
