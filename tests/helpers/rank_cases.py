@@ -41,6 +41,8 @@ ONES = ((3, 5, 2, 3, 4), (1, 4, 1, 1, 2))
 NINE = ((3, 5, 2, 3, 4, 2, 6, 3, 4), (6, 4, 2, 6, 5, 1, 6, 3, 6))
 """Five micro-batches of two: they come out even on no number of ranks."""
 TOLERANCE = 1e-6
+NORM_TOLERANCE = 4e-6
+"""Relative, for gradient norms: sums of squares in fp32, whose order depends on the split and on the processor's kernels."""
 ADAPTER = {"rank": 2, "alpha": 4.0, "targets": ("q_proj", "v_proj", "down_proj")}
 SAMPLER = Sampler(canvas=6, denoising_steps=6, temperature=1.0)
 
@@ -158,7 +160,7 @@ def _trained(learner: Learner, start: dict[str, torch.Tensor]) -> dict[str, Any]
 def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
     """Equal but for rounding."""
     assert found["losses"] == pytest.approx(expected["losses"], abs=TOLERANCE)
-    assert found["norms"] == pytest.approx(expected["norms"], abs=TOLERANCE, rel=TOLERANCE)
+    assert found["norms"] == pytest.approx(expected["norms"], abs=TOLERANCE, rel=NORM_TOLERANCE)
     for part in ("weights", "reference"):
         assert found[part].keys() == expected[part].keys()
         for name, tensor in expected[part].items():

@@ -11,6 +11,7 @@ import pytest
 from coupled.reward import Status, Task, Verdict
 from coupled.rl import run as run_module
 from coupled.rl.errors import RecipeError, RolloutError
+from coupled.rl.monitoring import checks
 from coupled.rl.recipe.read import apply_overrides, dump_recipe, load_recipe
 from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.rollout.exactness import Mismatch, compare, exact_counterpart, token_agreement
@@ -161,7 +162,7 @@ def test_a_fast_run_logs_its_bounds_and_its_distance_from_exact_rollouts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_module, "NUM_COMPARED", 1)
-    monkeypatch.setattr(run_module, "TOLERANCE", 100)
+    monkeypatch.setattr(checks, "TOLERANCE", 100)
     rows = rows_of(tmp_path)
     for row in rows:
         assert row["kl_bound"] > 0
