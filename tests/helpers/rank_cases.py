@@ -42,7 +42,7 @@ NINE = ((3, 5, 2, 3, 4, 2, 6, 3, 4), (6, 4, 2, 6, 5, 1, 6, 3, 6))
 """Five micro-batches of two: they come out even on no number of ranks."""
 TOLERANCE = 1e-6
 NORM_TOLERANCE = 4e-6
-"""Relative, for gradient norms: sums of squares in fp32, whose order depends on the split and on the processor's kernels."""
+"""Relative, for gradient norms: sums of squares in fp32, in an order that depends on split and processor."""
 ADAPTER = {"rank": 2, "alpha": 4.0, "targets": ("q_proj", "v_proj", "down_proj")}
 SAMPLER = Sampler(canvas=6, denoising_steps=6, temperature=1.0)
 
