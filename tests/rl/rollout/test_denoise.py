@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from helpers.toys import NUM_TOKENS, MakePolicy, global_random_states, make_requests, plain_logits
+from helpers.toys import NUM_TOKENS, MakePolicy, global_random_states, make_recipe, make_requests, plain_logits
 from torch import Tensor
 
 from coupled.rl.keys import uniform
@@ -15,6 +15,7 @@ from coupled.rl.rollout.denoise import completion_length, denoise, is_settled
 from coupled.rl.rollout.distributions import draw_tokens, nucleus
 from coupled.rl.rollout.engine import policy_engine, request_chunks
 from coupled.rl.rollout.sampler import Request, unmask_counts
+from coupled.rl.trainer.rl_learner import RLLearner
 from coupled.rl.types import Rollout
 
 GREEDY = Sampler(canvas=10, denoising_steps=7, temperature=0.0)
@@ -384,7 +385,7 @@ def test_sampled_tokens_follow_the_tempered_distribution_of_the_model(tiny_polic
 def test_the_inline_engine_answers_in_the_order_of_the_requests(tiny_policy: MakePolicy) -> None:
     policy, requests = tiny_policy(), make_requests(7, lengths=(9, 2, 6, 2))
     engine = policy_engine(policy, 3)
-    engine.load_weights(policy, 4)
+    engine.load_weights(RLLearner(make_recipe(), policy), 4)
     rollouts = engine.generate(requests, SAMPLED, seed=0)
     assert [r.uid for r in rollouts] == [r.uid for r in requests]
     assert {r.weight_version for r in rollouts} == {4}
