@@ -37,9 +37,7 @@ def load_sampling_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> R
     return sampling_recipe(values, overrides, source=str(file))
 
 
-def sampling_recipe(
-    values: dict[str, Any], overrides: tuple[str, ...], source: str, *, is_saved: bool = False
-) -> Recipe:
+def sampling_recipe(values: Any, overrides: tuple[str, ...], source: str, *, is_saved: bool = False) -> Recipe:
     """The recipe by which a checkpoint is sampled, evaluated and analysed: that of the RL stage.
 
     A recipe of another stage gives the sections that both have, and defaults take the place of the others.
@@ -47,14 +45,18 @@ def sampling_recipe(
     Raises:
         RecipeError: see `validate`.
     """
+    if is_saved:  # first translated, so that settings of the user name today's fields
+        values, lines = without_retired(_mapping(values, source), is_saved=True)
+        if lines:
+            raise _refusal(source, lines)
     if values.get("stage") in STAGES:
         values = {key: value for key, value in values.items() if key not in _OTHER["rl"]} | {"stage": "rl"}
-    found = validate(_overridden(values, overrides), source, is_saved=is_saved)
+    found = validate(_overridden(values, overrides), source)
     assert isinstance(found, Recipe), "the stage is rl"
     return found
 
 
-def validate(values: dict[str, Any], source: str, *, is_saved: bool = False) -> AnyRecipe:
+def validate(values: Any, source: str, *, is_saved: bool = False) -> AnyRecipe:
     """Build a recipe of plain values, turning every complaint into one readable RecipeError.
 
     Args:
@@ -64,7 +66,7 @@ def validate(values: dict[str, Any], source: str, *, is_saved: bool = False) -> 
     Raises:
         RecipeError: a key is unknown or of another stage, or a value breaks a rule.
     """
-    values, lines = without_retired(values, is_saved=is_saved)
+    values, lines = without_retired(_mapping(values, source), is_saved=is_saved)
     stage = values.get("stage")
     for key in [key for key in values if key in _OTHER.get(str(stage), ())]:
         del values[key]
@@ -139,9 +141,7 @@ def _read_file(path: Path | str) -> tuple[Path, dict[str, Any]]:
         values = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
         raise RecipeError(f"{file} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise RecipeError(f"{file} must hold a mapping of recipe fields; got {type(values).__name__}")
-    values.setdefault("name", file.stem)
+    _mapping(values, str(file)).setdefault("name", file.stem)
     for section, key in PATH_FIELDS:
         _resolve(values, section, key, file.parent)
     reward = values.get("reward")
@@ -150,6 +150,12 @@ def _read_file(path: Path | str) -> tuple[Path, dict[str, Any]]:
         if isinstance(function, dict) and isinstance(function.get("path"), str):
             function["path"] = _from(file.parent, function["path"])
     return file, values
+
+
+def _mapping(values: Any, source: str) -> dict[str, Any]:
+    if not isinstance(values, dict):
+        raise RecipeError(f"{source} must hold a mapping of recipe fields; got {type(values).__name__}")
+    return values
 
 
 def _overridden(values: dict[str, Any], overrides: tuple[str, ...]) -> dict[str, Any]:

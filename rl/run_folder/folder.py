@@ -233,10 +233,9 @@ def read_run_recipe(run: Path) -> AnyRecipe:
     return validate(read_run_values(run), source=str(run / "recipe.yaml"), is_saved=True)
 
 
-def read_run_values(run: Path) -> dict[str, Any]:
+def read_run_values(run: Path) -> Any:
     """The recipe of a run folder as it was written, perhaps by an earlier release."""
-    values: dict[str, Any] = yaml.safe_load((run / "recipe.yaml").read_text())
-    return values
+    return yaml.safe_load((run / "recipe.yaml").read_text())
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

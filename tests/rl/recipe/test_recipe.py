@@ -26,6 +26,7 @@ from coupled.rl.recipe.read import (
 from coupled.rl.recipe.retired import RETIRED
 from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.recipe.schema import LikelihoodRecipe, Recipe
+from coupled.rl.run_folder.find import recipe_for
 from coupled.rl.run_folder.folder import open_run_folder, read_run_recipe
 
 RECIPES = Path(__file__).parents[3] / "recipes"
@@ -503,6 +504,24 @@ def test_a_checkpoint_of_another_stage_is_sampled_as_the_rl_stage_would(write: W
     recipe = load_sampling_recipe(path, ("rollout.canvas=64", "rollout.denoising_steps=32"))
     assert (recipe.stage, recipe.model.path, recipe.seed) == ("rl", "somewhere", 3)
     assert (recipe.rollout.canvas, recipe.rollout.denoising_steps, recipe.rollout.temperature) == (64, 32, 1.2)
+
+
+def test_the_recipe_of_an_old_run_is_translated_before_settings_are_applied(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints" / "step_000001").mkdir(parents=True)
+    saved = as_of_the_last_release(SFT)
+    saved["rollout"]["canvas"] = 64
+    saved["rollout"]["denoising_steps"] = 32
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(saved))
+    recipe = recipe_for(tmp_path / "checkpoints" / "step_000001", None, ("rollout.temperature=0.5",))
+    assert (recipe.stage, recipe.rollout.canvas, recipe.rollout.temperature) == ("rl", 64, 0.5)
+    with pytest.raises(RecipeError, match=r"rollout\.monitor\.every: no longer a field: write rollout\.monitor_every"):
+        recipe_for(tmp_path / "checkpoints" / "step_000001", None, ("rollout.monitor.every=5",))
+
+
+def test_a_run_folder_whose_recipe_is_no_mapping_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("- rl\n")
+    with pytest.raises(RecipeError, match=r"recipe\.yaml must hold a mapping of recipe fields; got list"):
+        read_run_recipe(tmp_path)
 
 
 @pytest.mark.parametrize("values", [MINIMAL, SFT], ids=["rl", "sft"])
