@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,6 +58,11 @@ def assert_same_weights(one: TrainResult, other: TrainResult) -> None:
     assert all(torch.equal(left[name], right[name]) for name in left)
 
 
+def _long(*overrides: str) -> Any:
+    """Switches whose effect on loss and masks is proven by unit tests, repeated here in whole runs."""
+    return pytest.param(overrides, marks=pytest.mark.long)
+
+
 @pytest.mark.slow
 def test_training_raises_the_reward_on_the_prompts_it_trains_on(tmp_path: Path) -> None:
     rows = (ROOT / "recipes" / "tiny" / "tasks" / "rl.jsonl").read_text().splitlines()[:8]
@@ -99,15 +105,15 @@ def test_a_run_leaves_recipe_metrics_rollouts_checkpoint_and_tensorboard(tmp_pat
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("estimator.name=decoupled",),
+        _long("estimator.name=decoupled"),
         ("estimator.name=full_mask", "estimator.num_pairs=1", "advantage=z"),
-        ("estimator.num_pairs=2", "advantage=loo", "estimator.post_eos=mask"),
-        ("loss.kl_beta=0", "num_updates=1"),
-        ("loss.kl_beta=0", "num_updates=2"),
-        ("num_updates=1",),
+        _long("estimator.num_pairs=2", "advantage=loo", "estimator.post_eos=mask"),
+        _long("loss.kl_beta=0", "num_updates=1"),
+        _long("loss.kl_beta=0", "num_updates=2"),
+        _long("num_updates=1"),
         ("model.adapter.rank=4", "optimizer.learning_rate=1e-3"),
         ("loss.reference=synced", "loss.sync_every=1", "loss.kl=k2", "loss.norm=fixed"),
-        ("loss.reference=old", "loss.kl=k1", "loss.dual_clip=3", "group_filter=zero_std"),
+        _long("loss.reference=old", "loss.kl=k1", "loss.dual_clip=3", "group_filter=zero_std"),
         # wd1
         (
             "loss.objective=likelihood",
@@ -117,9 +123,9 @@ def test_a_run_leaves_recipe_metrics_rollouts_checkpoint_and_tensorboard(tmp_pat
             "estimator.prompt_mask_probability=0.15",
             "loss.kl_beta=0",
         ),
-        ("estimator.post_eos=excluded", "rollout.top_p=0.9"),
-        ("loss.ratio=sequence", "loss.norm=sequence", "rollout.top_p=0.9"),
-        ("model.compute_dtype=bfloat16", "rollout.order=maskgit", "rollout.top_p=0.9"),
+        _long("estimator.post_eos=excluded", "rollout.top_p=0.9"),
+        _long("loss.ratio=sequence", "loss.norm=sequence", "rollout.top_p=0.9"),
+        _long("model.compute_dtype=bfloat16", "rollout.order=maskgit", "rollout.top_p=0.9"),
     ],
     ids=lambda overrides: " ".join(overrides),
 )
@@ -157,8 +163,8 @@ def test_the_same_recipe_gives_the_same_run_and_another_seed_another(tmp_path: P
     "switches",
     [
         (),
-        ("model.adapter.rank=4", "optimizer.learning_rate=1e-3"),
-        ("loss.reference=synced", "loss.sync_every=1", "loss.sync_mix=0.6"),
+        _long("model.adapter.rank=4", "optimizer.learning_rate=1e-3"),
+        _long("loss.reference=synced", "loss.sync_every=1", "loss.sync_mix=0.6"),
     ],
     ids=["full", "lora", "synced reference"],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -33,15 +34,20 @@ TINY = (
 )
 
 
+def _long(*overrides: str) -> Any:
+    """Estimators whose draws, scores and gradients are proven without a run."""
+    return pytest.param(overrides, marks=pytest.mark.long)
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
-        ("name=random_mask", "draw=exact_count"),
+        _long("name=random_mask", "draw=exact_count"),
         ("name=coupled", "weights=normalized", "draw=exact_count", "prompt_mask_probability=0.15"),
-        ("name=decoupled", "weights=antithetic"),
-        ("name=espo",),
+        _long("name=decoupled", "weights=antithetic"),
+        _long("name=espo"),
         ("name=gdpo", "num_nodes=2"),
-        ("name=trajectory",),
+        _long("name=trajectory"),
         ("name=trajectory", "shrink=2", "num_sampled_steps=2", "post_eos=mask"),
         ("name=ar_order",),
     ],

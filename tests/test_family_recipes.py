@@ -24,6 +24,7 @@ from coupled.rl.commands.dry_run import (
 from coupled.rl.model.families import family_of
 from coupled.rl.model.loading import load_policy
 from coupled.rl.model.weights import save_policy
+from coupled.rl.recipe.cluster import Cluster
 from coupled.rl.recipe.read import load_recipe
 from coupled.rl.run_folder.folder import read_rows
 from coupled.rl.train import train

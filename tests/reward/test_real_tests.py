@@ -41,7 +41,15 @@ def sample(name: str, count: int) -> list[Task]:
     return random.Random(0).sample(tasks, count)
 
 
-@pytest.mark.parametrize(("name", "count"), [("HumanEval+", 20), ("MBPP+", 30)])
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("HumanEval+", 6),
+        ("MBPP+", 10),
+        pytest.param("HumanEval+", 20, marks=pytest.mark.long),
+        pytest.param("MBPP+", 30, marks=pytest.mark.long),
+    ],
+)
 def test_canonical_solutions_pass_on_every_input(name: str, count: int, executor: LocalExecutor) -> None:
     tasks = [task for task in sample(name, count) if len(task.hidden_tests) < 1200]
     judgements = verdicts.judge_canonical(Judge(executor, verdicts.LIMITS), tasks)

@@ -18,19 +18,19 @@ from coupled.rl.cluster.ledger import Attempt, Ledger
 from coupled.rl.cluster.simulate import SimTransport
 from coupled.rl.cluster.types import Health
 
-NUM_SCHEDULES = 10_000
 TESTS = Path(__file__).parents[2]
 
 
-def test_random_schedules_lose_nothing_repeat_nothing_and_end() -> None:
+@pytest.mark.parametrize("num_schedules", [2_000, pytest.param(10_000, marks=pytest.mark.long)])
+def test_random_schedules_lose_nothing_repeat_nothing_and_end(num_schedules: int) -> None:
     """Kill, hang, slow, lost and repeated answers, absent hosts, poison, crashes of the driver: seeds name them.
 
     In a process of its own, because checking every type of every call would take ten times as long.
     """
-    program = [sys.executable, "-m", "helpers.schedules", str(NUM_SCHEDULES)]
+    program = [sys.executable, "-m", "helpers.schedules", str(num_schedules)]
     done = subprocess.run(program, cwd=TESTS, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.startswith(f"{NUM_SCHEDULES} schedules")
+    assert done.stdout.startswith(f"{num_schedules} schedules")
 
 
 def test_types_hold_in_random_schedules() -> None:

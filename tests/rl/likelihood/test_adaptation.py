@@ -16,6 +16,8 @@ from coupled.rl.fit import fit
 from coupled.rl.model.loading import load_policy
 from coupled.rl.model.weights import save_policy
 from coupled.rl.recipe.model import Adapter
+from coupled.rl.recipe.rollout import Sampler
+from coupled.rl.recipe.schema import LikelihoodRecipe
 from coupled.rl.rollout.engine import roll_out
 from coupled.rl.rollout.sampler import Request
 
