@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import ROOT
+from harness.report import ROOT
 from netns import TEMPORARY, Host, Network
 
 from coupled.rl.run_folder.folder import committed_checkpoints, read_rows

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, environment
+from harness.report import ROOT, environment
 
 from coupled.rl.cluster.admission import InOrder
 from coupled.rl.cluster.coordinator import Coordinator, Weights

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from common import ROOT, environment
+from harness.report import ROOT, environment
 from verdicts import mutants
 
 from coupled.rl.evaluation.benchmarks import BENCHMARKS, Benchmark, Problem, data_file, load_problems

@@ -30,8 +30,8 @@ from typing import Any
 
 import pyarrow.parquet as pq
 from cloud import Cloud, Event, NotShown, Run
-from common import ROOT, environment
 from faults import FAULT_STEP, NAME, NUM_STEPS, RECIPE, SCENARIOS, Scenario
+from harness.report import ROOT, environment
 from netns import Network, why_not
 
 from coupled.rl.monitoring.metrics import DETERMINISTIC_EXCEPT

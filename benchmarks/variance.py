@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ROOT, environment
+from harness.report import ROOT, environment
 
 from coupled.rl.data.prompts import encode_prompts
 from coupled.rl.data.tasks import load_tasks

@@ -107,7 +107,7 @@ def test_type_checkers_find_the_real_folders(package: str) -> None:
     assert link.resolve() == ROOT / package
 
 
-PARTS = ("common", "netns", "cloud", "faults")
+PARTS = ("netns", "cloud", "faults")
 """Of benchmarks, which others import."""
 
 
