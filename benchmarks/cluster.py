@@ -12,11 +12,8 @@ do nothing.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import math
-import os
 import random
 import statistics
 import time
@@ -25,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.report import ROOT, environment
+from harness.report import RESULTS, ROOT, environment, loads, provenance, read_report, whole_help, write_report
+from harness.tables import figure, span, table
 
 from coupled.rl.cluster.admission import InOrder
 from coupled.rl.cluster.coordinator import Coordinator, Weights
@@ -215,11 +213,6 @@ def work_of(plan: Plan, step: int, slot: int) -> Work:
     sigma = math.sqrt(math.log(1 + plan.spread**2))
     drawn = random.Random(name).lognormvariate(math.log(plan.batch_seconds) - sigma**2 / 2, sigma)
     return Work(name=name, seconds=drawn)
-
-
-def figure(values: Sequence[float]) -> dict[str, float]:
-    """Mean, smallest and largest over the seeds."""
-    return {"mean": statistics.mean(values), "low": min(values), "high": max(values)}
 
 
 # --- simulated ----------------------------------------------------------------------------------------------------
@@ -443,11 +436,6 @@ def ray_calls() -> list[dict[str, Any]]:
 # --- the page -----------------------------------------------------------------------------------------------------
 
 
-def span(found: dict[str, float], form: str = ".2f") -> str:
-    """`mean (low–high)`."""
-    return f"{found['mean']:{form}} ({found['low']:{form}}–{found['high']:{form}})"
-
-
 def page(report: dict[str, Any]) -> str:
     """docs/results/cluster.md."""
     lines = [
@@ -464,17 +452,10 @@ def page(report: dict[str, Any]) -> str:
             lines += [
                 *WRITERS[part](report[part]["rows"]),
                 "",
-                f"`{about['command']}`, commit {about['commit']}, {about['cores']} cores of an {about['processor']} "
-                f"(load {about['load']}), Python {about['python']}, {report[part]['seconds']:.0f} s.",
+                f"{provenance(about)}, {report[part]['seconds']:.0f} s.",
                 "",
             ]
     return "\n".join(lines)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """A Markdown table."""
-    written = ["| " + " | ".join(map(str, row)) + " |" for row in (head, *rows)]
-    return [written[0], "|" + "---|" * len(head), *written[1:]]
 
 
 def write_overlap(rows: list[dict[str, Any]]) -> list[str]:
@@ -613,20 +594,18 @@ MEASURE: dict[str, Callable[[], list[dict[str, Any]]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = whole_help(__doc__)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure now")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results", help="where the results go")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where the results go")
     options = parser.parse_args()
     file = options.output / "cluster.json"
-    report = json.loads(file.read_text()) if file.is_file() else {}
+    report = read_report(file)
     for part in options.only:
         started = time.perf_counter()
         rows = MEASURE[part]()
-        about = environment() | {"load": " ".join(f"{load:.1f}" for load in os.getloadavg())}
+        about = environment() | {"load": loads()}
         report[part] = {"environment": about, "seconds": time.perf_counter() - started, "rows": rows}
-        options.output.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(report, indent=1) + "\n")
-        (options.output / "cluster.md").write_text(page(report))
+        write_report(report, file, page)
         print("\n".join(WRITERS[part](rows)), flush=True)
 
 

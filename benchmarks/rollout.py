@@ -91,7 +91,7 @@ def published_loop(policy: Policy, requests: list[Request], sampler: Sampler, dr
     x = torch.tensor(rows, device=policy.device)
     pads = torch.tensor([longest - len(r.prompt_ids) for r in requests], device=policy.device)
     place = torch.arange(x.shape[1], device=policy.device) - pads[:, None]
-    dtype = policy.model.dtype
+    dtype: Any = policy.model.dtype
     mask = torch.zeros((len(x), 1, 1, x.shape[1]), dtype=dtype, device=x.device)
     mask = mask.masked_fill((place < 0)[:, None, None], torch.finfo(dtype).min)
     for step, count in enumerate(unmask_counts(sampler.canvas, sampler.denoising_steps)):
@@ -584,10 +584,11 @@ def measure_gpu(report: dict[str, Any], size: Size) -> None:
         arms = [gpu_arm(arm) for arm in GPU_ARMS if is_first or arm.name in (NUCLEUS, WHOLE, "reference", "rl")]
         arms.sort(key=lambda arm: arm.name not in (NUCLEUS, WHOLE, "reference", "rl"))
         rows: dict[str, Any] = {arm.name: {"base": arm.baseline} for arm in arms}
-        part = report["parts"][f"G = {group}"] = {
+        part: dict[str, Any] = {
             "rows": rows,
             "about": f"{what}, prompt {size.prompt}, canvas {size.canvas}. Floors: 100 % of an H200.",
         }
+        report["parts"][f"G = {group}"] = part
         measure_time(few, [arm for arm in arms if arm.name == OURS], 1)  # libraries and kernels
         for arm in arms:
             if (floor := floor_of(arm, whole)) is not None:
@@ -607,10 +608,11 @@ def measure_blocks(report: dict[str, Any], policy: Policy, what: str, size: Size
         policy.family = replace(policy.family, block_length=length, shift=0)
         problem = random_problem(policy, rows, size.prompt, canvas, canvas)
         name = f"blocks of {length}, {rows} rows"
-        part = report["parts"][name] = {
+        part: dict[str, Any] = {
             "rows": {arm.name: {"base": arm.baseline} for arm in BLOCK_ARMS},
             "about": f"{what}, prompt {size.prompt}, canvas {canvas}. Floor: 100 % of an H200.",
         }
+        report["parts"][name] = part
         part["rows"][OURS]["floor"] = floor_of_blocks(problem, length)
         roll_out(policy, problem.requests[:2], replace(problem.sampler, denoising_steps=4), seed=SEED)
         for arm in reversed(BLOCK_ARMS):

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from harness.report import ROOT
-from netns import TEMPORARY, Host, Network
 
 from coupled.rl.run_folder.folder import committed_checkpoints, read_rows
+from hosts.netns import TEMPORARY, Host, Network
 
 PORT = 6379
 SECONDS = 600.0

@@ -1,4 +1,4 @@
-"""The scenarios of `hosts.py`: what is done to a run, when, and what of it is seen."""
+"""The scenarios: what is done to a run, when, and what of it is seen."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from cloud import SECONDS, Cloud, Event, Layout, NotShown, Run
-from netns import Host
-
 from coupled.rl.run_folder.folder import read_run_recipe
+from hosts.cloud import SECONDS, Cloud, Event, Layout, NotShown, Run
+from hosts.netns import Host
 
 NAME = "quickstart"
 NUM_STEPS = 20
