@@ -1,4 +1,4 @@
-"""What workers outside of the trainer bring, what their failures cost, and what the coordinator itself costs.
+"""Gains from workers outside of the trainer, the cost of their failures, and the cost of the coordinator itself.
 
     python benchmarks/cluster.py                         # simulation and local processes; writes docs/results/cluster.*
     python benchmarks/cluster.py --only overlap calls    # some parts; the others are kept as they are in the json
@@ -42,9 +42,9 @@ TRAIN_SECONDS = 30 * 6.93 / (989 * 0.40)
 """GPU-seconds of training per completion: 30 forward-equivalents with LoRA (two updates on coupled pairs, the scores
 of old and reference) at 40 %."""
 SANDBOX_SECONDS = 10.0
-"""Somebody's program runs into its limit in every batch; it is run as soon as its batch is there."""
+"""In every batch a program runs into its limit; it is run as soon as its batch is there."""
 START_SECONDS, LOAD_SECONDS = 30.0, 1.0
-"""Of a worker: to start with a model, and to load an adapter."""
+"""Seconds in which a worker starts with a model, and loads an adapter."""
 BATCH = 16
 """Completions in a batch."""
 NUM_BATCHES = 32
@@ -68,12 +68,12 @@ class Plan:
     lag: int = 0
     num_steps: int = 20
     slow_share: float = 0.0
-    """Of the workers, that take 1.4 times as long."""
+    """Share of the workers that take 1.4 times as long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """A batch to roll out, and how long that takes whoever does it."""
+    """A batch to roll out, and how long a worker of usual speed takes."""
 
     name: str
     seconds: float
@@ -112,7 +112,7 @@ class Clock(SimTransport):
 
 @dataclass(slots=True, kw_only=True)
 class Result:
-    """What a simulated run came to."""
+    """Times of a simulated run."""
 
     ends: list[float]
     """Virtual time at the end of every step."""
@@ -280,7 +280,7 @@ def kill(coordinator: Coordinator, transport: Clock) -> None:
 
 
 def hang(coordinator: Coordinator, transport: Clock) -> None:
-    """A process answers nothing any more: nobody says so, only deadlines tell."""
+    """A process answers nothing any more: only deadlines detect it."""
     busy_worker(coordinator).handle.is_hung = True
 
 

@@ -110,8 +110,8 @@ def page(report: dict[str, Any], picture: str) -> str:
         "",
         "## Cost",
         "",
-        "Wall-clock times of a shared virtual machine do not carry over to another; the split does. Tokens are",
-        "those of completions, end token included.",
+        "Wall-clock times of a shared virtual machine do not carry over to another; the split does. Only tokens",
+        "of completions count, end token included.",
         "",
         *table(
             (

@@ -1,4 +1,4 @@
-"""What rollouts cost against the published loop: tokens a second, forwards, memory, and that the tokens are the same.
+"""The cost of rollouts against the published loop: tokens a second, forwards, memory, and that the tokens are the same.
 
     python benchmarks/rollout.py         # CPU, some minutes; docs/results/rollout.json and .md
     python benchmarks/rollout.py --gpu   # 7.6 B parameters with random weights on one GPU, under eight minutes
@@ -11,7 +11,7 @@ part of it out. Arms take turns; a ratio is of two times of the same round. For 
 before the block anew in every step.
 
 On a GPU sixteen steps stand for 256: each commits sixteen tokens a row, so that the shares of masked positions
-are those of the whole loop, and the time is multiplied by sixteen. What a step of an arm does that depends on the
+are the same as in the whole loop, and the time is multiplied by sixteen. What a step of an arm does that depends on the
 earlier ones is run whole, once. At half of what an H200 can do (the floors are in the table) a step of ten rows takes
 .17 s: 12 arms in 3 rounds of 16 steps, 98 s; 4 whole arms, 100 s; 64 rows, 4 arms of 16 steps of 1.1 s, 70 s; blocks
 and profiles, 30 s; drawing the weights, 30 s: 330 s. After `GPU_SECONDS` no further arm is begun, and the page says
@@ -174,7 +174,7 @@ def all_steps(sampler: Sampler) -> list[Step]:
 
 
 def every_row(policy: Policy, ids: Tensor, pad_lengths: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of all positions are made, too; the wanted ones are what is used."""
+    """Logits of all positions are made as well; only the wanted ones are used."""
     everywhere = torch.ones_like(wanted)
     everywhere[:, : policy.family.shift] = False
     hidden = policy.hidden_at(ids, pad_lengths, everywhere)
@@ -222,7 +222,7 @@ class Arm(AnyArm):
     patches: tuple[tuple[str, Any], ...] = ()
     is_published: bool = False
     is_same: bool = True
-    """The tokens are those of its baseline."""
+    """The tokens are the same as its baseline's."""
 
 
 NUCLEUS, WHOLE = "published loop", "published loop, top-p 1"
@@ -386,7 +386,7 @@ def prepared(arm: Arm) -> Iterator[None]:
 
 
 def canvases(problem: Problem, arm: Arm, *, is_keyed: bool) -> np.ndarray:
-    """What the arm decodes, [B, C]."""
+    """Canvases that the arm decodes, [B, C]."""
     sampler = problem.sampler_of(arm)
     if arm.is_published:
         draw = drawn_by_key(problem.requests, sampler) if is_keyed else drawn_by_torch
@@ -425,7 +425,7 @@ def check(problem: Problem, arms: list[Arm]) -> Iterator[tuple[str, dict[str, An
         tokens = settled_tokens(problem, made)
         same = float((made == kept[arm.baseline])[tokens].mean())
         if arm.is_same and problem.device == "cpu" and same < 1:
-            raise SystemExit(f"{arm.name}: only {same:.4f} of the tokens are those of {arm.baseline}")
+            raise SystemExit(f"{arm.name}: only {same:.4f} of the tokens are the same as with {arm.baseline}")
         yield arm.name, {"counts": counts, "tokens": int(tokens.sum()), "same": same}
 
 
@@ -494,7 +494,7 @@ def child(text: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """What is measured with `--gpu`. `groups`: rows of a batch, and rounds."""
+    """The sizes that `--gpu` measures. `groups`: rows of a batch, and rounds."""
 
     shape: str
     device: str

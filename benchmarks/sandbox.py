@@ -1,4 +1,4 @@
-"""What it costs to run a program: processor time per program by method, and programs per second.
+"""The cost of running a program: processor time per program by method, and programs per second.
 
     python benchmarks/sandbox.py                 # a table; writes docs/results/sandbox.json and .md; under four minutes
     python benchmarks/sandbox.py --soak 5000     # a soak instead: growth, leftovers and changing verdicts end it with 1
@@ -122,7 +122,7 @@ def _wait_for_orphans(known: set[int]) -> None:
 
 def _family_seconds(pid: int) -> float:
     try:
-        # utime, stime, and those of the children it has waited for: a program's time goes to its zygote
+        # utime, stime, and both of the children it has waited for: a program's time goes to its zygote
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:15]
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except (FileNotFoundError, ProcessLookupError):

@@ -1,4 +1,4 @@
-"""What an update costs against the straightforward way: peak memory, time, and that the gradient is the same.
+"""The cost of an update against the straightforward way: peak memory, time, and that the gradient is the same.
 
     python benchmarks/scoring.py                                # CPU, some minutes; docs/results/scoring.json and .md
     python benchmarks/scoring.py --shape dream-7b --adapter 16  # with a GPU; takes fewer --layers
@@ -91,7 +91,7 @@ BASELINE = {arm.name: ARMS[0].name if arm.is_update else ARMS[-2].name for arm i
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Of the problem."""
+    """Size of the problem."""
 
     shape: str
     layers: int
@@ -166,7 +166,7 @@ def make_recipe(arm: Arm) -> Recipe:
 
 
 def reference_scores(size: Size, batch: TrainBatch, pair: MaskPair) -> Tensor:
-    """Stands for the frozen policy's: those of a policy that finds all tokens alike, with noise of a nat."""
+    """Stands for the frozen policy's: the scores of a policy that finds all tokens alike, with noise of a nat."""
     stream = torch.Generator().manual_seed(3)
     noise = torch.randn(batch.valid.shape, generator=stream).to(batch.ids.device)
     weight = torch.where(pair.first, 1 / pair.ratio[:, None], 1 / (1 - pair.ratio[:, None]))
@@ -378,7 +378,7 @@ def child(what: str, given: str) -> None:
 
 
 def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, float]:
-    """Of the loss, and of the gradients (or scores) beside the largest of them."""
+    """Differences of the loss, and of the gradients (or scores) beside the largest of them."""
     names = [name for name in one if name != "loss"]
     return {
         "loss": float((one["loss"] - other["loss"]).abs()),
@@ -506,7 +506,7 @@ def arm_table(report: dict[str, Any]) -> list[str]:
 
 
 def sharing_lines(report: dict[str, Any]) -> list[str]:
-    """What was counted on the quickstart's rollouts, if it was."""
+    """Counts on the quickstart's rollouts, if they were made."""
     if (shared := report.get("sharing")) is None:
         return []
     return [
@@ -538,7 +538,7 @@ def page(report: dict[str, Any]) -> str:
             f"({size['shape']}, {size['layers']} layers, vocabulary {SHAPES[size['shape']]['vocab_size']}"
             f"{', LoRA of rank ' + str(size['adapter']) if size['adapter'] else ', all trained'}). An arm below *ours* "
             "leaves out or adds what it names. Rows of logits are counted once, also where they are computed again in "
-            "the backward pass. For *scores alone* the difference is that of the scores.",
+            "the backward pass. For *scores alone* the difference is between the scores.",
             "",
             "Memory is what the update adds to a process that holds weights and gradients: "
             + (
@@ -561,7 +561,7 @@ def main() -> None:
     """Measure, print the table, write the page."""
     parser = whole_help(__doc__)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="small")
-    parser.add_argument("--layers", type=int, help="default: those of the shape")
+    parser.add_argument("--layers", type=int, help="default: as many as the shape has")
     parser.add_argument("--adapter", type=int, default=0, help="LoRA rank; 0 trains all weights")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--group", type=int, default=10)

@@ -82,7 +82,7 @@ def last_checkpoint(folder: Path) -> Path:
 
 
 def measured(folder: Path, name: str, measure: Any) -> Any:
-    """What `measure()` gives, computed once and kept beside the run."""
+    """The value of `measure()`, computed once and kept beside the run."""
     file = folder / f"{name}.json"
     if not file.is_file():
         file.write_text(json.dumps(measure()) + "\n")
@@ -275,7 +275,7 @@ def run_seed(seed: int, runs: Path, claims: list[str], scale: float, problems: i
 
 
 def tables(seeds: list[dict[str, Any]]) -> str:
-    """What was found, as Markdown: one row an arm, one value a seed."""
+    """The findings as Markdown: one row an arm, one value a seed."""
     lines = []
     if "a" in seeds[0]:
         lines += ["(a) gradient norm over its median in the last sixth of the run, by seed", ""]

@@ -7,8 +7,8 @@ masks: per estimator, many draws of the same completions at the same weights. Me
 
     variance    of Σ_k s_k over draws, mean over completions, in nats²
     noise       tr Cov(g) / ‖E g‖² of the gradient g of the clipped loss at θ = θ_old, over draws
-    share       of tr Cov(g) in the variance of g when prompts and completions are drawn again, too
-    cosine      of E g with the gradient of the ELBO, and with that of the rollout's own trajectory
+    share       of tr Cov(g) in the variance of g when prompts and completions are drawn again as well
+    cosine      of E g with the gradient of the ELBO, and with the one along the rollout's own trajectory
 
 each by unbiased moments: ‖E g‖² and E g · E h are means over products of *different* draws. Standard errors are by
 jackknife over draws. Writes docs/results/variance.json and .md and, with matplotlib (pip install -e '.[bench]'), .svg.
@@ -110,7 +110,7 @@ ORACLE = "ELBO: one mask of every size"
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sample:
-    """What n draws of one estimator gave."""
+    """Results of n draws of one estimator."""
 
     scores: np.ndarray
     """float64 [n, B]: Σ_k s_k of every completion."""
@@ -265,7 +265,7 @@ def measure(drawn: Sample, elbo: Sample, replayed: Sample) -> dict[str, Any]:
 
 
 def share_of_masks(drawn: Sample, trace: float) -> float:
-    """tr Cov of the masks over that of masks, prompts and completions together.
+    """tr Cov of the masks over tr Cov of masks, prompts and completions together.
 
     A batch of P prompts is a sum of independent parts, whose covariance has the trace P/(P-1) · Σ_p ‖g_p - mean‖². Of
     the parts' means over n draws, 1/n of the masks' trace is in that sum.
@@ -334,9 +334,9 @@ def page(report: dict[str, Any], picture: str, reading: str) -> str:
         "* **noise**: tr Cov(g) / ‖E g‖² of the gradient g of the clipped loss at θ = θ_old, without a penalty. The",
         f"  second column is for {NUM_FORWARDS} forwards (n draws averaged have 1/n of it).",
         "* **share**: how much of the gradient's variance is the masks', in a batch of this size whose prompts and",
-        "  completions are drawn again, too. Estimated from the spread over the prompts here.",
-        "* **cosine**: between E g and the gradient of the ELBO, or that of the rollout's own trajectory. By unbiased",
-        "  moments, so that chance may take it above 1.",
+        "  completions are drawn again as well. Estimated from the spread over the prompts here.",
+        "* **cosine**: between E g and the gradient of the ELBO, or the one along the rollout's own trajectory. By",
+        "  unbiased moments, so that chance may take it above 1.",
         "",
         reading,
         "",

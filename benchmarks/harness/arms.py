@@ -25,8 +25,7 @@ class Arm:
 
 
 def alternate(arms: Sequence[Any], rounds: int, measure: Callable[[Any], Measured]) -> dict[str, list[Measured]]:
-    """What `measure` gives for every arm, round by round: the arms take turns, so that a busy machine is unfair to all
-    alike."""
+    """Values of `measure` by arm, round by round: arms take turns, so that a busy machine is unfair to all alike."""
     found: dict[str, list[Measured]] = {arm.name: [] for arm in arms}
     for _ in range(rounds):
         for arm in arms:

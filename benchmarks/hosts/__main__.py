@@ -42,7 +42,7 @@ on the embedded model: {NUM_STEPS} steps of twelve completions in six batches, `
 comes when a batch of step {FAULT_STEP} is under way on the host that it hits.
 
 **Same bits**: SHA-256 of the last checkpoint's weights, of all metrics of all steps (without times and the
-cluster's own), and of all rollouts with tokens, log-probabilities and verdicts are those of the run without
+cluster's own), and of all rollouts with tokens, log-probabilities and verdicts match the run without
 faults; every step is logged once; every batch and every program counted once, or where the run was resumed at
 most once for each process. **Seconds**: from the first batch to the last step; **added**: over the run without
 faults in the same sitting. **Again**: tried again after a loss; **hedged**: given to a second worker beside the

@@ -19,7 +19,7 @@ COUNTED = ("redispatched", "hedged", "duplicates", "lost_workers", "quarantined"
 
 
 def outcome(run: Run) -> dict[str, Any]:
-    """Of a finished run: digests of what it computed, what it counted, and its seconds from the first batch on."""
+    """Digests of what a finished run computed, its counts, and its seconds from the first batch on."""
     rows = read_rows(run.folder / "metrics.jsonl")
     known = [{k: v for k, v in row.items() if not k.startswith(DETERMINISTIC_EXCEPT)} for row in rows]
     tables = [pq.read_table(path).to_pylist() for path in sorted((run.folder / "rollouts").glob("*.parquet"))]
@@ -57,7 +57,7 @@ def miscounts(events: Sequence[Event], num_processes: int) -> list[str]:
 
 
 def flaws(found: dict[str, Any], reference: dict[str, Any], scenario: Scenario, events: Sequence[Event]) -> list[str]:
-    """What differs from the run without faults, and what was to be seen and was not."""
+    """Differences from the run without faults, and effects that were expected and did not show."""
     wrong = [f"{name} differ" for name in ("weights", "metrics", "rollouts") if found[name] != reference[name]]
     if found["steps"] != list(range(1, NUM_STEPS + 1)):
         wrong.append(f"steps in the metrics: {found['steps']}")

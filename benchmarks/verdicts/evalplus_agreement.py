@@ -1,4 +1,4 @@
-"""Do our verdicts agree with those of evalplus, program by program?
+"""Our verdicts beside the verdicts of evalplus, program by program.
 
     python -m venv /tmp/ep && /tmp/ep/bin/pip install evalplus==0.3.1
     python benchmarks/verdicts/evalplus_agreement.py --data ../shared/data --evalplus /tmp/ep/bin/python --out /tmp/ag
@@ -172,7 +172,7 @@ def compare(name: str, folder: Path, theirs: dict[str, list[dict[str, Any]]]) ->
 def page(report: dict[str, Any], notes: dict[str, str]) -> str:
     """docs/results/evalplus.md"""
     lines = [
-        "# Our verdicts and those of evalplus",
+        "# Our verdicts and the verdicts of evalplus",
         "",
         "Made by `benchmarks/verdicts/evalplus_agreement.py`: the canonical solution of every problem, a mutant of it, "
         "and a",

@@ -123,7 +123,7 @@ def _sites(tree: ast.Module) -> Iterator[tuple[Any, str, int]]:
 
 
 def beside(task: Task, mutant: str) -> Job:
-    """A job that says of every input whether the mutant gives what the reference gives."""
+    """A job that reports for every input whether the mutant gives what the reference gives."""
     source = _BESIDE.format(entry_point=task.entry_point, right=task.reference, other=mutant)
     calls = tuple(Call(function="same", args=parse_arguments(text)) for text in task.hidden_tests)
     return Job(uid=task.uid, source=source, calls=calls, limits=LIMITS)
@@ -131,7 +131,7 @@ def beside(task: Task, mutant: str) -> Job:
 
 @dataclass(frozen=True, kw_only=True)
 class MutantCount:
-    """What became of the mutants of a benchmark."""
+    """The mutants of a benchmark by how they were judged."""
 
     mutants: int = 0
     differing: int = 0
