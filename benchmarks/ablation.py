@@ -13,22 +13,27 @@ the random numbers of their completions are the same for all, so differences are
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
-import subprocess
-import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, environment
-
-from coupled.rl.evaluation.held_out import Evaluation
-from coupled.rl.run_folder.folder import read_rows
+from harness.arms import Arm as AnyArm
+from harness.report import (
+    RESULTS,
+    draw_if_possible,
+    environment,
+    hardware,
+    pyplot,
+    save_figure,
+    short_help,
+    write_report,
+)
+from harness.seeds import KINDS, QUICKSTART, Finished, Training
+from harness.tables import table
 
 COMMON = (
     "num_steps=20",
@@ -37,16 +42,14 @@ COMMON = (
     "sandbox.num_workers=1",
     "evaluation.num_samples=2",
 )
-KINDS = ("sampled", "greedy")
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """97.5 % quantile of Student's t for a mean of n values (n - 1 degrees of freedom)."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Arm:
+@dataclass(frozen=True, kw_only=True)
+class Arm(AnyArm):
     """One setting of the recipe. `num_views` is how many masked inputs score one completion."""
 
-    name: str
     part: str
     num_views: int
     settings: tuple[str, ...]
@@ -105,39 +108,25 @@ def run_name(arm: Arm, seed: int) -> str:
     return f"{arm.name.replace(', ', '-').replace('–', '-').replace(' ', '-')}_seed{seed}"
 
 
-def train(arm: Arm, seed: int, runs: Path) -> None:
-    """Train one arm on one seed as a user would, unless that is done."""
-    name = run_name(arm, seed)
-    if is_finished(runs / f"{name}-001"):
-        return
-    command = [sys.executable, "-m", "coupled.rl.cli", "train", str(ROOT / "recipes" / "quickstart.yaml")]
-    settings = (*COMMON, *arm.settings, f"seed={seed}", f"name={name}", f"output_dir={runs}", "resume=auto")
-    with (runs / f"{name}.log").open("w") as log:
-        ended = subprocess.run([*command, *settings], stdout=log, stderr=subprocess.STDOUT, check=False)
-    print(f"{name}: {'done' if ended.returncode == 0 else f'failed, see {log.name}'}", flush=True)
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether the run was evaluated at its start and at its end."""
-    evaluations = folder / "evaluation.jsonl"
-    return evaluations.is_file() and len(read_rows(evaluations)) >= 2
+def training(arm: Arm, seed: int, runs: Path) -> Training:
+    """The training of one arm on one seed."""
+    return Training(
+        recipe=QUICKSTART, name=run_name(arm, seed), runs=runs, settings=(*COMMON, *arm.settings, f"seed={seed}")
+    )
 
 
 def result_of(arm: Arm, seed: int, folder: Path) -> dict[str, Any]:
-    """What one run gave, from its folder."""
-    rows = read_rows(folder / "metrics.jsonl")
-    evaluations = [Evaluation.from_row(row) for row in read_rows(folder / "evaluation.jsonl")]
+    """The numbers of one run, from its folder."""
+    run = Finished.read(folder)
     result: dict[str, Any] = {
         "arm": arm.name,
         "seed": seed,
-        "curve": {name: [row[name] for row in rows] for name in ("step", "pass_rate", "kl", "grad_norm")},
-        "seconds": {
-            part: statistics.median(row[f"time/{part}_seconds"] for row in rows)
-            for part in ("rollout", "scoring", "update", "step")
-        },
+        "curve": run.curves(("step", "pass_rate", "kl", "grad_norm")),
+        "seconds": run.median_seconds(("rollout", "scoring", "update", "step")),
     }
     for kind in KINDS:
-        result[kind] = [100 * getattr(point, kind).pass_at_1.mean for point in (evaluations[0], evaluations[-1])]
+        ends = (run.evaluations[0], run.evaluations[-1])
+        result[kind] = [100 * getattr(point, kind).pass_at_1.mean for point in ends]
     return result
 
 
@@ -155,12 +144,10 @@ def differences(results: Sequence[dict[str, Any]], arm: str, base: str, kind: st
     return [ends[arm, seed] - ends[base, seed] for seed in seeds]
 
 
-def table(results: Sequence[dict[str, Any]], part: str) -> list[str]:
+def part_table(results: Sequence[dict[str, Any]], part: str) -> list[str]:
     """One part's arms, a line each, with the base arm first."""
-    lines = [
-        "| arm | inputs | seeds | sampled | gain | against coupled | greedy | gain | against coupled | update time |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    of_kinds = [cell for kind in KINDS for cell in (kind, "gain", "against coupled")]
+    rows = []
     base_cost = cost(results, BASE)
     for arm in (a for a in ARMS if a.part == part or a.name == BASE):
         mine = [r for r in results if r["arm"] == arm.name]
@@ -174,8 +161,8 @@ def table(results: Sequence[dict[str, Any]], part: str) -> list[str]:
                 "" if arm.name == BASE else _difference_cell(differences(results, arm.name, BASE, kind)),
             ]
         cells.append(f"{cost(results, arm.name) / base_cost:.2f}")
-        lines.append("| " + " | ".join(cells) + " |")
-    return lines
+        rows.append(cells)
+    return table(("arm", "inputs", "seeds", *of_kinds, "update time"), rows)
 
 
 def cost(results: Sequence[dict[str, Any]], arm: str) -> float:
@@ -205,8 +192,7 @@ def page(report: dict[str, Any], picture: str, reading: str) -> str:
         "",
         f"* command: `{environment['command']}`",
         f"* commit of the runs: {report['runs_commit']}",
-        f"* hardware: {environment['cores']} cores of an {environment['processor']}, one for each run, no GPU; "
-        f"Python {environment['python']}, torch {environment['torch']}",
+        f"* hardware: {hardware(environment, gpu='one for each run, no GPU')}",
         f"* recipe: `recipes/quickstart.yaml` with `{' '.join(COMMON)}`, and each arm's settings as listed at the end",
         "",
         reading,
@@ -221,7 +207,7 @@ def page(report: dict[str, Any], picture: str, reading: str) -> str:
     ]
     for part in (ESTIMATORS, WEIGHTS, QUESTION):
         if any(r["arm"] == a.name for r in results for a in ARMS if a.part == part):
-            lines += ["", f"### {part}", "", *table(results, part)]
+            lines += ["", f"### {part}", "", *part_table(results, part)]
     lines += ["", f"![training and held-out results]({picture})", "", "## Settings of the arms", ""]
     lines += [
         f"* {arm.name}: `{' '.join(arm.settings) or '(none)'}`"
@@ -233,13 +219,8 @@ def page(report: dict[str, Any], picture: str, reading: str) -> str:
 
 def draw(results: Sequence[dict[str, Any]], to: Path) -> None:
     """Training pass rates, mean over the seeds, and every seed's held-out result."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     parts = [part for part in (ESTIMATORS, WEIGHTS, QUESTION) if any(_of(results, a) for a in ARMS if a.part == part)]
-    figure, axes = plt.subplots(len(parts), 2, figsize=(11, 3.8 * len(parts)), squeeze=False)
+    figure, axes = pyplot().subplots(len(parts), 2, figsize=(11, 3.8 * len(parts)), squeeze=False)
     for (left, right), part in zip(axes, parts, strict=True):
         arms = [a for a in ARMS if (a.part == part or a.name == BASE) and _of(results, a)]
         for place, arm in enumerate(arms):
@@ -258,10 +239,7 @@ def draw(results: Sequence[dict[str, Any]], to: Path) -> None:
         right.set(ylabel="pass@1, %")
         right.set_title("held out at the end: ○ sampled, □ greedy", fontsize=10)
         right.set_xticks(range(len(arms)), [a.name for a in arms], rotation=25, ha="right", fontsize=7)
-        for axis in (left, right):
-            axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(to)
+    save_figure(figure, to)
 
 
 def _of(results: Sequence[dict[str, Any]], arm: Arm) -> list[dict[str, Any]]:
@@ -274,13 +252,13 @@ def _smooth(values: Sequence[float], width: int = 5) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = short_help(__doc__)
     parser.add_argument("--runs", type=Path, required=True, help="where the run folders go")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--arms", nargs="+", help="names of arms; all of them if none are given")
     parser.add_argument("--reading", type=Path, help="Markdown that goes above the tables")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time; 0 only makes the page")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "ablation.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "ablation.json")
     arguments = parser.parse_args()
     arguments.runs.mkdir(parents=True, exist_ok=True)
     arms = [arm for arm in ARMS if not arguments.arms or arm.name in arguments.arms]
@@ -288,20 +266,17 @@ def main() -> None:
     if arguments.jobs:
         commit_file.write_text(environment()["commit"])
         # Seed by seed: what is there when it is interrupted can be compared.
+        todo = [training(arm, seed, arguments.runs) for seed in arguments.seeds for arm in arms]
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            list(pool.map(lambda job: train(*job, arguments.runs), [(a, s) for s in arguments.seeds for a in arms]))
-    folders = [(arm, seed, arguments.runs / f"{run_name(arm, seed)}-001") for arm in ARMS for seed in arguments.seeds]
-    results = [result_of(arm, seed, folder) for arm, seed, folder in folders if is_finished(folder)]
+            list(pool.map(Training.train_quietly, [each for each in todo if not each.is_evaluated]))
+    there = [(arm, seed, training(arm, seed, arguments.runs)) for arm in ARMS for seed in arguments.seeds]
+    results = [result_of(arm, seed, run.folder) for arm, seed, run in there if run.is_evaluated]
     report = {"environment": environment(), "runs_commit": commit_file.read_text().strip(), "results": results}
     reading = arguments.reading.read_text().strip() if arguments.reading else ""
-    arguments.out.write_text(json.dumps(report) + "\n")
-    text = page(report, arguments.out.with_suffix(".svg").name, reading)
-    arguments.out.with_suffix(".md").write_text(text)
+    picture = arguments.out.with_suffix(".svg")
+    write_report(report, arguments.out, lambda report: page(report, picture.name, reading), indent=None)
     print(f"wrote {arguments.out} from {len(results)} runs")
-    try:
-        draw(results, arguments.out.with_suffix(".svg"))
-    except ImportError:
-        print("no picture: matplotlib is not installed")
+    draw_if_possible(draw, results, picture)
 
 
 if __name__ == "__main__":

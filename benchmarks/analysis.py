@@ -8,33 +8,31 @@ Trains `recipes/quickstart.yaml` into --runs unless a finished run is there (or 
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, environment
+from harness.report import RESULTS, ROOT, environment, hardware, short_help, write_report
+from harness.seeds import QUICKSTART, Training
+from harness.tables import percent, table
 
-RECIPE = ROOT / "recipes" / "quickstart.yaml"
 START = ROOT / "recipes" / "tiny" / "checkpoint"
 
 
 def trained_run(runs: Path, settings: list[str]) -> Path:
     """The folder of a finished quickstart, trained if there is none."""
-    folder = runs / "quickstart-001"
-    rows = (folder / "evaluation.jsonl").read_text().splitlines() if (folder / "evaluation.jsonl").is_file() else []
-    if len(rows) < 2:
-        command = [sys.executable, "-m", "coupled.rl.cli", "train", str(RECIPE), f"output_dir={runs}", "resume=auto"]
-        subprocess.run([*command, *settings], check=True)
-    return folder
+    training = Training(recipe=QUICKSTART, name="quickstart", runs=runs, settings=settings)
+    if not training.is_evaluated:
+        training.train()
+    return training.folder
 
 
 def analyse(run: Path, out: Path, problems: int, samples: int, settings: list[str]) -> dict[str, Any]:
     """`coupled analyze` as a user would call it; returns analysis.json."""
     command = [sys.executable, "-m", "coupled.rl.cli", "analyze", str(START), *settings, "--compare", str(run)]
-    command += ["--recipe", str(RECIPE)]
+    command += ["--recipe", str(QUICKSTART)]
     command += ["--problems", str(problems), "--samples", str(samples), "--out", str(out)]
     subprocess.run(command, check=True)
     found: dict[str, Any] = json.loads((out / "analysis.json").read_text())
@@ -56,8 +54,7 @@ def page(result: dict[str, Any]) -> str:
         f"* command: `{environment['command']}`",
         f"* commit: {environment['commit']}; after: {result['run']['num_steps']} steps of the quickstart, one run "
         f"(`{result['run']['name']}`)",
-        f"* hardware: {environment['cores']} shared cores of an {environment['processor']}, no GPU; "
-        f"Python {environment['python']}, torch {environment['torch']}",
+        f"* hardware: {hardware(environment, cores='shared cores')}",
         f"* {result['num_problems']} held-out problems, {sweep['num_samples']} completions each (1 at temperature 0), "
         f"canvas {result['canvas']}, {result['denoising_steps']} steps, order `{result['order']}`",
         "",
@@ -66,14 +63,13 @@ def page(result: dict[str, Any]) -> str:
         "",
         "## What was predicted, and what shows here",
         "",
-        "| difference | predicted | found, points | shows |",
-        "|---|---|---|---|",
-    ]
-    lines += [
-        f"| {claim['text']} | {claim['expected']} | {_cell(claim['difference'], sign=True)} | {claim['shows']} |"
-        for claim in result["claims"]
-    ]
-    lines += [
+        *table(
+            ("difference", "predicted", "found, points", "shows"),
+            [
+                (claim["text"], claim["expected"], percent(**claim["difference"], has_sign=True), claim["shows"])
+                for claim in result["claims"]
+            ],
+        ),
         "",
         "`yes`: the interval excludes 0 on the predicted side. The best temperature is chosen by looking at the same",
         "numbers, so its interval is somewhat too narrow.",
@@ -82,18 +78,10 @@ def page(result: dict[str, Any]) -> str:
         "",
         "## Every point",
         "",
-        f"| checkpoint | T | steps | pass@1 | {most} | local AR-ness@1 | global AR-ness@1 | tokens/s |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for checkpoint in result["checkpoints"]:
-        for row in checkpoint["points"]:
-            cells = [_cell(row[name]) if name in row else "" for name in ("pass@1", most, "local@1", "global@1")]
-            lines.append(
-                f"| {checkpoint['name']} | {row['temperature']:g} | {row['denoising_steps']} | "
-                + " | ".join(cells)
-                + f" | {row['tokens_per_second']:.0f} |"
-            )
-    lines += [
+        *table(
+            ("checkpoint", "T", "steps", "pass@1", most, "local AR-ness@1", "global AR-ness@1", "tokens/s"),
+            [point_cells(at["name"], row, most) for at in result["checkpoints"] for row in at["points"]],
+        ),
         "",
         "Tokens per second are of rollout alone, on a machine that was busy with other work: compare them within a",
         "checkpoint at most.",
@@ -109,26 +97,26 @@ def page(result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _cell(interval: dict[str, float], *, sign: bool = False) -> str:
-    mean = f"{100 * interval['mean']:+.1f}" if sign else f"{100 * interval['mean']:.1f}"
-    return f"{mean} [{100 * interval['low']:.1f}, {100 * interval['high']:.1f}]"
+def point_cells(name: str, row: dict[str, Any], most: str) -> list[Any]:
+    """One temperature of a checkpoint; empty where it was not measured."""
+    rates = [percent(**row[key]) if key in row else "" for key in ("pass@1", most, "local@1", "global@1")]
+    return [name, f"{row['temperature']:g}", row["denoising_steps"], *rates, f"{row['tokens_per_second']:.0f}"]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = short_help(__doc__)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--runs", type=Path, help="where a quickstart is trained, unless a finished one is there")
     which.add_argument("--run", type=Path, help="a run folder of the quickstart")
     parser.add_argument("--problems", type=int, default=150)
     parser.add_argument("--samples", type=int, default=8)
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("settings", nargs="*", help="key=value settings of the recipe")
     given = parser.parse_args()
     run = trained_run(given.runs, given.settings) if given.run is None else given.run
     result = analyse(run, given.out, given.problems, given.samples, given.settings)
     result["environment"] = environment()
-    (given.out / "analysis.json").write_text(json.dumps(result) + "\n")
-    (given.out / "analysis.md").write_text(page(result))
+    write_report(result, given.out / "analysis.json", page, indent=None)
     print(f"wrote {given.out / 'analysis.md'}")
 
 

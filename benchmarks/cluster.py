@@ -1,4 +1,4 @@
-"""What workers outside of the trainer bring, what their failures cost, and what the coordinator itself costs.
+"""Gains from workers outside of the trainer, the cost of their failures, and the cost of the coordinator itself.
 
     python benchmarks/cluster.py                         # simulation and local processes; writes docs/results/cluster.*
     python benchmarks/cluster.py --only overlap calls    # some parts; the others are kept as they are in the json
@@ -12,11 +12,8 @@ do nothing.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
 import math
-import os
 import random
 import statistics
 import time
@@ -25,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, environment
+from harness.report import RESULTS, ROOT, environment, loads, provenance, read_report, whole_help, write_report
+from harness.tables import figure, span, table
 
 from coupled.rl.cluster.admission import InOrder
 from coupled.rl.cluster.coordinator import Coordinator, Weights
@@ -44,9 +42,9 @@ TRAIN_SECONDS = 30 * 6.93 / (989 * 0.40)
 """GPU-seconds of training per completion: 30 forward-equivalents with LoRA (two updates on coupled pairs, the scores
 of old and reference) at 40 %."""
 SANDBOX_SECONDS = 10.0
-"""Somebody's program runs into its limit in every batch; it is run as soon as its batch is there."""
+"""In every batch a program runs into its limit; it is run as soon as its batch is there."""
 START_SECONDS, LOAD_SECONDS = 30.0, 1.0
-"""Of a worker: to start with a model, and to load an adapter."""
+"""Seconds in which a worker starts with a model, and loads an adapter."""
 BATCH = 16
 """Completions in a batch."""
 NUM_BATCHES = 32
@@ -70,12 +68,12 @@ class Plan:
     lag: int = 0
     num_steps: int = 20
     slow_share: float = 0.0
-    """Of the workers, that take 1.4 times as long."""
+    """Share of the workers that take 1.4 times as long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """A batch to roll out, and how long that takes whoever does it."""
+    """A batch to roll out, and how long a worker of usual speed takes."""
 
     name: str
     seconds: float
@@ -114,7 +112,7 @@ class Clock(SimTransport):
 
 @dataclass(slots=True, kw_only=True)
 class Result:
-    """What a simulated run came to."""
+    """Times of a simulated run."""
 
     ends: list[float]
     """Virtual time at the end of every step."""
@@ -217,11 +215,6 @@ def work_of(plan: Plan, step: int, slot: int) -> Work:
     return Work(name=name, seconds=drawn)
 
 
-def figure(values: Sequence[float]) -> dict[str, float]:
-    """Mean, smallest and largest over the seeds."""
-    return {"mean": statistics.mean(values), "low": min(values), "high": max(values)}
-
-
 # --- simulated ----------------------------------------------------------------------------------------------------
 
 
@@ -287,7 +280,7 @@ def kill(coordinator: Coordinator, transport: Clock) -> None:
 
 
 def hang(coordinator: Coordinator, transport: Clock) -> None:
-    """A process answers nothing any more: nobody says so, only deadlines tell."""
+    """A process answers nothing any more: only deadlines detect it."""
     busy_worker(coordinator).handle.is_hung = True
 
 
@@ -443,11 +436,6 @@ def ray_calls() -> list[dict[str, Any]]:
 # --- the page -----------------------------------------------------------------------------------------------------
 
 
-def span(found: dict[str, float], form: str = ".2f") -> str:
-    """`mean (low–high)`."""
-    return f"{found['mean']:{form}} ({found['low']:{form}}–{found['high']:{form}})"
-
-
 def page(report: dict[str, Any]) -> str:
     """docs/results/cluster.md."""
     lines = [
@@ -464,17 +452,10 @@ def page(report: dict[str, Any]) -> str:
             lines += [
                 *WRITERS[part](report[part]["rows"]),
                 "",
-                f"`{about['command']}`, commit {about['commit']}, {about['cores']} cores of an {about['processor']} "
-                f"(load {about['load']}), Python {about['python']}, {report[part]['seconds']:.0f} s.",
+                f"{provenance(about)}, {report[part]['seconds']:.0f} s.",
                 "",
             ]
     return "\n".join(lines)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """A Markdown table."""
-    written = ["| " + " | ".join(map(str, row)) + " |" for row in (head, *rows)]
-    return [written[0], "|" + "---|" * len(head), *written[1:]]
 
 
 def write_overlap(rows: list[dict[str, Any]]) -> list[str]:
@@ -613,20 +594,18 @@ MEASURE: dict[str, Callable[[], list[dict[str, Any]]]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = whole_help(__doc__)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure now")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results", help="where the results go")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where the results go")
     options = parser.parse_args()
     file = options.output / "cluster.json"
-    report = json.loads(file.read_text()) if file.is_file() else {}
+    report = read_report(file)
     for part in options.only:
         started = time.perf_counter()
         rows = MEASURE[part]()
-        about = environment() | {"load": " ".join(f"{load:.1f}" for load in os.getloadavg())}
+        about = environment() | {"load": loads()}
         report[part] = {"environment": about, "seconds": time.perf_counter() - started, "rows": rows}
-        options.output.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(report, indent=1) + "\n")
-        (options.output / "cluster.md").write_text(page(report))
+        write_report(report, file, page)
         print("\n".join(WRITERS[part](rows)), flush=True)
 
 

@@ -9,58 +9,51 @@ A seed whose run folder is finished is not run again.
 
 from __future__ import annotations
 
-import argparse
-import json
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, environment
+from harness.report import (
+    RESULTS,
+    draw_if_possible,
+    environment,
+    hardware,
+    pyplot,
+    save_figure,
+    short_help,
+    write_report,
+)
+from harness.seeds import KINDS, QUICKSTART, Finished, Training
+from harness.tables import percent, percent_range, table
 
-from coupled.rl.evaluation.held_out import Evaluation, paired_gain
-from coupled.rl.run_folder.folder import read_rows
+from coupled.rl.evaluation.held_out import paired_gain
 
 PARTS = ("rollout", "sandbox", "scoring", "update", "sync")
 
 
-def run_seed(seed: int, recipe: str, runs: Path, overrides: list[str]) -> float:
-    """Train one seed as a user would; returns the wall-clock seconds of the whole command."""
-    name = f"seed{seed}"
-    command = [sys.executable, "-m", "coupled.rl.cli", "train", recipe, f"seed={seed}", f"name={name}"]
-    started = time.perf_counter()
-    subprocess.run([*command, f"output_dir={runs}", "resume=auto", *overrides], check=True)
-    return time.perf_counter() - started
-
-
 def summary(seed: int, folder: Path, seconds: float) -> dict[str, Any]:
-    """What one run gave, from its folder."""
-    rows = read_rows(folder / "metrics.jsonl")
-    evaluations = [Evaluation.from_row(row) for row in read_rows(folder / "evaluation.jsonl")]
-    before, after = evaluations[0], evaluations[-1]
+    """The numbers of one run, from its folder."""
+    run = Finished.read(folder)
+    before, after = run.evaluations[0], run.evaluations[-1]
     result: dict[str, Any] = {
         "seed": seed,
         "total_seconds": seconds,
-        "median_step_seconds": {
-            part: statistics.median(row[f"time/{part}_seconds"] for row in rows) for part in (*PARTS, "step")
-        },
-        "median_tokens_per_second": statistics.median(row["tokens_per_second"] for row in rows),
-        "peak_memory_mb": max(row["memory/peak_mb"] for row in rows),
-        "curve": {name: [row[name] for row in rows] for name in ("step", "reward", "pass_rate", "kl")},
+        "median_step_seconds": run.median_seconds((*PARTS, "step")),
+        "median_tokens_per_second": statistics.median(row["tokens_per_second"] for row in run.rows),
+        "peak_memory_mb": max(row["memory/peak_mb"] for row in run.rows),
+        "curve": run.curves(("step", "reward", "pass_rate", "kl")),
         "num_problems": len(before.sampled.rates),
         "num_samples": before.sampled.num_samples,
         "held_out": [],
     }
-    for evaluation in evaluations:
+    for evaluation in run.evaluations:
         point: dict[str, Any] = {"step": evaluation.step}
-        for kind in ("sampled", "greedy"):
-            rates = getattr(evaluation, kind)
-            interval = rates.pass_at_1
+        for kind in KINDS:
+            interval = getattr(evaluation, kind).pass_at_1
             point[kind] = [interval.mean, interval.low, interval.high]
         result["held_out"].append(point)
-    for kind in ("sampled", "greedy"):
+    for kind in KINDS:
         gain = paired_gain(getattr(before, kind), getattr(after, kind))
         result[f"gain_{kind}"] = [gain.mean, gain.low, gain.high]
     return result
@@ -68,12 +61,7 @@ def summary(seed: int, folder: Path, seconds: float) -> dict[str, Any]:
 
 def draw(results: list[dict[str, Any]], to: Path) -> None:
     """Training pass rate and held-out pass@1 of every seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.6))
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(10, 3.6))
     for colour, result in enumerate(results):
         style = {"color": f"C{colour}", "label": f"seed {result['seed']}"}
         left.plot(result["curve"]["step"], [100 * p for p in result["curve"]["pass_rate"]], **style)
@@ -83,10 +71,7 @@ def draw(results: list[dict[str, Any]], to: Path) -> None:
     left.set(xlabel="step", ylabel="training rollouts that pass, %", title="training")
     right.set(xlabel="step", ylabel="pass@1, %", title="held out: sampled (—) and greedy (--)")
     left.legend(frameon=False, fontsize=8)
-    for axis in (left, right):
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(to)
+    save_figure(figure, to)
 
 
 def page(report: dict[str, Any], picture: str) -> str:
@@ -99,90 +84,107 @@ def page(report: dict[str, Any], picture: str) -> str:
         "",
         f"* command: `{environment['command']}`",
         f"* commit: {environment['commit']}",
-        f"* hardware: {environment['cores']} cores of an {environment['processor']}, no GPU; "
-        f"Python {environment['python']}, torch {environment['torch']}",
+        f"* hardware: {hardware(environment)}",
         "",
         "Held-out pass@1 in per cent with 95 % intervals, by bootstrap over the "
         f"{seeds[0]['num_problems']} problems; sampled: {seeds[0]['num_samples']} completions",
         "per problem at the rollout temperature. Gains are by problem, on the same random",
         "numbers. No held-out composition of operations occurs in any training stage.",
         "",
-        "| seed | sampled before | after | gain | greedy before | after | gain |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for seed in seeds:
-        cells = []
-        for kind in ("sampled", "greedy"):
-            first, last = seed["held_out"][0][kind], seed["held_out"][-1][kind]
-            gain = seed[f"gain_{kind}"]
-            cells += [_cell(first), _cell(last), f"**{100 * gain[0]:+.1f}** {_range(gain)}"]
-        lines.append(f"| {seed['seed']} | " + " | ".join(cells) + " |")
-    lines += [
+        *table(
+            ("seed", "sampled before", "after", "gain", "greedy before", "after", "gain"),
+            [gain_cells(seed) for seed in seeds],
+        ),
         "",
         f"![training and held-out curves]({picture})",
         "",
         "Held-out pass@1 along the way (sampled / greedy):",
         "",
-        "| seed | " + " | ".join(f"step {point['step']}" for point in seeds[0]["held_out"]) + " |",
-        "|---|" + "---|" * len(seeds[0]["held_out"]),
-    ]
-    for seed in seeds:
-        points = [f"{100 * p['sampled'][0]:.1f} / {100 * p['greedy'][0]:.1f}" for p in seed["held_out"]]
-        lines.append(f"| {seed['seed']} | " + " | ".join(points) + " |")
-    lines += [
+        *table(
+            ("seed", *(f"step {point['step']}" for point in seeds[0]["held_out"])),
+            [
+                (seed["seed"], *(f"{100 * p['sampled'][0]:.1f} / {100 * p['greedy'][0]:.1f}" for p in seed["held_out"]))
+                for seed in seeds
+            ],
+        ),
         "",
         "## Cost",
         "",
-        "Wall-clock times of a shared virtual machine do not carry over to another; the split does. Tokens are",
-        "those of completions, end token included.",
+        "Wall-clock times of a shared virtual machine do not carry over to another; the split does. Only tokens",
+        "of completions count, end token included.",
         "",
-        "| seed | whole command, s | step, s | rollout | sandbox | scoring | update | tokens/s | peak memory, MB |",
-        "|---|---|---|---|---|---|---|---|---|",
+        *table(
+            (
+                "seed",
+                "whole command, s",
+                "step, s",
+                "rollout",
+                "sandbox",
+                "scoring",
+                "update",
+                "tokens/s",
+                "peak memory, MB",
+            ),
+            [cost_cells(seed) for seed in seeds],
+        ),
     ]
-    for seed in seeds:
-        part = seed["median_step_seconds"]
-        share = [f"{100 * part[name] / part['step']:.0f} %" for name in ("rollout", "sandbox", "scoring", "update")]
-        lines.append(
-            f"| {seed['seed']} | {seed['total_seconds']:.0f} | {part['step']:.1f} | "
-            + " | ".join(share)
-            + f" | {seed['median_tokens_per_second']:.0f} | {seed['peak_memory_mb']:.0f} |"
-        )
     return "\n".join(lines) + "\n"
 
 
-def _cell(interval: list[float]) -> str:
-    return f"{100 * interval[0]:.1f} {_range(interval)}"
+def gain_cells(seed: dict[str, Any]) -> list[Any]:
+    """Held-out pass@1 of a seed before and after, and its gain."""
+    cells = [seed["seed"]]
+    for kind in KINDS:
+        first, last, (gain, low, high) = seed["held_out"][0][kind], seed["held_out"][-1][kind], seed[f"gain_{kind}"]
+        cells += [percent(*first), percent(*last), f"**{100 * gain:+.1f}** {percent_range(low, high)}"]
+    return cells
 
 
-def _range(interval: list[float]) -> str:
-    return f"[{100 * interval[1]:.1f}, {100 * interval[2]:.1f}]"
+def cost_cells(seed: dict[str, Any]) -> list[Any]:
+    """Seconds of a seed, shares of a step, tokens a second and memory."""
+    part = seed["median_step_seconds"]
+    shares = [f"{100 * part[name] / part['step']:.0f} %" for name in ("rollout", "sandbox", "scoring", "update")]
+    rate, memory = seed["median_tokens_per_second"], seed["peak_memory_mb"]
+    return [
+        seed["seed"],
+        f"{seed['total_seconds']:.0f}",
+        f"{part['step']:.1f}",
+        *shares,
+        f"{rate:.0f}",
+        f"{memory:.0f}",
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = short_help(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--recipe", default=str(ROOT / "recipes" / "quickstart.yaml"))
+    parser.add_argument("--recipe", default=str(QUICKSTART))
     parser.add_argument("--runs", type=Path, required=True, help="where the run folders go")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "quickstart.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "quickstart.json")
     parser.add_argument("overrides", nargs="*", help="key=value settings of the recipe")
     arguments = parser.parse_args()
     results = []
     for seed in arguments.seeds:
-        seconds = run_seed(seed, arguments.recipe, arguments.runs, arguments.overrides)
-        results.append(summary(seed, arguments.runs / f"seed{seed}-001", seconds))
+        training = Training(
+            recipe=arguments.recipe,
+            name=f"seed{seed}",
+            runs=arguments.runs,
+            settings=(f"seed={seed}", *arguments.overrides),
+        )
+        started = time.perf_counter()
+        training.train()
+        seconds = time.perf_counter() - started
+        results.append(summary(seed, training.folder, seconds))
         last = results[-1]
         print(
             f"seed {seed}: sampled {100 * last['gain_sampled'][0]:+.1f}, greedy {100 * last['gain_greedy'][0]:+.1f} "
             f"points, {seconds:.0f} s"
         )
     report = {"environment": environment(), "seeds": results}
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
-    arguments.out.with_suffix(".md").write_text(page(report, arguments.out.with_suffix(".svg").name))
+    picture = arguments.out.with_suffix(".svg")
+    write_report(report, arguments.out, lambda report: page(report, picture.name))
     print(f"wrote {arguments.out}")
-    try:
-        draw(results, arguments.out.with_suffix(".svg"))
-    except ImportError:
-        print("no picture: matplotlib is not installed")
+    draw_if_possible(draw, results, picture)
 
 
 if __name__ == "__main__":

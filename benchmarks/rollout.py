@@ -1,4 +1,4 @@
-"""What rollouts cost against the published loop: tokens a second, forwards, memory, and that the tokens are the same.
+"""The cost of rollouts against the published loop: tokens a second, forwards, memory, and that the tokens are the same.
 
     python benchmarks/rollout.py         # CPU, some minutes; docs/results/rollout.json and .md
     python benchmarks/rollout.py --gpu   # 7.6 B parameters with random weights on one GPU, under eight minutes
@@ -11,7 +11,7 @@ part of it out. Arms take turns; a ratio is of two times of the same round. For 
 before the block anew in every step.
 
 On a GPU sixteen steps stand for 256: each commits sixteen tokens a row, so that the shares of masked positions
-are those of the whole loop, and the time is multiplied by sixteen. What a step of an arm does that depends on the
+are the same as in the whole loop, and the time is multiplied by sixteen. What a step of an arm does that depends on the
 earlier ones is run whole, once. At half of what an H200 can do (the floors are in the table) a step of ten rows takes
 .17 s: 12 arms in 3 rounds of 16 steps, 98 s; 4 whole arms, 100 s; 64 rows, 4 arms of 16 steps of 1.1 s, 70 s; blocks
 and profiles, 30 s; drawing the weights, 30 s: 330 s. After `GPU_SECONDS` no further arm is begun, and the page says
@@ -24,8 +24,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -36,17 +34,25 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
-from common import ROOT, environment
+from harness.arms import Arm as AnyArm
+from harness.arms import alternate, in_child, memory_now, memory_peak, synchronize, timed
+from harness.models import (
+    DREAM_7B,
+    FIRST_TOKEN,
+    MASK_ID,
+    PAD_ID,
+    compute_dtype,
+    embedded,
+    shape,
+)
+from harness.models import random_policy as random_policy_of
+from harness.report import RESULTS, conditions, hardware, read_report, whole_help, write_report
+from harness.tables import held, spread, table
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from coupled.rl.data.prompts import encode_prompts
-from coupled.rl.data.tasks import load_tasks
 from coupled.rl.model import vocabulary
 from coupled.rl.model.families import FAMILIES
-from coupled.rl.model.open import open_policy
 from coupled.rl.model.policy import Policy
-from coupled.rl.recipe.read import load_recipe
 from coupled.rl.recipe.rollout import PRESETS, Sampler
 from coupled.rl.rollout import readout
 from coupled.rl.rollout.denoise import keyed_draws
@@ -57,32 +63,10 @@ from coupled.rl.rollout.sampler import Request, Step, plan_steps, unmask_counts
 from coupled.rl.types import Rollout
 
 SHAPES = {
-    "small": {
-        "vocab_size": 32768,
-        "hidden_size": 512,
-        "intermediate_size": 1408,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 8,
-        "num_key_value_heads": 4,
-    },
-    "toy": {
-        "vocab_size": 512,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-    "dream-7b": {
-        "vocab_size": 152064,
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-    },
+    "small": shape(32768, 512, 1408, 6, 8, 4),
+    "toy": shape(512, 32, 64, 2, 4, 2),
+    "dream-7b": DREAM_7B,
 }
-MASK_ID, END_ID, PAD_ID, FIRST_TOKEN = 4, 3, 0, 5
 TEMPERATURE, SEED = 1.0, 0
 LOGIT_SPREAD = 5.0
 """Standard deviation of the logits: with it some positions are sure and some are not, as with trained models."""
@@ -106,7 +90,7 @@ def published_loop(policy: Policy, requests: list[Request], sampler: Sampler, dr
     x = torch.tensor(rows, device=policy.device)
     pads = torch.tensor([longest - len(r.prompt_ids) for r in requests], device=policy.device)
     place = torch.arange(x.shape[1], device=policy.device) - pads[:, None]
-    dtype = policy.model.dtype
+    dtype: Any = policy.model.dtype
     mask = torch.zeros((len(x), 1, 1, x.shape[1]), dtype=dtype, device=x.device)
     mask = mask.masked_fill((place < 0)[:, None, None], torch.finfo(dtype).min)
     for step, count in enumerate(unmask_counts(sampler.canvas, sampler.denoising_steps)):
@@ -189,7 +173,7 @@ def all_steps(sampler: Sampler) -> list[Step]:
 
 
 def every_row(policy: Policy, ids: Tensor, pad_lengths: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits of all positions are made, too; the wanted ones are what is used."""
+    """Logits of all positions are made as well; only the wanted ones are used."""
     everywhere = torch.ones_like(wanted)
     everywhere[:, : policy.family.shift] = False
     hidden = policy.hidden_at(ids, pad_lengths, everywhere)
@@ -229,16 +213,15 @@ def each_row(policy: Policy, ids: Tensor, pad_lengths: Tensor, wanted: Tensor) -
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arm:
+class Arm(AnyArm):
     """One way to roll out. `settings` are the sampler's; `patches` stand for parts of the code."""
 
-    name: str
     baseline: str
     settings: dict[str, Any] = field(default_factory=dict)
     patches: tuple[tuple[str, Any], ...] = ()
     is_published: bool = False
     is_same: bool = True
-    """The tokens are those of its baseline."""
+    """The tokens are the same as its baseline's."""
 
 
 NUCLEUS, WHOLE = "published loop", "published loop, top-p 1"
@@ -339,6 +322,10 @@ class Problem:
     sampler: Sampler
     batch_size: int
 
+    @property
+    def device(self) -> str:
+        return self.policy.device.type
+
     def sampler_of(self, arm: Arm) -> Sampler:
         settings = dict(arm.settings)
         if "denoising_steps" in settings:  # tokens a step
@@ -349,40 +336,16 @@ class Problem:
         return policy_engine(self.policy, self.batch_size).generate(self.requests, sampler, seed=SEED)
 
 
-class _Tokenizer:
-    """What a policy asks of one."""
-
-    mask_token_id, eos_token_id, pad_token_id = MASK_ID, END_ID, PAD_ID
-
-    def __init__(self, num_tokens: int) -> None:
-        self._num_tokens = num_tokens
-
-    def __len__(self) -> int:
-        return self._num_tokens
-
-    def get_vocab(self) -> dict[str, int]:
-        return {}
-
-    def decode(self, ids: list[int], **_: bool) -> str:
-        return " ".join(map(str, ids))
-
-
-def random_policy(shape: str, device: str, block_length: int | None = None) -> Policy:
+def random_policy(shape_name: str, device: str, block_length: int | None = None) -> Policy:
     """Random weights of a shape; the head such that positions differ in how sure they are. No completion ends."""
-    values = SHAPES[shape]
-    config = Qwen2Config(**values, tie_word_embeddings=False, is_causal=False, use_cache=False)
-    config._attn_implementation = "eager" if device == "cpu" else "sdpa"
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    with torch.random.fork_rng(devices=[]), torch.device(device):
-        model = Qwen2ForCausalLM(config).to(dtype).eval()
-    stream = torch.Generator(device).manual_seed(1)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim == 2:
-                wide = LOGIT_SPREAD / values["hidden_size"] ** 0.5 if "lm_head" in name else 0.04
-                parameter.normal_(0.0, wide, generator=stream)
-    family = replace(FAMILIES["dream"], block_length=block_length, shift=0 if block_length else 1)
-    policy = Policy(model, _Tokenizer(values["vocab_size"] - 100), family, dtype)
+    values = SHAPES[shape_name]
+    policy = random_policy_of(
+        values,
+        device,
+        family=replace(FAMILIES["dream"], block_length=block_length, shift=0 if block_length else 1),
+        weights=compute_dtype(device),
+        head_width=LOGIT_SPREAD / values["hidden_size"] ** 0.5,
+    )
     policy.end_ids = ()
     return policy
 
@@ -397,9 +360,7 @@ def random_problem(policy: Policy, group: int, prompt: int, canvas: int, steps: 
 
 def embedded_problem(num_prompts: int) -> Problem:
     """A step of the quickstart: real prompts of several lengths, completions that end."""
-    recipe = load_recipe("quickstart")
-    policy = open_policy(recipe.model, recipe.seed)
-    prompts = encode_prompts(load_tasks(recipe.data), policy.tokenizer, recipe.data.max_prompt_tokens)
+    recipe, policy, prompts = embedded()
     chosen = [prompts[37 * i % len(prompts)] for i in range(num_prompts)]
     requests = [
         Request(uid=f"{i}/{k}", prompt_ids=p.token_ids)
@@ -423,7 +384,7 @@ def prepared(arm: Arm) -> Iterator[None]:
 
 
 def canvases(problem: Problem, arm: Arm, *, is_keyed: bool) -> np.ndarray:
-    """What the arm decodes, [B, C]."""
+    """Canvases that the arm decodes, [B, C]."""
     sampler = problem.sampler_of(arm)
     if arm.is_published:
         draw = drawn_by_key(problem.requests, sampler) if is_keyed else drawn_by_torch
@@ -461,8 +422,8 @@ def check(problem: Problem, arms: list[Arm]) -> Iterator[tuple[str, dict[str, An
         kept[arm.name] = made
         tokens = settled_tokens(problem, made)
         same = float((made == kept[arm.baseline])[tokens].mean())
-        if arm.is_same and problem.policy.device.type == "cpu" and same < 1:
-            raise SystemExit(f"{arm.name}: only {same:.4f} of the tokens are those of {arm.baseline}")
+        if arm.is_same and problem.device == "cpu" and same < 1:
+            raise SystemExit(f"{arm.name}: only {same:.4f} of the tokens are the same as with {arm.baseline}")
         yield arm.name, {"counts": counts, "tokens": int(tokens.sum()), "same": same}
 
 
@@ -474,21 +435,12 @@ def settled_tokens(problem: Problem, made: np.ndarray) -> np.ndarray:
 
 def measure_time(problem: Problem, arms: list[Arm], rounds: int, scale: int = 1) -> dict[str, list[float]]:
     """Seconds, all arms in turn."""
-    found: dict[str, list[float]] = {arm.name: [] for arm in arms}
-    for _ in range(rounds):
-        for arm in arms:
-            with prepared(arm):
-                synchronize(problem)
-                started = time.perf_counter()
-                canvases(problem, arm, is_keyed=False)
-                synchronize(problem)
-                found[arm.name].append(scale * (time.perf_counter() - started))
-    return found
 
+    def once(arm: Arm) -> float:
+        with prepared(arm):
+            return scale * timed(lambda: canvases(problem, arm, is_keyed=False), problem.device).seconds
 
-def synchronize(problem: Problem) -> None:
-    if problem.policy.device.type == "cuda":
-        torch.cuda.synchronize()
+    return alternate(arms, rounds, once)
 
 
 def measure_memory(problem: Problem, arms: list[Arm], steps: int) -> Iterator[tuple[str, float]]:
@@ -499,33 +451,19 @@ def measure_memory(problem: Problem, arms: list[Arm], steps: int) -> Iterator[tu
             continue
         with prepared(arm):
             canvases(few, arm, is_keyed=False)
-            before = level(problem, starts_anew=True)
+            before = memory_now(problem.device)
             canvases(few, arm, is_keyed=False)
-            yield arm.name, level(problem, starts_anew=False) - before
-
-
-def level(problem: Problem, *, starts_anew: bool) -> float:
-    """Memory in use now, from where the high-water mark then starts anew; or else that mark. MB."""
-    if problem.policy.device.type == "cuda":
-        if not starts_anew:
-            return torch.cuda.max_memory_allocated() / 2**20
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / 2**20
-    if starts_anew:
-        Path("/proc/self/clear_refs").write_text("5")
-    name = "VmRSS:" if starts_anew else "VmHWM:"
-    (line,) = (row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(name))
-    return int(line.split()[1]) / 1024
+            yield arm.name, memory_peak(problem.device) - before
 
 
 def profile(problem: Problem, arm: Arm) -> list[dict[str, Any]]:
     """Where the time of an arm goes: the eight operations that take most."""
-    is_gpu = problem.policy.device.type == "cuda"
+    is_gpu = problem.device == "cuda"
     kinds = [torch.profiler.ProfilerActivity.CPU, *([torch.profiler.ProfilerActivity.CUDA] if is_gpu else [])]
     few = replace(problem, sampler=problem.sampler.changed(denoising_steps=4))
     with prepared(arm), torch.profiler.profile(activities=kinds) as found:
         canvases(few, arm, is_keyed=False)
-        synchronize(problem)
+        synchronize(problem.device)
     rows = [
         (event.key, event.self_device_time_total if is_gpu else event.self_cpu_time_total)
         for event in found.key_averages()
@@ -536,18 +474,14 @@ def profile(problem: Problem, arm: Arm) -> list[dict[str, Any]]:
 
 def memory_in_child(given: argparse.Namespace, arms: list[Arm]) -> dict[str, float]:
     """In a process whose allocator gives freed blocks back at once."""
-    settings = {"MALLOC_MMAP_THRESHOLD_": str(2**16), "MALLOC_TRIM_THRESHOLD_": str(2**16)}
-    sizes = [str(given.group), str(given.prompt), str(given.canvas)]
-    names = [arm.name for arm in arms]
-    command = [sys.executable, __file__, "--child", json.dumps([*sizes, names])]
-    done = subprocess.run(command, env=os.environ | settings, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout)
+    sizes = [given.group, given.prompt, given.canvas]
+    (found,) = in_child(__file__, json.dumps([*sizes, [arm.name for arm in arms]]), is_for_memory=True)
+    return found
 
 
 def child(text: str) -> None:
-    """What `memory_in_child` starts."""
-    *sizes, names = json.loads(text)
-    group, prompt, canvas = map(int, sizes)
+    """The process that `memory_in_child` starts."""
+    group, prompt, canvas, names = json.loads(text)
     torch.set_num_threads(1)
     problem = random_problem(random_policy("small", "cpu"), group, prompt, canvas, canvas)
     print(json.dumps(dict(measure_memory(problem, [a for a in RANDOM_ARMS if a.name in names], steps=2))))
@@ -558,7 +492,7 @@ def child(text: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """What is measured with `--gpu`. `groups`: rows of a batch, and rounds."""
+    """The sizes that `--gpu` measures. `groups`: rows of a batch, and rounds."""
 
     shape: str
     device: str
@@ -625,14 +559,14 @@ def measure_arm(
     if time.monotonic() > stop_at:
         row["failed"] = "no time left"
         return
-    before = level(problem, starts_anew=True)
+    before = memory_now(problem.device)
     try:
         seconds = measure_time(problem, [arm], rounds, scale)[arm.name]
     except torch.cuda.OutOfMemoryError:
         row["failed"] = "out of memory"
         torch.cuda.empty_cache()
         return
-    row |= {"seconds": seconds, "tokens": tokens, "memory_mb": level(problem, starts_anew=False) - before}
+    row |= {"seconds": seconds, "tokens": tokens, "memory_mb": memory_peak(problem.device) - before}
     print(f"{arm.name:45} {tokens / statistics.median(seconds):9.1f} tok/s", flush=True)
 
 
@@ -648,10 +582,11 @@ def measure_gpu(report: dict[str, Any], size: Size) -> None:
         arms = [gpu_arm(arm) for arm in GPU_ARMS if is_first or arm.name in (NUCLEUS, WHOLE, "reference", "rl")]
         arms.sort(key=lambda arm: arm.name not in (NUCLEUS, WHOLE, "reference", "rl"))
         rows: dict[str, Any] = {arm.name: {"base": arm.baseline} for arm in arms}
-        part = report["parts"][f"G = {group}"] = {
+        part: dict[str, Any] = {
             "rows": rows,
             "about": f"{what}, prompt {size.prompt}, canvas {size.canvas}. Floors: 100 % of an H200.",
         }
+        report["parts"][f"G = {group}"] = part
         measure_time(few, [arm for arm in arms if arm.name == OURS], 1)  # libraries and kernels
         for arm in arms:
             if (floor := floor_of(arm, whole)) is not None:
@@ -671,10 +606,11 @@ def measure_blocks(report: dict[str, Any], policy: Policy, what: str, size: Size
         policy.family = replace(policy.family, block_length=length, shift=0)
         problem = random_problem(policy, rows, size.prompt, canvas, canvas)
         name = f"blocks of {length}, {rows} rows"
-        part = report["parts"][name] = {
+        part: dict[str, Any] = {
             "rows": {arm.name: {"base": arm.baseline} for arm in BLOCK_ARMS},
             "about": f"{what}, prompt {size.prompt}, canvas {canvas}. Floor: 100 % of an H200.",
         }
+        report["parts"][name] = part
         part["rows"][OURS]["floor"] = floor_of_blocks(problem, length)
         roll_out(policy, problem.requests[:2], problem.sampler.changed(denoising_steps=4), seed=SEED)
         for arm in reversed(BLOCK_ARMS):
@@ -683,12 +619,6 @@ def measure_blocks(report: dict[str, Any], policy: Policy, what: str, size: Size
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
-
-
-def spread(values: list[float], digits: int = 2) -> str:
-    """Median and range."""
-    middle, low, high = (f"{x:.{digits}f}" for x in (statistics.median(values), min(values), max(values)))
-    return f"{middle} ({low}–{high})"
 
 
 def speedups(rows: dict[str, Any], name: str) -> list[float]:
@@ -700,7 +630,7 @@ def speedups(rows: dict[str, Any], name: str) -> list[float]:
     return [per_second * its / mine for mine, its in zip(row["seconds"], base["seconds"], strict=False)]
 
 
-def table(part: dict[str, Any]) -> list[str]:
+def part_table(part: dict[str, Any]) -> list[str]:
     """A row per arm."""
     columns = (
         "arm",
@@ -713,24 +643,28 @@ def table(part: dict[str, Any]) -> list[str]:
         "tokens as the baseline's",
     )
     has_floor = any("floor" in row for row in part["rows"].values())
-    columns = (*columns, "floor, tokens/s") if has_floor else columns
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
-    for name, row in part["rows"].items():
-        rates = [row["tokens"] / s for s in row.get("seconds", []) if "tokens" in row]
-        ratio, counts = speedups(part["rows"], name), row.get("counts")
-        lines.append(
-            f"| {name} | {spread(rates, 1) if rates else row.get('failed', '–')} | {spread(ratio) if ratio else '–'} | "
-            f"{row['base'] or '–'} | "
-            + (
-                f"{counts['positions'] / row['tokens']:.0f} | {counts['rows'] / row['tokens']:.1f} | "
-                if counts
-                else "– | – | "
-            )
-            + (f"{row['memory_mb']:.0f} | " if "memory_mb" in row else "– | ")
-            + (f"{100 * row['same']:.1f} % |" if "same" in row else "– |")
-            + ((f" {row['tokens'] / row['floor']:.0f} |" if {"tokens", "floor"} <= row.keys() else " – |") * has_floor)
-        )
-    return lines
+    cells = [cells_of(part["rows"], name, has_floor) for name in part["rows"]]
+    return table((*columns, "floor, tokens/s") if has_floor else columns, cells)
+
+
+def cells_of(rows: dict[str, Any], name: str, has_floor: bool) -> list[str]:
+    """The cells of an arm; a dash where nothing was measured."""
+    row = rows[name]
+    rates = [row["tokens"] / s for s in row.get("seconds", []) if "tokens" in row]
+    counts = row.get("counts")
+    cells = [
+        name,
+        spread(rates, 1) if rates else row.get("failed", "–"),
+        spread(speedups(rows, name)),
+        row["base"] or "–",
+        f"{counts['positions'] / row['tokens']:.0f}" if counts else "–",
+        f"{counts['rows'] / row['tokens']:.1f}" if counts else "–",
+        f"{row['memory_mb']:.0f}" if "memory_mb" in row else "–",
+        f"{100 * row['same']:.1f} %" if "same" in row else "–",
+    ]
+    if has_floor:
+        cells.append(f"{row['tokens'] / row['floor']:.0f}" if {"tokens", "floor"} <= row.keys() else "–")
+    return cells
 
 
 def verdicts(report: dict[str, Any]) -> list[str]:
@@ -743,9 +677,9 @@ def verdicts(report: dict[str, Any]) -> list[str]:
                 if not ratios:
                     continue
                 ratio = statistics.median(ratios)
-                word = "held" if ratio >= LEAST_SPEEDUP else "MISSED"
                 found.append(
-                    f"{arm}: {ratio:.2f} times the published loop at the same tokens (bar {LEAST_SPEEDUP:g}): {word}"
+                    f"{arm}: {ratio:.2f} times the published loop at the same tokens (bar {LEAST_SPEEDUP:g}): "
+                    + held(ratio >= LEAST_SPEEDUP)
                 )
     if not report["runs"][-1]["gpu"]:
         found.append("not measured on a GPU: none was there; `python benchmarks/rollout.py --gpu` measures it all")
@@ -763,7 +697,7 @@ def page(report: dict[str, Any]) -> str:
         *(f"* {line}" for line in verdicts(report)),
     ]
     for name, part in report["parts"].items():
-        lines += ["", f"## {name}", "", part["about"], "", *table(part)]
+        lines += ["", f"## {name}", "", part["about"], "", *part_table(part)]
         if "profile" in part:
             shares = ", ".join(f"{row['operation']} {100 * row['share']:.0f} %" for row in part["profile"])
             lines += ["", f"Where the time of `{OURS}` goes: {shares}."]
@@ -778,11 +712,7 @@ def page(report: dict[str, Any]) -> str:
     for run in report["runs"]:
         lines.append(f"* `{run['command']}` at commit {run['commit']}, load {run['load']}, threads {run['threads']}")
     where = report["runs"][-1]
-    hardware = where["gpu"] or "no GPU"
-    lines.append(
-        f"* hardware: {where['cores']} cores of an {where['processor']}, {hardware}; Python {where['python']}, torch "
-        f"{where['torch']}"
-    )
+    lines.append(f"* hardware: {hardware(where, gpu=where['gpu'] or 'no GPU')}")
     return "\n".join([*lines, ""])
 
 
@@ -831,15 +761,13 @@ def measure_cpu(report: dict[str, Any], given: argparse.Namespace) -> None:
 
 
 def write(report: dict[str, Any], to: Path) -> None:
-    """What there is so far."""
-    to.parent.mkdir(parents=True, exist_ok=True)
-    to.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    to.with_suffix(".md").write_text(page(report))
+    """JSON and page of the parts that are measured so far; `to` has no suffix."""
+    write_report(report, to.with_suffix(".json"), page)
 
 
 def main() -> None:
     """Measure, print the tables, write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = whole_help(__doc__)
     parser.add_argument("--gpu", action="store_true", help="7.6 B random weights on one GPU")
     parser.add_argument("--toy", action="store_true", help="with --gpu: the same code at toy size on a CPU")
     parser.add_argument("--group", type=int, default=4)
@@ -853,20 +781,19 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="fewer on a busy machine")
     parser.add_argument("--arms", nargs="*", help="default: all")
-    parser.add_argument("--write", type=Path, default=ROOT / "docs" / "results" / "rollout", help="without suffix")
+    parser.add_argument("--write", type=Path, default=RESULTS / "rollout", help="without suffix")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.child:
         child(given.child)
         return
     torch.set_num_threads(given.threads)
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    if given.gpu and gpu is None and not given.toy:
-        raise SystemExit("--gpu needs a GPU that torch can use; `coupled doctor` says what it sees")
-    run = environment() | {"gpu": gpu, "load": f"{os.getloadavg()[1]:.1f}", "threads": given.threads}
+    run = conditions() | {"threads": given.threads}
+    if given.gpu and run["gpu"] is None and not given.toy:
+        raise SystemExit("--gpu needs a GPU that torch can use; `coupled doctor` lists what it finds")
     report: dict[str, Any] = {"parts": {}, "runs": []}
-    if given.only and given.write.with_suffix(".json").is_file():
-        report = json.loads(given.write.with_suffix(".json").read_text())
+    if given.only:
+        report = read_report(given.write.with_suffix(".json"), report)
     report["runs"].append(run)
     if given.gpu:
         given.write = given.write.with_name(given.write.name + "-gpu") if given.write.name == "rollout" else given.write
@@ -875,7 +802,7 @@ def main() -> None:
         measure_cpu(report, given)
     write(report, given.write)
     for part in report["parts"].values():
-        print("\n".join(table(part)))
+        print("\n".join(part_table(part)))
     print("\n".join(verdicts(report)))
 
 

@@ -1,4 +1,4 @@
-"""What it costs to run a program: processor time per program by method, and programs per second.
+"""The cost of running a program: processor time per program by method, and programs per second.
 
     python benchmarks/sandbox.py                 # a table; writes docs/results/sandbox.json and .md; under four minutes
     python benchmarks/sandbox.py --soak 5000     # a soak instead: growth, leftovers and changing verdicts end it with 1
@@ -17,7 +17,6 @@ wait for the first process of its pid namespace; this one adopts such orphans an
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import json
@@ -34,11 +33,14 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
+
+from harness.report import RESULTS, commit, loads, processor, whole_help, write_report
+from harness.tables import held, ranged, table
 
 from coupled.sandbox import TIERS, Call, Job, Limits, Outcome, SandboxUnavailable, open_executor, zygote_process
 from coupled.sandbox.executor import LocalExecutor
 
-ROOT = Path(__file__).parents[1]
 TICK = os.sysconf("SC_CLK_TCK")
 LIMITS = Limits(cpu_seconds=10, wall_seconds=60.0)
 NUM_TESTS = 5
@@ -86,6 +88,10 @@ class Figure:
     low: float
     high: float
 
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Figure:
+        return cls(median=statistics.median(values), low=min(values), high=max(values))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
@@ -115,7 +121,7 @@ def _wait_for_orphans(known: set[int]) -> None:
 
 def _family_seconds(pid: int) -> float:
     try:
-        # utime, stime, and those of the children it has waited for: a program's time goes to its zygote
+        # utime, stime, and both of the children it has waited for: a program's time goes to its zygote
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:15]
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     except (FileNotFoundError, ProcessLookupError):
@@ -216,17 +222,7 @@ def measure(methods: Sequence[Method], programs: dict[str, str], rounds: int) ->
                 spent = cpu_seconds(method.roots()) - before
                 if number:
                     seen.setdefault((method.name, kind), []).append(1000 * spent / count)
-    return {
-        method.name: {
-            kind: Figure(
-                median=statistics.median(seen[method.name, kind]),
-                low=min(seen[method.name, kind]),
-                high=max(seen[method.name, kind]),
-            )
-            for kind in programs
-        }
-        for method in methods
-    }
+    return {method.name: {kind: Figure.of(seen[method.name, kind]) for kind in programs} for method in methods}
 
 
 def throughput(tier: str, rounds: int) -> Figure:
@@ -240,7 +236,7 @@ def throughput(tier: str, rounds: int) -> Figure:
             start = time.perf_counter()
             method.run(PROGRAMS["trivial"], 300)
             rates.append(300 / (time.perf_counter() - start))
-    return Figure(median=statistics.median(rates), low=min(rates), high=max(rates))
+    return Figure.of(rates)
 
 
 def _open(tier: str, num_workers: int, preload: Sequence[str] = ()) -> LocalExecutor:
@@ -249,45 +245,48 @@ def _open(tier: str, num_workers: int, preload: Sequence[str] = ()) -> LocalExec
         return open_executor(tier, num_workers=num_workers, preload=preload)
 
 
-def verdicts(table: dict[str, dict[str, Figure]], rates: dict[str, Figure]) -> list[str]:
+def verdicts(costs: dict[str, dict[str, Figure]], rates: dict[str, Figure]) -> list[str]:
     """One line per bar: held or missed, with the ratio."""
     lines = []
-    for tier in [name for name in table if name in ("ours, namespaces", "ours, landlock")]:
+    for tier in [name for name in costs if name in ("ours, namespaces", "ours, landlock")]:
         for other, bars in BARS.items():
-            if other not in table:
+            if other not in costs:
                 continue
             for kind, bar in bars.items():
-                ratio = table[other][kind].median / table[tier][kind].median
+                ratio = costs[other][kind].median / costs[tier][kind].median
                 lines.append(
-                    f"{tier}: {other} costs {ratio:.1f} times as much, {kind} (bar {bar}): {_held(ratio, bar)}"
+                    f"{tier}: {other} costs {ratio:.1f} times as much, {kind} (bar {bar}): {held(ratio >= bar)}"
                 )
     for tier, rate in rates.items():
         lines.append(
             f"ours, {tier}: {rate.median:.0f} trivial programs/s (bar {PROGRAMS_PER_SECOND} on two quiet cores): "
-            f"{_held(rate.median, PROGRAMS_PER_SECOND)}"
+            f"{held(rate.median >= PROGRAMS_PER_SECOND)}"
         )
     return lines
 
 
-def _held(value: float, bar: float) -> str:
-    return "held" if value >= bar else "MISSED"
-
-
-def markdown(report: dict[str, object], table: dict[str, dict[str, Figure]], lines: Sequence[str]) -> str:
+def markdown(report: dict[str, Any], costs: dict[str, dict[str, Figure]], lines: Sequence[str]) -> str:
     """The report as a page."""
     kinds = list(PROGRAMS)
     rows = [
-        "| "
-        + " | ".join([name, *(f"{f.median:.1f} ({f.low:.1f}–{f.high:.1f})" for f in map(row.get, kinds) if f)])
-        + " |"
-        for name, row in table.items()
+        (name, *(ranged(f.median, f.low, f.high, ".1f") for f in map(row.get, kinds) if f))
+        for name, row in costs.items()
     ]
-    head = ["| " + " | ".join(["ms of processor time per program", *kinds]) + " |", "|" + "---|" * (len(kinds) + 1)]
     about = [f"* {key}: {value}" for key, value in report.items() if isinstance(value, str)]
-    notes = [f"* {line}" for line in lines]
-    parts = ["# The cost of running a program", "", "One program with five tests. Median (smallest–largest) of rounds "
-             "that take turns.", "", *head, *rows, "", *notes, "", *about, ""]  # fmt: skip
-    return "\n".join(parts)
+    return "\n".join(
+        [
+            "# The cost of running a program",
+            "",
+            "One program with five tests. Median (smallest–largest) of rounds that take turns.",
+            "",
+            *table(("ms of processor time per program", *kinds), rows),
+            "",
+            *(f"* {line}" for line in lines),
+            "",
+            *about,
+            "",
+        ]
+    )
 
 
 def benchmark(rounds: int, output: Path, bwrap: str | None, evalplus_python: str | None) -> bool:
@@ -312,36 +311,29 @@ def benchmark(rounds: int, output: Path, bwrap: str | None, evalplus_python: str
         else:
             methods.append(evalplus(evalplus_python, stack))
             notes.append("evalplus 0.3.1: its process has its imports loaded before the first program, as ours have")
-        table = measure(methods, PROGRAMS, rounds)
+        costs = measure(methods, PROGRAMS, rounds)
     rates = {tier: throughput(tier, rounds) for tier in tiers}
-    held = verdicts(table, rates)
-    report: dict[str, object] = {
+    bars = verdicts(costs, rates)
+    report: dict[str, Any] = {
         "command": " ".join(["python", "benchmarks/sandbox.py", *sys.argv[1:]]),
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} processors, {_processor()}",
+        "commit": commit("--verify"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} processors, {processor() or 'processor unknown'}",
         "system": platform.platform(),
         "interpreter": f"{platform.python_version()}; of the programs: {_version(zygote_process.PYTHON)}",
-        "load": " ".join(f"{load:.1f}" for load in os.getloadavg()) + " at the end",
-        "cpu_ms": {name: {kind: asdict(figure) for kind, figure in row.items()} for name, row in table.items()},
+        "load": loads() + " at the end",
+        "cpu_ms": {name: {kind: asdict(figure) for kind, figure in row.items()} for name, row in costs.items()},
         "programs_per_second": {tier: asdict(rate) for tier, rate in rates.items()},
-        "bars": held,
+        "bars": bars,
         "notes": notes,
     }
-    page = markdown(report, table, [*held, *notes])
+    page = markdown(report, costs, [*bars, *notes])
     print(page)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "sandbox.json").write_text(json.dumps(report, indent=2) + "\n")
-    (output / "sandbox.md").write_text(page)
-    return not any("MISSED" in line for line in held)
+    write_report(report, output / "sandbox.json", lambda _: page, indent=2)
+    return not any("MISSED" in line for line in bars)
 
 
 def _version(python: str) -> str:
     return subprocess.run([python, "-V"], capture_output=True, text=True, check=True).stdout.split()[-1]
-
-
-def _processor() -> str:
-    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return names[0].partition(":")[2].strip() if names else "processor unknown"
 
 
 _FILES = """
@@ -382,7 +374,8 @@ def soak(tier: str, num_programs: int) -> list[str]:
     with _open(tier, 1) as executor:
         worker = executor._workers[0]
         assert worker.pid is not None
-        first, after_warm_up, ran = worker.pid, {}, 0
+        first, ran = worker.pid, 0
+        after_warm_up: dict[str, float] = {}
         jobs = [
             Job(
                 uid=expected,
@@ -432,13 +425,13 @@ def _held_by(*pids: int) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = whole_help(__doc__)
     parser.add_argument("--rounds", type=int, default=7, help="how often every method takes its turn")
     parser.add_argument("--soak", type=int, default=0, metavar="N", help="run N mixed programs per tier instead")
     parser.add_argument("--python", default=zygote_process.PYTHON, help="the interpreter that programs run in")
     parser.add_argument("--bwrap", help="bubblewrap, where it is not on the path")
     parser.add_argument("--evalplus-python", metavar="PATH", help="an interpreter that has evalplus 0.3.1")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs" / "results", help="where the results go")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where the results go")
     options = parser.parse_args()
     zygote_process.PYTHON = options.python
     if not options.soak:

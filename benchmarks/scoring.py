@@ -1,4 +1,4 @@
-"""What an update costs against the straightforward way: peak memory, time, and that the gradient is the same.
+"""The cost of an update against the straightforward way: peak memory, time, and that the gradient is the same.
 
     python benchmarks/scoring.py                                # CPU, some minutes; docs/results/scoring.json and .md
     python benchmarks/scoring.py --shape dream-7b --adapter 16  # with a GPU; takes fewer --layers
@@ -20,9 +20,6 @@ import json
 import math
 import os
 import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -31,60 +28,38 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from common import ROOT, environment
+from harness.arms import Arm as AnyArm
+from harness.arms import Spent, alternate, in_child, memory_now, memory_peak, timed
+from harness.models import DREAM_7B, FIRST_TOKEN, NUM_UNNAMED, config_of, embedded, random_policy, shape
+from harness.report import RESULTS, conditions, hardware, read_report, whole_help, write_report
+from harness.tables import held, spread, table
 from torch import Tensor
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import Qwen2ForCausalLM
 
-from coupled.rl.data.prompts import encode_prompts
-from coupled.rl.data.tasks import load_tasks
 from coupled.rl.estimators.coupled import draw_pairs, of_pairs
 from coupled.rl.estimators.score import estimate_logp
 from coupled.rl.model import vocabulary
 from coupled.rl.model.attention import Layout
-from coupled.rl.model.families import FAMILIES
 from coupled.rl.model.gradient_checkpointing import checkpoint_gradients
 from coupled.rl.model.loading import add_adapter
-from coupled.rl.model.open import open_policy
 from coupled.rl.model.policy import Policy
 from coupled.rl.objective.gradient import add_gradient
 from coupled.rl.objective.loss import loss_denominator
-from coupled.rl.recipe.read import load_recipe
 from coupled.rl.recipe.schema import Recipe
 from coupled.rl.rollout.engine import policy_engine
 from coupled.rl.rollout.sampler import Request
 from coupled.rl.types import Anchor, MaskDraw, MaskPair, TrainBatch
 
-SHAPES = {
-    "small": {
-        "vocab_size": 32768,
-        "hidden_size": 256,
-        "intermediate_size": 768,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-    "dream-7b": {
-        "vocab_size": 152064,
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-    },
-}
-NUM_UNNAMED = 100
-"""Rows of the head that no token names, as published checkpoints have."""
-MASK_ID, FIRST_TOKEN = 4, 5
+SHAPES = {"small": shape(32768, 256, 768, 8, 4, 2), "dream-7b": DREAM_7B}
 TEMPERATURE = 1.2
 MOST_MEMORY, MOST_TIME = 1 / 4, 0.75
 """The bars, as shares of the straightforward way, and for the same arm."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Arm:
+class Arm(AnyArm):
     """One way to compute the update; `ours` has everything but the second pass."""
 
-    name: str
     is_straightforward: bool = False
     is_shared: bool = True
     """The fully masked input of the group is computed once."""
@@ -116,7 +91,7 @@ BASELINE = {arm.name: ARMS[0].name if arm.is_update else ARMS[-2].name for arm i
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Of the problem."""
+    """Size of the problem."""
 
     shape: str
     layers: int
@@ -152,48 +127,18 @@ class EveryRow(Policy):
 # --- the problem ------------------------------------------------------------------------------------------------------
 
 
-def config_of(size: Size) -> Qwen2Config:
-    """The shape, bidirectional, with the attention that is used on the device."""
-    values = SHAPES[size.shape] | {"num_hidden_layers": size.layers}
-    config = Qwen2Config(**values, tie_word_embeddings=False, is_causal=False, use_cache=False)
-    config._attn_implementation = "eager" if size.device == "cpu" else "sdpa"
-    return config
-
-
 def make_policy(size: Size, kind: type[Policy] = Policy) -> Policy:
     """Random weights of the shape, on the device, the same for every arm."""
-    config = config_of(size)
-    with torch.random.fork_rng(devices=[]), torch.device(size.device):
-        torch.manual_seed(0)
-        model = Qwen2ForCausalLM(config).eval()
-    stream = torch.Generator(size.device).manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                # Wider than at initialisation, so that the tokens differ in probability.
-                parameter.normal_(0.0, 2 * config.initializer_range, generator=stream)
-    tokenizer = _Tokenizer(config.vocab_size - NUM_UNNAMED)
-    dtype = torch.float32 if size.device == "cpu" else torch.bfloat16
-    policy = kind(model, tokenizer, FAMILIES["dream"], dtype)
+    policy = random_policy(shape_of(size), size.device, kind=kind)
     if size.adapter:
         targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
         policy = add_adapter(policy, rank=size.adapter, alpha=2.0 * size.adapter, targets=targets, seed=0)
     return policy
 
 
-class _Tokenizer:
-    """What `Policy` asks of one."""
-
-    mask_token_id, eos_token_id, pad_token_id = MASK_ID, 3, 0
-
-    def __init__(self, num_tokens: int) -> None:
-        self._num_tokens = num_tokens
-
-    def __len__(self) -> int:
-        return self._num_tokens
-
-    def get_vocab(self) -> dict[str, int]:
-        return {}
+def shape_of(size: Size) -> dict[str, int]:
+    """The shape with as many layers as are wanted."""
+    return SHAPES[size.shape] | {"num_hidden_layers": size.layers}
 
 
 def make_batch(size: Size) -> TrainBatch:
@@ -221,7 +166,7 @@ def make_recipe(arm: Arm) -> Recipe:
 
 
 def reference_scores(size: Size, batch: TrainBatch, pair: MaskPair) -> Tensor:
-    """Stands for the frozen policy's: those of a policy that finds all tokens alike, with noise of a nat."""
+    """Stands for the frozen policy's: the scores of a policy that finds all tokens alike, with noise of a nat."""
     stream = torch.Generator().manual_seed(3)
     noise = torch.randn(batch.valid.shape, generator=stream).to(batch.ids.device)
     weight = torch.where(pair.first, 1 / pair.ratio[:, None], 1 / (1 - pair.ratio[:, None]))
@@ -358,18 +303,6 @@ def fresh_gradients(policy: Policy) -> None:
         parameter.grad.fill_(0.0)
 
 
-def resident_mb(field: str) -> float:
-    """`VmRSS` or `VmHWM` of this process."""
-    (line,) = (row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(f"{field}:"))
-    return int(line.split()[1]) / 1024
-
-
-def synchronize(size: Size) -> None:
-    """Wait for the GPU, if there is one."""
-    if size.device == "cuda":
-        torch.cuda.synchronize()
-
-
 def warm_up(policy: Policy, arm: Arm, size: Size) -> None:
     """Threads, libraries and, on a GPU, kernels: on a canvas of four."""
     small = make_batch(replace(size, group=2, prompt=4, canvas=4))
@@ -390,34 +323,22 @@ def measure_memory(arms: list[Arm], size: Size, rounds: int) -> Iterator[dict[st
             warm_up(policy, arm, size)
             task = task_of(arm, policy, size, batch)
             fresh_gradients(policy)
-            before = level(size, starts_anew=True)
-            seconds, processor = [], []
+            before = memory_now(size.device)
+            spent = []
             for _ in range(rounds):
                 fresh_gradients(policy)
-                synchronize(size)
-                clock, used = time.perf_counter(), time.process_time()
-                found = task()
-                synchronize(size)
-                seconds.append(time.perf_counter() - clock)
-                processor.append(time.process_time() - used)
-            peak = level(size, starts_anew=False)
-        results = results_of(arm, policy, found)
+                spent.append(timed(task, size.device))
+            peak = memory_peak(size.device)
+        results = results_of(arm, policy, spent[-1].result)
         if arm.name in BASELINE.values():
             kept[arm.name] = results
-        row = {"before_mb": before, "peak_mb": peak - before, "seconds": seconds, "cpu_seconds": processor, **counted}
+        row = {"before_mb": before, "peak_mb": peak - before, **times_of(spent), **counted}
         yield {"name": arm.name, **row, "difference": largest_difference(results, kept[BASELINE[arm.name]])}
 
 
-def level(size: Size, *, starts_anew: bool) -> float:
-    """Memory in use now, from where the high-water mark then starts anew; or else that mark. MB."""
-    if size.device == "cuda":
-        if not starts_anew:
-            return torch.cuda.max_memory_allocated() / 2**20
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / 2**20
-    if starts_anew:
-        Path("/proc/self/clear_refs").write_text("5")
-    return resident_mb("VmRSS" if starts_anew else "VmHWM")
+def times_of(spent: list[Spent]) -> dict[str, list[float]]:
+    """Seconds, and processor seconds, round by round."""
+    return {"seconds": [one.seconds for one in spent], "cpu_seconds": [one.cpu_seconds for one in spent]}
 
 
 def results_of(arm: Arm, policy: Policy, found: SimpleNamespace) -> dict[str, Tensor]:
@@ -437,42 +358,28 @@ def results_of(arm: Arm, policy: Policy, found: SimpleNamespace) -> dict[str, Te
 def measure_time(arms: list[Arm], size: Size, rounds: int) -> dict[str, dict[str, list[float]]]:
     """In this process, all arms in turn, so that a busy machine is unfair to all alike."""
     policy, batch = make_policy(size), make_batch(size)
-    found: dict[str, dict[str, list[float]]] = {arm.name: {"seconds": [], "cpu_seconds": []} for arm in arms}
     for arm in arms:
         with prepared(arm, policy):
             warm_up(policy, arm, size)
-    for _ in range(rounds):
-        for arm in arms:
-            with prepared(arm, policy):
-                task = task_of(arm, policy, size, batch)
-                fresh_gradients(policy)
-                clock, processor = time.perf_counter(), time.process_time()
-                task()
-                found[arm.name]["seconds"].append(time.perf_counter() - clock)
-                found[arm.name]["cpu_seconds"].append(time.process_time() - processor)
-    return found
+
+    def once(arm: Arm) -> Spent:
+        with prepared(arm, policy):
+            task = task_of(arm, policy, size, batch)
+            fresh_gradients(policy)
+            return timed(task, size.device)
+
+    return {name: times_of(spent) for name, spent in alternate(arms, rounds, once).items()}
 
 
-def in_child(what: str, size: Size, arms: list[Arm], rounds: int) -> Iterator[Any]:
-    """This file in a process of its own; every line of its output is JSON."""
-    environment = dict(os.environ)
-    if what == "memory":
-        environment["MALLOC_MMAP_THRESHOLD_"] = environment["MALLOC_TRIM_THRESHOLD_"] = str(2**16)
-    names = [arm.name for arm in arms]
-    command = [sys.executable, __file__, "--child", what, json.dumps([asdict(size), names, rounds])]
-    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as started:
-        assert started.stdout is not None
-        for line in started.stdout:
-            yield json.loads(line)
-    if started.returncode:
-        raise SystemExit(
-            f"measuring {what} ended with status {started.returncode}; where memory was short, take fewer --layers or "
-            "a smaller --group, or leave arms out with --arms"
-        )
+def measured_in_child(what: str, size: Size, arms: list[Arm], rounds: int) -> Iterator[Any]:
+    """Memory or time, by this file in a process of its own."""
+    given = json.dumps([asdict(size), [arm.name for arm in arms], rounds])
+    remedy = "; where memory was short, take fewer --layers or a smaller --group, or leave arms out with --arms"
+    return in_child(__file__, what, given, is_for_memory=what == "memory", remedy=remedy)
 
 
 def child(what: str, given: str) -> None:
-    """What `in_child` starts."""
+    """The process that `measured_in_child` starts."""
     size_values, names, rounds = json.loads(given)
     size, arms = Size(**size_values), [arm for arm in ARMS if arm.name in names]
     torch.set_num_threads(len(os.sched_getaffinity(0)))
@@ -481,7 +388,7 @@ def child(what: str, given: str) -> None:
 
 
 def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict[str, float]:
-    """Of the loss, and of the gradients (or scores) beside the largest of them."""
+    """Differences of the loss, and of the gradients (or scores) beside the largest of them."""
     names = [name for name in one if name != "loss"]
     return {
         "loss": float((one["loss"] - other["loss"]).abs()),
@@ -493,7 +400,7 @@ def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> dict
 def add_memory(report: dict[str, Any], size: Size, arms: list[Arm], rounds: int) -> Iterator[None]:
     """Arm by arm: memory, counts, seconds, how far its numbers are from the straightforward ones."""
     rows = report["rows"]
-    for row in in_child("memory", size, arms, rounds):
+    for row in measured_in_child("memory", size, arms, rounds):
         name = row.pop("name")
         (arm,) = (arm for arm in arms if arm.name == name)
         if size.device == "cpu":  # the allocator of this process is slow: time is another part
@@ -507,7 +414,7 @@ def add_memory(report: dict[str, Any], size: Size, arms: list[Arm], rounds: int)
 
 def add_time(report: dict[str, Any], size: Size, arms: list[Arm], rounds: int) -> None:
     """Of some arms, beside the straightforward one in the same rounds."""
-    (found,) = in_child("time", size, arms, rounds)
+    (found,) = measured_in_child("time", size, arms, rounds)
     for arm in arms:
         report["rows"][arm.name] |= found[arm.name] | _beside(found, arm)
         print(f"{arm.name:45} {statistics.median(found[arm.name]['seconds']):9.1f} s", flush=True)
@@ -520,10 +427,12 @@ def _beside(rows: dict[str, Any], arm: Arm) -> dict[str, list[float]]:
 
 def count_distinct_inputs(num_groups: int, group: int) -> dict[str, Any]:
     """Distinct fully masked inputs of a group, in rollouts of the quickstart's start, for both kinds of `post_eos`."""
-    recipe = load_recipe("quickstart", (f"rollout.group_size={group}",))
-    policy = open_policy(recipe.model, recipe.seed)
-    prompts = encode_prompts(load_tasks(recipe.data), policy.tokenizer, recipe.data.max_prompt_tokens)[:num_groups]
-    requests = [Request(uid=f"{i}/{k}", prompt_ids=p.token_ids) for i, p in enumerate(prompts) for k in range(group)]
+    recipe, policy, prompts = embedded((f"rollout.group_size={group}",))
+    requests = [
+        Request(uid=f"{i}/{k}", prompt_ids=p.token_ids)
+        for i, p in enumerate(prompts[:num_groups])
+        for k in range(group)
+    ]
     made = policy_engine(policy, recipe.rollout.batch_size).generate(requests, recipe.rollout.sampler, seed=recipe.seed)
     found: dict[str, Any] = {"groups": num_groups, "group": group}
     found["end_rate"] = statistics.mean(rollout.finish_reason == "end" for rollout in made)
@@ -541,12 +450,6 @@ def count_distinct_inputs(num_groups: int, group: int) -> dict[str, Any]:
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------
-
-
-def conditions() -> dict[str, Any]:
-    """What a run was made with, for the record."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return environment() | {"gpu": gpu, "load": f"{os.getloadavg()[1]:.1f}"}
 
 
 def ratios(rows: dict[str, Any], name: str) -> dict[str, list[float]]:
@@ -569,21 +472,13 @@ def verdicts(rows: dict[str, Any]) -> list[str]:
     found = ratios(rows, OURS)
     return [
         f"{what}: ours takes {statistics.median(found[what]):.2f} of the straightforward way (bar {bar:g}): "
-        + ("held" if statistics.median(found[what]) <= bar else "MISSED")
+        + held(statistics.median(found[what]) <= bar)
         for what, bar in (("memory", MOST_MEMORY), ("time", MOST_TIME))
         if what in found
     ]
 
 
-def spread(values: list[float] | None, digits: int) -> str:
-    """Median and range."""
-    if values is None:
-        return "–"
-    middle, low, high = (f"{x:.{digits}f}" for x in (statistics.median(values), min(values), max(values)))
-    return f"{middle} ({low}–{high})"
-
-
-def table(report: dict[str, Any]) -> list[str]:
+def arm_table(report: dict[str, Any]) -> list[str]:
     """A row per arm."""
     rows, size = report["rows"], report["size"]
     columns = (
@@ -598,23 +493,30 @@ def table(report: dict[str, Any]) -> list[str]:
         "loss differs by",
         "gradient differs by",
     )
-    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    cells = []
     for name, row in rows.items():
         share, difference = ratios(rows, name), row["difference"]
-        told = ["–", "–"]
+        differs = ["–", "–"]
         if name != BASELINE[name]:
-            told = [f"{difference['loss']:.1e}", f"{difference['largest']:.1e} of {difference['scale']:.1e}"]
-        lines.append(
-            f"| {name} | {row['inputs']} | {row['rows'] / size['group']:.1f} | {row['peak_mb']:.0f} | "
-            f"{share['memory'][0]:.2f} | {spread(row.get('seconds'), 1)} | {spread(share.get('time'), 2)} | "
-            f"{spread(share.get('processor time'), 2)} | "
-            f"{told[0]} | {told[1]} |"
+            differs = [f"{difference['loss']:.1e}", f"{difference['largest']:.1e} of {difference['scale']:.1e}"]
+        cells.append(
+            [
+                name,
+                row["inputs"],
+                f"{row['rows'] / size['group']:.1f}",
+                f"{row['peak_mb']:.0f}",
+                f"{share['memory'][0]:.2f}",
+                spread(row.get("seconds"), 1),
+                spread(share.get("time")),
+                spread(share.get("processor time")),
+                *differs,
+            ]
         )
-    return lines
+    return table(columns, cells)
 
 
 def sharing_lines(report: dict[str, Any]) -> list[str]:
-    """What was counted on the quickstart's rollouts, if it was."""
+    """Counts on the quickstart's rollouts, if they were made."""
     if (shared := report.get("sharing")) is None:
         return []
     return [
@@ -639,14 +541,14 @@ def page(report: dict[str, Any]) -> str:
             *(f"* {line}" for line in verdicts(report["rows"])),
             f"* {'measured on ' + str(where['gpu']) if has_gpu else 'not measured on a GPU'}",
             "",
-            *table(report),
+            *arm_table(report),
             "",
             f"One group: {size['group']} completions that fill a canvas of {size['canvas']}, a prompt of "
             f"{size['prompt']} tokens, one coupled pair; {report['parameters'] / 1e6:.0f} M random weights "
             f"({size['shape']}, {size['layers']} layers, vocabulary {SHAPES[size['shape']]['vocab_size']}"
             f"{', LoRA of rank ' + str(size['adapter']) if size['adapter'] else ', all trained'}). An arm below *ours* "
             "leaves out or adds what it names. Rows of logits are counted once, also where they are computed again in "
-            "the backward pass. For *scores alone* the difference is that of the scores.",
+            "the backward pass. For *scores alone* the difference is between the scores.",
             "",
             "Memory is what the update adds to a process that holds weights and gradients: "
             + (
@@ -659,8 +561,7 @@ def page(report: dict[str, Any]) -> str:
             "",
             *sharing_lines(report),
             *(f"* `{run['command']}` at commit {run['commit']}, load {run['load']}" for run in report["runs"]),
-            f"* hardware: {where['cores']} cores of an {where['processor']}, "
-            f"{where['gpu'] or 'no GPU'}; Python {where['python']}, torch {where['torch']}",
+            f"* hardware: {hardware(where, gpu=where['gpu'] or 'no GPU')}",
             "",
         ]
     )
@@ -668,9 +569,9 @@ def page(report: dict[str, Any]) -> str:
 
 def main() -> None:
     """Measure, print the table, write the page."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = whole_help(__doc__)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="small")
-    parser.add_argument("--layers", type=int, help="default: those of the shape")
+    parser.add_argument("--layers", type=int, help="default: as many as the shape has")
     parser.add_argument("--adapter", type=int, default=0, help="LoRA rank; 0 trains all weights")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--group", type=int, default=10)
@@ -678,7 +579,7 @@ def main() -> None:
     parser.add_argument("--canvas", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--arms", nargs="*", choices=[arm.name for arm in ARMS], help="default: all")
-    parser.add_argument("--write", type=Path, default=ROOT / "docs" / "results" / "scoring", help="without suffix")
+    parser.add_argument("--write", type=Path, default=RESULTS / "scoring", help="without suffix")
     parser.add_argument(
         "--only", choices=["memory", "time", "sharing"], help="add this part to what is written already"
     )
@@ -700,25 +601,25 @@ def main() -> None:
     wanted |= {BASELINE[name] for name in wanted}
     arms = [arm for arm in ARMS if arm.name in wanted]
     to = given.write.with_suffix(".json")
-    to.parent.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"size": asdict(size), "rows": {}, "runs": []}
-    if given.only is not None and to.is_file():
-        report = json.loads(to.read_text())
+    if given.only is not None:
+        report = read_report(to, report)
         if report["size"] != asdict(size):
             raise SystemExit(f"{to} is of another size: {report['size']}; write elsewhere with --write")
     report["runs"].append(conditions())
     with torch.device("meta"):
-        report["parameters"] = sum(p.numel() for p in Qwen2ForCausalLM(config_of(size)).parameters())
+        report["parameters"] = sum(
+            p.numel() for p in Qwen2ForCausalLM(config_of(shape_of(size), size.device)).parameters()
+        )
     if given.only in (None, "memory"):
         for _ in add_memory(report, size, arms, given.rounds):
-            to.write_text(json.dumps(report, indent=1) + "\n")
+            write_report(report, to)
     if given.only == "time" or (given.only is None and size.device == "cpu"):
         add_time(report, size, arms, given.rounds)
     if given.only in (None, "sharing"):
         report["sharing"] = count_distinct_inputs(num_groups=32, group=given.group)
-    to.write_text(json.dumps(report, indent=1) + "\n")
-    given.write.with_suffix(".md").write_text(page(report))
-    print("\n".join([*table(report), *verdicts(report["rows"])]))
+    write_report(report, to, page)
+    print("\n".join([*arm_table(report), *verdicts(report["rows"])]))
 
 
 if __name__ == "__main__":

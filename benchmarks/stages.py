@@ -13,23 +13,20 @@ tables. `--scale 0.02 --problems 8 --seeds 0` tries everything in a few minutes.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from harness.models import prompts_of
+from harness.report import RESULTS, ROOT, draw_if_possible, environment, pyplot, save_figure, short_help, write_report
+from harness.seeds import Training
+from harness.tables import ranged, table
 
-from coupled.rl.data.prompts import encode_prompts
 from coupled.rl.data.rows import read_rows as dataset_rows
-from coupled.rl.data.tasks import load_tasks
 from coupled.rl.evaluation.held_out import bootstrap, is_pass
 from coupled.rl.judging.open import open_grader
 from coupled.rl.likelihood.batch import collate
@@ -42,7 +39,6 @@ from coupled.rl.recipe.schema import LikelihoodRecipe
 from coupled.rl.rollout.denoise import completion_length
 from coupled.rl.run_folder.folder import committed_checkpoints, read_rows
 
-ROOT = Path(__file__).parents[1]
 TINY = ROOT / "recipes" / "tiny"
 CLAIMS = ("a", "b", "c")
 AR_STEPS, SWITCH_STEPS, WARMUP_STEPS, CLIP_STEPS, CURRICULUM_STEPS = 400, 300, 100, 200, 300
@@ -55,7 +51,7 @@ LOSS_DRAWS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Training:
+class Plan:
     """One `coupled train`: a recipe of recipes/tiny with settings, in a run folder of its own."""
 
     name: str
@@ -65,24 +61,20 @@ class Training:
 
     def run(self, seed: int, runs: Path) -> Path:
         """The run folder, trained to the end."""
-        name = f"{self.name}-seed{seed}"
-        folder = runs / f"{name}-001"
-        last = folder / "checkpoints" / f"step_{self.steps:06d}"
-        if not last.is_dir():
-            every = max(1, self.steps // 4)
-            command = [
-                sys.executable,
-                "-m",
-                "coupled.rl.cli",
-                "train",
-                str(TINY / f"{self.recipe}.yaml"),
-                "resume=auto",
-            ]
-            command += [f"seed={seed}", f"name={name}", f"output_dir={runs}", f"num_steps={self.steps}"]
-            warmup = f"optimizer.warmup_steps={min(50, self.steps // 8)}"
-            command += [warmup, f"checkpoint.every={every}", "checkpoint.keep=9", *self.settings]
-            subprocess.run(command, check=True)
-        return folder
+        settings = (
+            f"seed={seed}",
+            f"num_steps={self.steps}",
+            f"optimizer.warmup_steps={min(50, self.steps // 8)}",
+            f"checkpoint.every={max(1, self.steps // 4)}",
+            "checkpoint.keep=9",
+            *self.settings,
+        )
+        training = Training(
+            recipe=TINY / f"{self.recipe}.yaml", name=f"{self.name}-seed{seed}", runs=runs, settings=settings
+        )
+        if not (training.folder / "checkpoints" / f"step_{self.steps:06d}").is_dir():
+            training.train()
+        return training.folder
 
 
 def last_checkpoint(folder: Path) -> Path:
@@ -90,7 +82,7 @@ def last_checkpoint(folder: Path) -> Path:
 
 
 def measured(folder: Path, name: str, measure: Any) -> Any:
-    """What `measure()` gives, computed once and kept beside the run."""
+    """The value of `measure()`, computed once and kept beside the run."""
     file = folder / f"{name}.json"
     if not file.is_file():
         file.write_text(json.dumps(measure()) + "\n")
@@ -100,14 +92,14 @@ def measured(folder: Path, name: str, measure: Any) -> Any:
 # --- (a) the switch -----------------------------------------------------------------------------------------------
 
 
-def switches(start: Path, scale: float) -> Iterator[tuple[str, Training]]:
+def switches(start: Path, scale: float) -> Iterator[tuple[str, Plan]]:
     """From the autoregressive checkpoint to full and to block attention, with and without the noise warm-up."""
     steps, warmup = scaled(SWITCH_STEPS, scale), scaled(WARMUP_STEPS, scale)
     for objective in ("masked_diffusion", "block_diffusion"):
         for length in (0, warmup):
             settings = (f"model.path={start}", f"fit.objective={objective}", f"fit.noise_warmup_steps={length}")
             name = f"{objective}, {'warm-up' if length else 'none'}"
-            yield name, Training(name=f"a-{objective}-{length}", recipe="adapt", steps=steps, settings=settings)
+            yield name, Plan(name=f"a-{objective}-{length}", recipe="adapt", steps=steps, settings=settings)
 
 
 def switch_result(folder: Path, scale: float) -> dict[str, Any]:
@@ -127,7 +119,7 @@ def switch_result(folder: Path, scale: float) -> dict[str, Any]:
 # --- (b) clipped noise --------------------------------------------------------------------------------------------
 
 
-def clippings(start: Path, scale: float) -> Iterator[tuple[str, Training]]:
+def clippings(start: Path, scale: float) -> Iterator[tuple[str, Plan]]:
     for block in BLOCKS:
         for noise in NOISES:
             settings = (
@@ -137,7 +129,7 @@ def clippings(start: Path, scale: float) -> Iterator[tuple[str, Training]]:
                 f"fit.block_length={block}",
                 f"fit.clipped_noise={noise}",
             )
-            training = Training(
+            training = Plan(
                 name=f"b-block{block}-{noise}", recipe="adapt", steps=scaled(CLIP_STEPS, scale), settings=settings
             )
             yield f"{block}, {noise}", training
@@ -180,19 +172,19 @@ def held_out(policy: Policy, recipe: LikelihoodRecipe) -> list[Example]:
 # --- (c) curricula ------------------------------------------------------------------------------------------------
 
 
-def first_halves(scale: float) -> Iterator[tuple[str, Training]]:
+def first_halves(scale: float) -> Iterator[tuple[str, Plan]]:
     for objective in CURRICULA:
         settings = (f"fit.objective={objective}",)
         yield (
             objective,
-            Training(name=f"c1-{objective}", recipe="ar", steps=scaled(CURRICULUM_STEPS, scale), settings=settings),
+            Plan(name=f"c1-{objective}", recipe="ar", steps=scaled(CURRICULUM_STEPS, scale), settings=settings),
         )
 
 
-def second_half(objective: str, start: Path, scale: float) -> Training:
+def second_half(objective: str, start: Path, scale: float) -> Plan:
     settings = (f"model.path={start}",)
     steps = scaled(CURRICULUM_STEPS, scale)
-    return Training(name=f"c2-{objective}", recipe="adapt", steps=steps, settings=settings)
+    return Plan(name=f"c2-{objective}", recipe="adapt", steps=steps, settings=settings)
 
 
 def curriculum_result(folder: Path, recipe: LikelihoodRecipe, problems: int) -> dict[str, Any]:
@@ -200,8 +192,7 @@ def curriculum_result(folder: Path, recipe: LikelihoodRecipe, problems: int) -> 
     rl = load_recipe(TINY / "rl.yaml")
     policy = policy_of(last_checkpoint(folder), recipe)
     assert rl.data.eval_path is not None
-    tasks = load_tasks(rl.data, rl.data.eval_path)
-    prompts = encode_prompts(tasks, policy.tokenizer, rl.data.max_prompt_tokens)[:problems]
+    prompts = prompts_of(rl, policy, rl.data.eval_path)[:problems]
     result = {}
     grader = open_grader(rl, [prompt.task for prompt in prompts])
     try:
@@ -265,7 +256,7 @@ def policy_of(checkpoint: Path, recipe: LikelihoodRecipe) -> Policy:
 def run_seed(seed: int, runs: Path, claims: list[str], scale: float, problems: int) -> dict[str, Any]:
     """Everything of one seed; each claim's numbers by arm."""
     recipe = load_recipe(TINY / "adapt.yaml")
-    start = last_checkpoint(Training(name="ar", recipe="ar", steps=scaled(AR_STEPS, scale)).run(seed, runs))
+    start = last_checkpoint(Plan(name="ar", recipe="ar", steps=scaled(AR_STEPS, scale)).run(seed, runs))
     found: dict[str, Any] = {"seed": seed}
     if "a" in claims:
         found["a"] = {arm: switch_result(t.run(seed, runs), scale) for arm, t in switches(start, scale)}
@@ -284,46 +275,44 @@ def run_seed(seed: int, runs: Path, claims: list[str], scale: float, problems: i
 
 
 def tables(seeds: list[dict[str, Any]]) -> str:
-    """What was found, as Markdown: one row an arm, one value a seed."""
+    """The findings as Markdown: one row an arm, one value a seed."""
     lines = []
     if "a" in seeds[0]:
         lines += ["(a) gradient norm over its median in the last sixth of the run, by seed", ""]
-        lines += ["| arm | first step | peak while warming up | peak afterwards | plateau |", "|---|---|---|---|---|"]
         names = ("first_step", "peak_in_warmup", "peak_after_warmup", "plateau")
-        for arm in seeds[0]["a"]:
-            cells = [" / ".join(f"{seed['a'][arm][name]:.2f}" for seed in seeds) for name in names]
-            lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+        head = ("arm", "first step", "peak while warming up", "peak afterwards", "plateau")
+        lines += table(
+            head,
+            [
+                (arm, *(" / ".join(f"{seed['a'][arm][name]:.2f}" for seed in seeds) for name in names))
+                for arm in seeds[0]["a"]
+            ],
+        )
         lines.append("")
     if "b" in seeds[0]:
         steps = list(next(iter(seeds[0]["b"].values()))["loss"])
         lines += ["(b) held-out loss in nats per token, mean over seeds (range); share of response tokens scored", ""]
-        lines += ["| block, noise | " + " | ".join(f"step {s}" for s in steps) + " | scored |"]
-        lines += ["|---|" + "---|" * (len(steps) + 1)]
+        rows = []
         for arm in seeds[0]["b"]:
-            cells = []
-            for step in steps:
-                values = [seed["b"][arm]["loss"][step] for seed in seeds]
-                cells.append(f"{statistics.mean(values):.3f} ({min(values):.3f}–{max(values):.3f})")
+            losses = [[seed["b"][arm]["loss"][step] for seed in seeds] for step in steps]
+            cells = [ranged(statistics.mean(values), min(values), max(values), ".3f") for values in losses]
             share = statistics.mean(seed["b"][arm]["scored_share"] for seed in seeds)
-            lines.append(f"| {arm} | " + " | ".join(cells) + f" | {share:.2f} |")
+            rows.append((arm, *cells, f"{share:.2f}"))
+        lines += table(("block, noise", *(f"step {s}" for s in steps), "scored"), rows)
         lines.append("")
     if "c" in seeds[0]:
         lines += ["(c) greedy held-out pass@1 in per cent, by seed, decoded in blocks of", ""]
-        lines += ["| first half | " + " | ".join(map(str, DECODED_BLOCKS)) + " |"]
-        lines += ["|---|" + "---|" * len(DECODED_BLOCKS)]
-        for arm in seeds[0]["c"]:
-            cells = [" / ".join(f"{100 * seed['c'][arm][str(b)][0]:.1f}" for seed in seeds) for b in DECODED_BLOCKS]
-            lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+        rates = {
+            arm: [" / ".join(f"{100 * seed['c'][arm][str(b)][0]:.1f}" for seed in seeds) for b in DECODED_BLOCKS]
+            for arm in seeds[0]["c"]
+        }
+        lines += table(("first half", *DECODED_BLOCKS), [(arm, *cells) for arm, cells in rates.items()])
     return "\n".join(lines) + "\n"
 
 
 def draw(seeds: list[dict[str, Any]], to: Path) -> None:
     """One picture a claim: stages-a.svg, stages-b.svg, stages-c.svg."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    plt = pyplot()
     if "a" in seeds[0]:
         figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
         for axis, objective in zip(axes, ("masked_diffusion", "block_diffusion"), strict=True):
@@ -359,35 +348,19 @@ def draw(seeds: list[dict[str, Any]], to: Path) -> None:
 
 
 def save(figure: Any, to: Path) -> None:
-    for axis in figure.axes:
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(to)
+    """Write a picture and print its path."""
+    save_figure(figure, to)
     print(f"wrote {to}")
 
 
-def environment() -> dict[str, Any]:
-    """Commit, processor and versions, for the record."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    return {
-        "commit": commit.strip(),
-        "processor": model[0].split(":")[1].strip() if model else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "command": " ".join(["python", *sys.argv]),
-    }
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = short_help(__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--runs", type=Path, required=True, help="where the run folders go")
     parser.add_argument("--claims", nargs="+", choices=CLAIMS, default=list(CLAIMS))
     parser.add_argument("--scale", type=float, default=1.0, help="factor on all numbers of steps")
     parser.add_argument("--problems", type=int, default=200, help="held-out problems per measurement")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "stages.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "stages.json")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     runs = arguments.runs.resolve()
@@ -400,13 +373,10 @@ def main() -> None:
             "problems": arguments.problems,
             "seeds": seeds,
         }
-        arguments.out.write_text(json.dumps(report, indent=1) + "\n")
+        write_report(report, arguments.out)
     print(tables(seeds))
     print(f"wrote {arguments.out}")
-    try:
-        draw(seeds, arguments.out)
-    except ImportError:
-        print("no pictures: matplotlib is not installed")
+    draw_if_possible(draw, seeds, arguments.out)
 
 
 if __name__ == "__main__":

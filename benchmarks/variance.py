@@ -7,8 +7,8 @@ masks: per estimator, many draws of the same completions at the same weights. Me
 
     variance    of Σ_k s_k over draws, mean over completions, in nats²
     noise       tr Cov(g) / ‖E g‖² of the gradient g of the clipped loss at θ = θ_old, over draws
-    share       of tr Cov(g) in the variance of g when prompts and completions are drawn again, too
-    cosine      of E g with the gradient of the ELBO, and with that of the rollout's own trajectory
+    share       of tr Cov(g) in the variance of g when prompts and completions are drawn again as well
+    cosine      of E g with the gradient of the ELBO, and with the one along the rollout's own trajectory
 
 each by unbiased moments: ‖E g‖² and E g · E h are means over products of *different* draws. Standard errors are by
 jackknife over draws. Writes docs/results/variance.json and .md and, with matplotlib (pip install -e '.[bench]'), .svg.
@@ -27,10 +27,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ROOT, environment
+from harness.models import prompts_of
+from harness.report import (
+    RESULTS,
+    draw_if_possible,
+    environment,
+    pyplot,
+    save_figure,
+    short_help,
+    software,
+    write_report,
+)
+from harness.seeds import QUICKSTART
+from harness.tables import line, table
 
-from coupled.rl.data.prompts import encode_prompts
-from coupled.rl.data.tasks import load_tasks
 from coupled.rl.estimators.draw import draw_masks
 from coupled.rl.estimators.score import estimate_logp
 from coupled.rl.estimators.subsets import exact_count, stack
@@ -101,7 +111,7 @@ ORACLE = "ELBO: one mask of every size"
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sample:
-    """What n draws of one estimator gave."""
+    """Results of n draws of one estimator."""
 
     scores: np.ndarray
     """float64 [n, B]: Σ_k s_k of every completion."""
@@ -118,8 +128,7 @@ class Sample:
 
 def judged_batch(recipe: Recipe, policy: Policy, num_prompts: int) -> tuple[TrainBatch, list[Group]]:
     """The first `num_prompts` prompts whose completions differ in reward: the others have no gradient."""
-    tasks = load_tasks(recipe.data)
-    prompts = encode_prompts(tasks, policy.tokenizer, recipe.data.max_prompt_tokens)
+    prompts = prompts_of(recipe, policy)
     size, groups = recipe.rollout.group_size, []
     grader = open_grader(recipe)
     try:
@@ -257,7 +266,7 @@ def measure(drawn: Sample, elbo: Sample, replayed: Sample) -> dict[str, Any]:
 
 
 def share_of_masks(drawn: Sample, trace: float) -> float:
-    """tr Cov of the masks over that of masks, prompts and completions together.
+    """tr Cov of the masks over tr Cov of masks, prompts and completions together.
 
     A batch of P prompts is a sum of independent parts, whose covariance has the trace P/(P-1) · Σ_p ‖g_p - mean‖². Of
     the parts' means over n draws, 1/n of the masks' trace is in that sum.
@@ -273,10 +282,7 @@ def share_of_masks(drawn: Sample, trace: float) -> float:
 
 def draw_picture(report: dict[str, Any], to: Path) -> None:
     """Variance of the score and noise of the gradient, at equal forwards, as dots with their standard errors."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     from matplotlib.ticker import NullFormatter
 
     rows = [(label, row) for label, row in report["estimators"].items() if row["noise"][0] > 0]
@@ -297,11 +303,9 @@ def draw_picture(report: dict[str, Any], to: Path) -> None:
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.xaxis.set_minor_formatter(NullFormatter())
         axis.grid(axis="x", alpha=0.3)
-        axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yticks(range(len(rows)), [label for label, _ in rows], fontsize=8)
     axes[0].invert_yaxis()
-    figure.tight_layout()
-    figure.savefig(to)
+    save_figure(figure, to)
 
 
 def page(report: dict[str, Any], picture: str, reading: str) -> str:
@@ -314,8 +318,7 @@ def page(report: dict[str, Any], picture: str, reading: str) -> str:
         "",
         f"* command: `{made['command']}`",
         f"* commit: {made['commit']}",
-        f"* hardware: one thread on an {made['processor']}, no GPU; "
-        f"Python {made['python']}, torch {made['torch']}, float32",
+        f"* hardware: one thread on an {made['processor']}, no GPU; {software(made)}, float32",
         "",
         f"{setting['num_completions']} completions ({setting['num_prompts']} prompts × {setting['group_size']}, "
         f"{setting['mean_length']:.1f} tokens on average) of the embedded model, rolled out as the quickstart",
@@ -332,9 +335,9 @@ def page(report: dict[str, Any], picture: str, reading: str) -> str:
         "* **noise**: tr Cov(g) / ‖E g‖² of the gradient g of the clipped loss at θ = θ_old, without a penalty. The",
         f"  second column is for {NUM_FORWARDS} forwards (n draws averaged have 1/n of it).",
         "* **share**: how much of the gradient's variance is the masks', in a batch of this size whose prompts and",
-        "  completions are drawn again, too. Estimated from the spread over the prompts here.",
-        "* **cosine**: between E g and the gradient of the ELBO, or that of the rollout's own trajectory. By unbiased",
-        "  moments, so that chance may take it above 1.",
+        "  completions are drawn again as well. Estimated from the spread over the prompts here.",
+        "* **cosine**: between E g and the gradient of the ELBO, or the one along the rollout's own trajectory. By",
+        "  unbiased moments, so that chance may take it above 1.",
         "",
         reading,
         "",
@@ -345,22 +348,36 @@ def page(report: dict[str, Any], picture: str, reading: str) -> str:
             "",
             f"## {group}",
             "",
-            "| estimator | draws | forwards | mean Σ s | variance | relative, % | noise | "
-            f"noise at {NUM_FORWARDS} | share, % | cosine, ELBO | cosine, trajectory |",
-            "|---|---|---|---|---|---|---|---|---|---|---|",
+            *table(
+                COLUMNS, [_cells(label, row) for label, row in report["estimators"].items() if row["group"] == group]
+            ),
         ]
-        lines += [_line(label, row) for label, row in report["estimators"].items() if row["group"] == group]
     return "\n".join(lines) + "\n"
 
 
-def _line(label: str, row: dict[str, Any]) -> str:
+COLUMNS = (
+    "estimator",
+    "draws",
+    "forwards",
+    "mean Σ s",
+    "variance",
+    "relative, %",
+    "noise",
+    f"noise at {NUM_FORWARDS}",
+    "share, %",
+    "cosine, ELBO",
+    "cosine, trajectory",
+)
+
+
+def _cells(label: str, row: dict[str, Any]) -> list[str]:
     is_sure = row["num_draws"] == 1
 
     def cell(name: str, digits: int, factor: float = 1.0) -> str:
         value, error = (factor * x for x in row[name])
         return f"{value:.{digits}f}" + ("" if is_sure else f" ± {error:.{digits}f}")
 
-    cells = [
+    return [
         label,
         str(row["num_draws"]),
         f"{row['num_forwards']:g}",
@@ -373,30 +390,25 @@ def _line(label: str, row: dict[str, Any]) -> str:
         cell("cosine_elbo", 3),
         cell("cosine_trajectory", 3),
     ]
-    return "| " + " | ".join(cells) + " |"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--recipe", default=str(ROOT / "recipes" / "quickstart.yaml"))
+    parser = short_help(__doc__)
+    parser.add_argument("--recipe", default=str(QUICKSTART))
     parser.add_argument("--num-prompts", type=int, default=8)
     parser.add_argument("--forwards", type=int, default=60, help="masked inputs per completion spent on an estimator")
     parser.add_argument("--elbo-draws", type=int, default=6)
     parser.add_argument("--only", nargs="*", help="these estimators, by their label; all when left out")
     parser.add_argument("--reading", type=Path, help="Markdown that goes above the tables")
     parser.add_argument("--redraw", action="store_true", help="make page and picture from the JSON that is there")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "variance.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "variance.json")
     arguments = parser.parse_args()
     report = json.loads(arguments.out.read_text()) if arguments.redraw else run(arguments)
-    arguments.out.write_text(json.dumps(report, indent=1) + "\n")
     picture = arguments.out.with_suffix(".svg")
     reading = arguments.reading.read_text().strip() if arguments.reading else ""
-    arguments.out.with_suffix(".md").write_text(page(report, picture.name, reading))
+    write_report(report, arguments.out, lambda report: page(report, picture.name, reading))
     print(f"wrote {arguments.out}")
-    try:
-        draw_picture(report, picture)
-    except ImportError:
-        print("no picture: matplotlib is not installed")
+    draw_if_possible(draw_picture, report, picture)
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -444,7 +456,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         num_draws = 1 if label in WITHOUT_CHANCE else max(6, math.ceil(arguments.forwards / planned))
         row = {"group": group, **measure(sample(make, num_draws, step, batch), elbo, replayed)}
         report["estimators"][label] = row
-        print(f"{time.perf_counter() - started:4.0f} s  {_line(label, row)}", flush=True)
+        print(f"{time.perf_counter() - started:4.0f} s  {line(_cells(label, row))}", flush=True)
     report["seconds"] = time.perf_counter() - started
     return report
 

@@ -163,19 +163,18 @@ def tiny_folder(tiny_policy: MakePolicy, tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def load_benchmark() -> Callable[[str], ModuleType]:
-    """A script of benchmarks/ as a module: `load_benchmark("variance")`."""
+    """A script of benchmarks/ as a module: `load_benchmark("variance")`; `"hosts"` is the folder's `__main__.py`."""
 
     def load(name: str) -> ModuleType:
-        spec = importlib.util.spec_from_file_location(f"{name}_benchmark", BENCHMARKS / f"{name}.py")
+        path = BENCHMARKS / name
+        file = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+        spec = importlib.util.spec_from_file_location(f"{name.replace('/', '_')}_benchmark", file)
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module  # its dataclasses look themselves up
-        sys.path.insert(0, str(BENCHMARKS))
-        try:
+        with patch.object(sys, "path", [str(BENCHMARKS), *sys.path]):  # a script may add to it
             spec.loader.exec_module(module)
-        finally:
-            sys.path.remove(str(BENCHMARKS))
         return module
 
     return load

@@ -1,4 +1,4 @@
-"""What `benchmarks/hosts.py` is made of: its oracle, its refusals, and hosts that are namespaces."""
+"""What `benchmarks/hosts` is made of: its oracle, its refusals, and hosts that are namespaces."""
 
 from __future__ import annotations
 
@@ -24,8 +24,13 @@ def hosts(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
+def oracle(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return load_benchmark("hosts/oracle")
+
+
+@pytest.fixture(scope="module")
 def netns(load_benchmark: Callable[[str], ModuleType]) -> ModuleType:
-    return load_benchmark("netns")
+    return load_benchmark("hosts/netns")
 
 
 def event(kind: str, **facts: Any) -> dict[str, Any]:
@@ -45,14 +50,14 @@ def of_a_step() -> list[dict[str, Any]]:
     ]
 
 
-def test_a_batch_that_counted_twice_or_never_is_found(hosts: ModuleType) -> None:
+def test_a_batch_that_counted_twice_or_never_is_found(oracle: ModuleType) -> None:
     good = of_a_step()
-    assert hosts.miscounts(good, 1) == []
-    assert hosts.miscounts([*good, event("rolled", key="train/1/0")], 1) == ["train/1/0 counted 2 times"]
-    assert hosts.miscounts([*good, event("rolled", key="train/1/0")], 2) == [], "a process that resumed made it again"
-    assert hosts.miscounts([e for e in good if e.get("key") != "train/1/1"], 1) == ["train/1/1 counted 0 times"]
+    assert oracle.miscounts(good, 1) == []
+    assert oracle.miscounts([*good, event("rolled", key="train/1/0")], 1) == ["train/1/0 counted 2 times"]
+    assert oracle.miscounts([*good, event("rolled", key="train/1/0")], 2) == [], "a process that resumed made it again"
+    assert oracle.miscounts([e for e in good if e.get("key") != "train/1/1"], 1) == ["train/1/1 counted 0 times"]
     again = event("scored", key="programs/1/0", part=[0])
-    assert hosts.miscounts([*good, again], 1) == ["programs/1/0[0] scored 2 times"]
+    assert oracle.miscounts([*good, again], 1) == ["programs/1/0[0] scored 2 times"]
 
 
 def test_a_run_that_differs_in_a_bit_or_was_never_hit_is_not_the_same(hosts: ModuleType) -> None:
@@ -78,13 +83,13 @@ def test_a_run_that_differs_in_a_bit_or_was_never_hit_is_not_the_same(hosts: Mod
 
 def test_a_scenario_that_failed_has_its_row_in_the_table(hosts: ModuleType) -> None:
     failed = {"scenario": "lost", "what": "cable out", "lag": 1, "flaws": ["the run ended with 75"]}
-    assert hosts.table([failed])[-1].startswith("| cable out | no: the run ended with 75 |")
+    assert hosts.table(hosts.HEAD, [hosts.cells_of(failed)])[-1].startswith("| cable out | no: the run ended with 75 |")
 
 
 def test_it_says_why_it_cannot_run(
     hosts: ModuleType, netns: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["hosts.py", "--output", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["hosts", "--output", str(tmp_path)])
     with monkeypatch.context() as context:
         context.setattr(os, "geteuid", lambda: 1000)
         with pytest.raises(SystemExit, match="only root may make; this is user 1000: run it as root"):
@@ -163,7 +168,7 @@ def test_hosts_hear_each_other_until_a_cable_is_out_and_are_gone_in_the_end(netw
 def test_hosts_end_with_whoever_made_them_even_if_that_is_killed(network: Any, tmp_path: Path) -> None:
     program = (
         f"import sys, time; sys.path.insert(0, {str(BENCHMARKS)!r})\n"
-        "from pathlib import Path; from netns import Network\n"
+        "from pathlib import Path; from hosts.netns import Network\n"
         f"with Network(Path({str(tmp_path)!r}) / 'other') as network:\n"
         "    print(network.add('one').init, network.add('far', delay=0.1).init, flush=True)\n"
         "    time.sleep(600)\n"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def test_all_that_is_measured_on_a_gpu_runs_at_toy_size(benchmark: ModuleType, m
     for part in report["parts"].values():
         assert all(row["seconds"] for row in part["rows"].values()), "no arm failed"
         assert part["profile"]
-        assert len(benchmark.table(part)) == 2 + len(part["rows"])
+        assert len(benchmark.part_table(part)) == 2 + len(part["rows"])
     monkeypatch.setattr(benchmark, "GPU_SECONDS", -1)
     benchmark.measure_gpu(report, replace(size, blocks=()))
     assert {row["failed"] for row in report["parts"]["G = 2"]["rows"].values()} == {"no time left"}
@@ -45,8 +46,8 @@ def test_floors_of_the_shape_of_dream_are_those_of_the_method_page(benchmark: Mo
     little less work: the last layer of masked rows only."""
     arms = {arm.name: arm for arm in benchmark.RANDOM_ARMS}
     with torch.device("meta"):
-        config = benchmark.Qwen2Config(**benchmark.SHAPES["dream-7b"], tie_word_embeddings=False)
-        model = benchmark.Qwen2ForCausalLM(config)
+        config = Qwen2Config(**benchmark.SHAPES["dream-7b"], tie_word_embeddings=False)
+        model = Qwen2ForCausalLM(config)
     policy = replace_model(benchmark.random_policy("toy", "cpu"), model)
     problem = benchmark.random_problem(policy, 10, 200, 256, 256)
     assert 2560 / benchmark.floor_of(arms["published loop"], problem) == pytest.approx(121, abs=1)

@@ -1,4 +1,4 @@
-"""The scenarios of `hosts.py`: what is done to a run, when, and what of it is seen."""
+"""The scenarios: what is done to a run, when, and what of it is seen."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from cloud import SECONDS, Cloud, Event, Layout, NotShown, Run
-from netns import Host
-
 from coupled.rl.run_folder.folder import read_run_recipe
+from hosts.cloud import SECONDS, Cloud, Event, Layout, NotShown, Run
+from hosts.netns import Host
 
 NAME = "quickstart"
 NUM_STEPS = 20
@@ -48,7 +47,7 @@ class Scenario:
     arguments: tuple[str, ...] = ()
     """Of `coupled train`, besides the recipe."""
     fewest: dict[str, int] = field(default_factory=dict)
-    """What the metrics must at least have counted: the fault did hit."""
+    """Counts that the metrics must reach at least: the fault did hit."""
 
 
 def none(cloud: Cloud, run: Run) -> dict[str, Any]:
@@ -149,7 +148,7 @@ def take_over(cloud: Cloud, run: Run) -> dict[str, Any]:
 
 
 def take_over_late(cloud: Cloud, run: Run) -> dict[str, Any]:
-    """The same, when Ray has given the trainer's host up, too: its node ends itself, and the trainer with it."""
+    """The same, when Ray has also given the trainer's host up: its node ends itself, and the trainer with it."""
     seen, successor = resume_elsewhere(cloud, run)
     cloud.wait_given_up(cloud["trainer"])
     status, seconds = come_back(cloud, run)

@@ -2,8 +2,8 @@
 
 A host has its own network, processes, name, /dev/shm and TEMPORARY, and shares all other files: the shared file system
 of a cluster. Its first process holds it: when that ends, the kernel ends the others and takes the network card away. It
-is ended when this process is, however that ends, so that nothing is left behind. The switch between the hosts is a
-bridge in a namespace, too: there is no way from the hosts to this machine's network, or to any other.
+is ended when this process is, however that ends, so that nothing is left behind. The switch between the hosts is
+also a bridge in a namespace: there is no way from the hosts to this machine's network, or to any other.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pathlib import Path
 
 SUBNET = "10.77.0"
 TEMPORARY = "/media"
-"""A folder that every Linux has and nobody needs here: each host has its own."""
+"""A folder that every Linux has and nothing needs here: each host has its own."""
 PROGRAMS = ("ip", "unshare", "nsenter", "setpriv", "mount", "pgrep")
 _HOLD = ("setpriv", "--pdeathsig", "KILL", "unshare", "--kill-child", "--fork", "--pid", "--net", "--mount", "--uts")
 _ENTER = ("--pid", "--net", "--mount", "--uts")
@@ -88,7 +88,7 @@ class Host:
         return asked.stdout
 
     def cut(self) -> None:
-        """Take its cable out at the switch: nothing is sent or received, and nobody is told."""
+        """Take its cable out at the switch: nothing is sent or received, and no process learns of it."""
         self.network.switch("ip", "link", "set", self.name, "nomaster")
 
     def heal(self) -> None:
@@ -97,7 +97,7 @@ class Host:
 
     def crash(self) -> None:
         """End every process on it but the first, at once."""
-        # `kill -1` means every process that is seen from where it is said: that must be the host.
+        # `kill -1` means every process that its sender sees: the sender must be on the host.
         script = 'test "$(readlink /proc/self/ns/pid)" = "$0" && kill -9 -1'
         with contextlib.suppress(subprocess.TimeoutExpired):
             subprocess.run(
@@ -137,7 +137,7 @@ class Network:
             _release(*self._switch)
 
     def add(self, name: str, *, shm_mb: int = 512, delay: float = 0.0, loss: float = 0.0) -> Host:
-        """Add a host. `delay` (seconds) and `loss` (share of the frames) are those of its cable, each way."""
+        """Add a host. `delay` (seconds) and `loss` (share of the frames) apply to its cable, each way."""
         number = 10 + len(self.hosts)
         names = self._folder / "hosts"
         with names.open("a") as file:

@@ -1,6 +1,6 @@
 """Are verdicts right? Canonical solutions and seeded wrong ones of HumanEval+ and MBPP+, judged on all inputs.
 
-    python benchmarks/verdicts.py --data ../shared/data/evalplus [--mutants 2] [--every 1] [--json out.json]
+    python benchmarks/verdicts/mutants.py --data ../shared/data/evalplus [--mutants 2] [--every 1] [--json out.json]
 
 Every canonical solution must pass. A mutant is a canonical solution with one operator, comparison or constant
 changed; whether it differs on an input is found out apart from the judge, by running it beside the reference in one
@@ -10,13 +10,11 @@ verdict, and so is an input on which the two disagree. Exit status 1 when there 
 
 from __future__ import annotations
 
-import argparse
 import ast
 import gzip
 import json
 import platform
 import random
-import subprocess
 import sys
 import time
 import warnings
@@ -24,6 +22,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # Python itself looks only into the folder that it is started with
+
+from harness.report import commit, whole_help, write_report
 
 from coupled.reward import Judge, Judgement, Task, evalplus_task
 from coupled.reward.styles.evalplus import parse_arguments
@@ -121,7 +123,7 @@ def _sites(tree: ast.Module) -> Iterator[tuple[Any, str, int]]:
 
 
 def beside(task: Task, mutant: str) -> Job:
-    """A job that says of every input whether the mutant gives what the reference gives."""
+    """A job that reports for every input whether the mutant gives what the reference gives."""
     source = _BESIDE.format(entry_point=task.entry_point, right=task.reference, other=mutant)
     calls = tuple(Call(function="same", args=parse_arguments(text)) for text in task.hidden_tests)
     return Job(uid=task.uid, source=source, calls=calls, limits=LIMITS)
@@ -129,7 +131,7 @@ def beside(task: Task, mutant: str) -> Job:
 
 @dataclass(frozen=True, kw_only=True)
 class MutantCount:
-    """What became of the mutants of a benchmark."""
+    """The mutants of a benchmark by how they were judged."""
 
     mutants: int = 0
     differing: int = 0
@@ -189,7 +191,7 @@ def judge_mutants(executor: Executor, tasks: Sequence[Task], *, count: int, num_
 
 def main() -> None:
     """Judge everything and print a table. Ends with status 1 when a verdict is wrong."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = whole_help(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with the files of EvalPlus")
     parser.add_argument("--mutants", type=int, default=2, help="mutants per problem; 0 is none")
     parser.add_argument("--inputs", type=int, default=50, help="inputs per mutant")
@@ -222,9 +224,8 @@ def main() -> None:
             rows.append(row)
             print("\n".join(f"{key:40} {value}" for key, value in row.items()), end="\n\n", flush=True)
     if given.json:
-        commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
         machine = f"{platform.processor() or platform.machine()}, {platform.python_version()}"
-        given.json.write_text(json.dumps({"commit": commit, "machine": machine, "rows": rows}, indent=2) + "\n")
+        write_report({"commit": commit(), "machine": machine, "rows": rows}, given.json, indent=2)
     if any(row["passed"] < row["problems"] or any(row[f"mutants.{key}"] for key in WRONG) for row in rows):
         sys.exit("a verdict is wrong: see above")
 

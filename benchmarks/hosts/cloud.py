@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import ROOT
-from netns import TEMPORARY, Host, Network
+from harness.report import ROOT
 
 from coupled.rl.run_folder.folder import committed_checkpoints, read_rows
+from hosts.netns import TEMPORARY, Host, Network
 
 PORT = 6379
 SECONDS = 600.0
@@ -39,7 +39,7 @@ class Run:
     log: Path
 
     def events(self) -> list[Event]:
-        """What became of every batch so far."""
+        """Everything that happened to every batch so far."""
         path = self.folder / "events.jsonl"
         return read_rows(path) if path.is_file() else []
 
@@ -64,7 +64,7 @@ class Run:
         """For loops that look at the run again and again, as long as there is something to see."""
         deadline = time.monotonic() + SECONDS
         while time.monotonic() < deadline:
-            has_ended = self.process.poll() is not None  # asked first: what it did last is seen, too
+            has_ended = self.process.poll() is not None  # asked first: what it did last is also seen
             yield
             if has_ended:
                 raise NotShown(f"the run ended ({self.process.returncode}) before it was seen\n{self.tail()}")
@@ -99,7 +99,7 @@ def is_start(key: str) -> Callable[[Event], bool]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """What a cluster is made of: a head, hosts for workers, and if wanted one for the trainer."""
+    """The parts of a cluster: a head, hosts for workers, and if wanted one for the trainer."""
 
     num_hosts: int = 3
     cpus_per_host: int = 1
@@ -114,7 +114,7 @@ class Layout:
 
     @property
     def checks(self) -> dict[str, str]:
-        """What the head is told, so that it gives up when it should."""
+        """Variables that make the head give a node up when it should."""
         if self.silent_seconds == Layout.silent_seconds:
             return {}
         milliseconds = {"initial_delay": 1000, "period": 1000, "timeout": 2000}
@@ -147,7 +147,7 @@ class Cloud:
         return self.network.hosts[name]
 
     def start_ray(self, name: str) -> None:
-        """Start a node, as somebody would on a real host."""
+        """Start a node, as an administrator does on a real host."""
         host = self[name]
         role = ["--head", f"--port={PORT}", "--include-dashboard=false", f"--temp-dir={TEMPORARY}"]
         if name != "head":

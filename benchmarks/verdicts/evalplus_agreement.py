@@ -1,7 +1,7 @@
-"""Do our verdicts agree with those of evalplus, program by program?
+"""Our verdicts beside the verdicts of evalplus, program by program.
 
     python -m venv /tmp/ep && /tmp/ep/bin/pip install evalplus==0.3.1
-    python benchmarks/evalplus_agreement.py --data ../shared/data --evalplus /tmp/ep/bin/python --out /tmp/agree
+    python benchmarks/verdicts/evalplus_agreement.py --data ../shared/data --evalplus /tmp/ep/bin/python --out /tmp/ag
 
 Of every problem of HumanEval+ and MBPP+ three programs go through `coupled eval` itself, with an engine that recites
 them: the canonical solution, a mutant of it (one operator, comparison or constant changed), and one that is wrong on
@@ -11,29 +11,32 @@ every program, base and base + plus. Writes docs/results/evalplus.{json,md}; an 
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import os
 import platform
 import subprocess
+import sys
 import time
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # Python itself looks only into the folder that it is started with
+
 import numpy as np
-from common import ROOT, environment
-from verdicts import mutants
+from harness.report import RESULTS, ROOT, environment, short_help, write_report
+from harness.tables import table
 
 from coupled.rl.evaluation.benchmarks import BENCHMARKS, Benchmark, Problem, data_file, load_problems
 from coupled.rl.evaluation.benchmarks.run import Arm, EvaluationPlan, evaluate_benchmark, read_evaluation
 from coupled.rl.model.loading import load_tokenizer
-from coupled.rl.model.policy import Policy
 from coupled.rl.recipe.rollout import Sampler
+from coupled.rl.rollout.engine import HasWeights
 from coupled.rl.rollout.sampler import Request
 from coupled.rl.types import Rollout
 from coupled.sandbox import open_executor
+from verdicts.mutants import mutants
 
 NAMES = {"humaneval+": ("humaneval", "HUMANEVAL_OVERRIDE_PATH"), "mbpp+": ("mbpp", "MBPP_OVERRIDE_PATH")}
 KINDS = ("canonical", "mutant", "wrong")
@@ -82,7 +85,7 @@ class Reciter:
             sampler_hash="recited",
         )
 
-    def load_weights(self, policy: Policy, version: int) -> None:
+    def load_weights(self, policy: HasWeights, version: int) -> None:
         """Nothing is computed."""
 
     def close(self) -> None:
@@ -170,9 +173,10 @@ def compare(name: str, folder: Path, theirs: dict[str, list[dict[str, Any]]]) ->
 def page(report: dict[str, Any], notes: dict[str, str]) -> str:
     """docs/results/evalplus.md"""
     lines = [
-        "# Our verdicts and those of evalplus",
+        "# Our verdicts and the verdicts of evalplus",
         "",
-        "Made by `benchmarks/evalplus_agreement.py`: the canonical solution of every problem, a mutant of it, and a",
+        "Made by `benchmarks/verdicts/evalplus_agreement.py`: the canonical solution of every problem, a mutant of it, "
+        "and a",
         "program that is wrong on purpose went through `coupled eval`, and the `samples.jsonl` that it wrote through",
         f"`evalplus.evaluate` {report['evalplus']}. It had 8 s and 8 times the reference per test, so that a busy",
         "machine decides nothing.",
@@ -180,13 +184,15 @@ def page(report: dict[str, Any], notes: dict[str, str]) -> str:
         f"* command: `{report['command']}`",
         f"* commit: {report['commit']}; Python {report['python']}, {report['machine']}",
         "",
-        "| benchmark | programs | number | pass here | base verdicts agree | base + plus verdicts agree |",
-        "|---|---|---|---|---|---|",
+        *table(
+            ("benchmark", "programs", "number", "pass here", "base verdicts agree", "base + plus verdicts agree"),
+            [
+                (row["benchmark"], kind, *(count[n] for n in ("programs", "passed_here", "base_agree", "plus_agree")))
+                for row in report["benchmarks"]
+                for kind, count in row["counts"].items()
+            ],
+        ),
     ]
-    for row in report["benchmarks"]:
-        for kind, count in row["counts"].items():
-            cells = [count[name] for name in ("programs", "passed_here", "base_agree", "plus_agree")]
-            lines.append(f"| {row['benchmark']} | {kind} | " + " | ".join(map(str, cells)) + " |")
     if report["every"] > 1:
         lines += ["", f"Only every {report['every']}th problem was taken; `--every 1` takes all."]
     lines += ["", "## Where they differ", ""]
@@ -205,14 +211,14 @@ def page(report: dict[str, Any], notes: dict[str, str]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = short_help(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with the benchmarks' files")
     parser.add_argument("--evalplus", type=Path, required=True, help="a Python that has evalplus")
     parser.add_argument("--out", type=Path, required=True, help="work folder")
     parser.add_argument("--every", type=int, default=1, help="only every n-th problem")
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--names", nargs="+", default=list(NAMES), choices=list(NAMES))
-    parser.add_argument("--report", type=Path, default=ROOT / "docs" / "results" / "evalplus.json")
+    parser.add_argument("--report", type=Path, default=RESULTS / "evalplus.json")
     given = parser.parse_args()
     version = "import importlib.metadata as m; print(m.version('evalplus'))"
     rows = []
@@ -234,8 +240,7 @@ def main() -> None:
         "machine": platform.machine(),
         "benchmarks": rows,
     }
-    given.report.write_text(json.dumps(report, indent=1) + "\n")
-    given.report.with_suffix(".md").write_text(page(report, EXPLAINED))
+    write_report(report, given.report, lambda report: page(report, EXPLAINED))
     print(f"wrote {given.report} and .md")
 
 
