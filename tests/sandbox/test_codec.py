@@ -38,7 +38,7 @@ VALUES: list[object] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("value", VALUES, ids=repr)
+@pytest.mark.parametrize("value", VALUES, ids=range(len(VALUES)))
 def test_a_builtin_comes_back_equal_and_of_the_same_type(value: object) -> None:
     assert _typed(decode(encode(value))) == _typed(value)
 
