@@ -15,7 +15,7 @@ STYLE = {"svg.hashsalt": "coupled", "axes.spines.top": False, "axes.spines.right
 
 
 def draw_curves(result: dict[str, Any], to: Path | BytesIO) -> None:
-    """Plot score and AR-ness over temperature, denoising steps and k, and the entropy sink; one colour per checkpoint."""
+    """Plot score and AR-ness over temperature, steps and k, and the entropy sink; one colour per checkpoint."""
     most = f"pass@{result['sweep']['num_samples']}"
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11, 6.4))

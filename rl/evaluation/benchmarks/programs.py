@@ -4,7 +4,8 @@ More lenient than `coupled.reward.extract`, which rewards the format: here a mod
 of its answer. Rules:
 
 * chat: the first fenced block (of Python, or of no stated language; the last one may lack its closing fence) that
-  defines the entry point. A block with the body alone is put under the opening. Without a fence the whole text is the program.
+  defines the entry point. A block with the body alone is put under the opening. Without a fence the
+  whole text is the program.
 * completion: the opening with its continuation, cut where the text stops being one program: at a fence, where it no
   longer parses, and at the first statement after the entry point that is no definition, import or assignment.
 * Nothing is added to a program (no imports, no helpers of the prompt) and nothing is repaired.
