@@ -216,7 +216,7 @@ def scoring_rows(recipe: Recipe, family: Family, num_completions: int) -> int:
     """Rows of all forward passes that score `num_completions` completions once, group by group.
 
     Completions of a group share their fully masked rows within a micro-batch where their inputs are equal: the
-    attention is full, positions after the end are MASK, and no token of the prompt is hidden. (Completions that fill the
+    attention is full, positions after the end are MASK, and no prompt token is hidden. (Completions that fill the
     canvas also share them otherwise; the estimate ignores that.)
     """
     cost = scoring_cost_of(recipe, family)

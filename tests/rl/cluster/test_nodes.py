@@ -176,7 +176,9 @@ def test_what_there_is_no_room_for_is_told_with_a_table_in_time(
     recipe = recipe_of_ranks(nodes.address, tiny_folder(), trainer_ranks=1, trainer_workers="process", health="fast")
     cluster = recipe.cluster.model_copy(update={"gpus_per_worker": 0.5})
     recipe = recipe.model_copy(update={"rollout": rollout, "cluster": cluster})
-    with pytest.raises(ClusterError, match=r"(?s)0 of 2 rollout workers.*requested: 1 rollout workers of 1 CPU, 0\.5 GPU "):
+    with pytest.raises(
+        ClusterError, match=r"(?s)0 of 2 rollout workers.*requested: 1 rollout workers of 1 CPU, 0\.5 GPU "
+    ):
         open_engine(recipe, RLLearner(recipe, policy).generate, tmp_path)
 
 

@@ -74,7 +74,7 @@ def test_stdio_tests_compare_what_is_printed(tmp_path: Path) -> None:
     [
         ("[", (), "is not JSON"),
         ([], (), "has no tests. Tests are a JSON list"),
-        ({"test": ASSERTS, "tests": ASSERTS}, (), "has the key 'test'; known are tests, entry_point"),
+        ({"test": ASSERTS, "tests": ASSERTS}, (), "has the unknown key 'test'; known are tests, entry_point"),
         ({"style": "riddle", "tests": ASSERTS}, (), "riddle"),
         (ASSERTS, ("--tier", "fortress"), "Input should be 'auto'"),
         (ASSERTS, ("--tier", "remote"), "sandbox.url goes with sandbox.tier=remote"),
