@@ -120,7 +120,7 @@ def _own(file: Path) -> Benchmark:
     return Benchmark(
         name=name,
         files=(str(file.resolve()),),
-        download="a file of tasks",
+        download="a file of tasks in our columns",
         num_problems=0,
         problem=problem,
         program=fenced_program,
