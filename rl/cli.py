@@ -76,7 +76,7 @@ def train(
     try:
         _train(loaded, resume)
     except KeyboardInterrupt:
-        print("stopped. Checkpoints are intact: continue with the same command and resume=auto", file=sys.stderr)
+        print("stopped. Finished steps are kept: continue with the same command and resume=auto", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
 
 

@@ -140,7 +140,7 @@ class LocalTransport:
                     number, value, error = connection.recv()
                 except (EOFError, OSError):
                     break
-                except Exception as problem:  # a reply that cannot be read back here
+                except Exception as problem:  # a reply that cannot be unpickled here
                     number, value, error = -1, None, problem
                 with worker.lock:
                     call = worker.calls.pop(number, None)

@@ -219,7 +219,7 @@ def _require_token() -> None:
         from ray import _raylet  # compiled, so without types
 
         raylet: Any = _raylet
-        raylet.Config.initialize("")  # reads the mode again
+        raylet.Config.initialize("")  # re-reads the mode
 
 
 def _require_mode() -> None:

@@ -104,7 +104,7 @@ class RayExecutor:
         """
         runtime = self._runtime
         if runtime is None:
-            raise RuntimeError("an executor cannot run jobs after close(): open another")
+            raise RuntimeError("an executor runs nothing after close(): open another")
         tier = self.isolation().tier
         for job in jobs:
             require_runnable(job, tier)

@@ -38,7 +38,7 @@ class EvalOptions:
     benchmarks: str
     data: Path
     out: Path | None = None
-    """None: below the run folder, else below ./evaluations."""
+    """None: below the checkpoint's run folder, else below ./evaluations."""
     num_samples: int = 1
     temperature: float | None = None
     """None: greedy with one sample, the recipe's with more."""
