@@ -145,7 +145,7 @@ class Coordinator:
         versions = {key.step: entries[key].unit.version for key in entries if key.stream == "train"}
         return {"num_trained": self.num_trained, "lag": self.admission.lag, "versions": versions}
 
-    # --- calls of the pump -----------------------------------------------------------------------------------------
+    # --- calls of the pump ----------------------------------------------------------------------------------------
 
     def handle(self, done: Iterable[Any]) -> None:
         """Process finished calls. A call that is no longer known belongs to an incarnation that was given up."""
