@@ -84,7 +84,7 @@ class Coordinator:
             for worker in pool.workers:
                 self._spawn(pool, worker)
 
-    # --- calls of the run -----------------------------------------------------------------------------------------
+    # --- calls of the run ------------------------------------------------------------------------------------------
 
     def publish(self, weights: Weights) -> list[int]:
         """Make a version available to units; versions that no unit needs any more are dropped.
