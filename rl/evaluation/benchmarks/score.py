@@ -105,7 +105,9 @@ def compare_rows(
         CoupledError: the two are measured on different problems.
     """
     if {row["task"] for row in first} != set(tasks) or {row["task"] for row in second} != set(tasks):
-        raise CoupledError(f"the two evaluations of {name} cover different problems: a paired test needs the same problems")
+        raise CoupledError(
+            f"the two evaluations of {name} differ in their problems: a paired test needs the same problems"
+        )
     measures = {name: "is_pass"} | ({base: "is_base_pass"} if base else {})
     return {
         label: compare_paired(
