@@ -19,6 +19,7 @@ from coupled.rl.errors import RankError, RankLostError, RecipeError
 from coupled.rl.estimators.draw import draw_masks
 from coupled.rl.model.open import open_policy
 from coupled.rl.model.weights import digest_of, save_policy
+from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.recipe.schema import Recipe
 from coupled.rl.rollout.workers import ObjectCarrier, RolloutWorker
 from coupled.rl.trainer import ray_ranks
