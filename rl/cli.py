@@ -32,21 +32,21 @@ app.add_typer(sandbox_app, name="sandbox")
 console = Console(soft_wrap=True)
 INTERRUPTED = 130
 BUG = 70
-"""EX_SOFTWARE: an error that no user could have caused."""
+"""EX_SOFTWARE: a bug, which no input of the user explains."""
 
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="recipe file, or the name of one that ships with the package")],
+    recipe: Annotated[str, typer.Argument(help="recipe file, or the name of a packaged recipe")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. num_steps=10 resume=auto")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print the resolved recipe, and what it may take, and stop")
+        bool, typer.Option("--dry-run", help="print the resolved recipe and an estimate of memory and time, and stop")
     ] = False,
     supervised: Annotated[bool, typer.Option("--supervise", help="resume the run when it is interrupted")] = False,
 ) -> None:
-    """Train as the recipe says: stage rl, sft or pretrain. `resume=auto` continues the newest run of the recipe.
+    """Train by a recipe of stage rl, sft or pretrain. `resume=auto` continues the newest run of the recipe.
 
-    Exit status 0: done; 2: something must be mended first; 75: resuming may succeed; 70: a mistake of ours.
+    Exit status 0: done; 2: an error that the user must fix; 75: resuming may succeed; 70: a bug in coupled.
     """
     from coupled.rl.recipe.read import dump_recipe, load_recipe
 
@@ -76,7 +76,7 @@ def train(
     try:
         _train(loaded, resume)
     except KeyboardInterrupt:
-        print("stopped. The finished steps are kept: the same command with resume=auto continues", file=sys.stderr)
+        print("stopped. Finished steps are kept: continue with the same command and resume=auto", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
 
 
@@ -86,7 +86,7 @@ def evaluate(
         Path | None, typer.Argument(help="checkpoint folder, or a run folder (its newest checkpoint)")
     ] = None,
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. evaluation.num_samples=8")] = None,
-    recipe: Annotated[str | None, typer.Option(help="recipe to evaluate by; default: the run's own")] = None,
+    recipe: Annotated[str | None, typer.Option(help="recipe of the evaluation; default: the run's own")] = None,
     benchmark: Annotated[
         str, typer.Option(help="comma-separated: humaneval+, mbpp+, cruxeval, ... or a JSONL file of tasks")
     ] = "",
@@ -96,18 +96,20 @@ def evaluate(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="denoising steps; default: the recipe's", min=1)] = None,
     data: Annotated[Path, typer.Option(help="folder with the benchmarks' files; nothing is downloaded")] = Path("data"),
-    out: Annotated[Path | None, typer.Option(help="folder for the results; an interrupted one is continued")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="folder for the results; an interrupted evaluation is continued")
+    ] = None,
     seed: Annotated[int, typer.Option(help="of the random draws", min=0)] = 0,
-    limit: Annotated[int | None, typer.Option(help="only the first so many problems", min=1)] = None,
+    limit: Annotated[int | None, typer.Option(help="number of problems, from the first; default: all", min=1)] = None,
     prompting: Annotated[str, typer.Option(help="auto, chat or completion")] = "auto",
     autoregressive: Annotated[
-        bool | None, typer.Option("--autoregressive/--diffusion", help="default: found out from the checkpoint")
+        bool | None, typer.Option("--autoregressive/--diffusion", help="default: detected from the checkpoint")
     ] = None,
     compare: Annotated[
-        tuple[Path, Path] | None, typer.Option(help="paired test of two evaluations, or of two checkpoints")
+        tuple[Path, Path] | None, typer.Option(help="paired test of two evaluations or two checkpoints")
     ] = None,
 ) -> None:
-    """Pass rates with 95 % intervals, every program executed in the sandbox.
+    """Measure pass rates with 95 % intervals; every program is executed in the sandbox.
 
     Without --benchmark: pass@1 on the held-out problems of the run's recipe.
     """
@@ -146,17 +148,17 @@ def evaluate(
 @app.command()
 def sample(
     checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder, or a run folder (its newest checkpoint)")],
-    prompt: Annotated[str, typer.Argument(help="what to ask")],
+    prompt: Annotated[str, typer.Argument(help="prompt")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, e.g. rollout.canvas=64")] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy", min=0.0)] = 0.0,
     seed: Annotated[int, typer.Option(help="of the random draws", min=0)] = 0,
-    recipe: Annotated[str | None, typer.Option(help="recipe to take the sampler from; default: the run's own")] = None,
+    recipe: Annotated[str | None, typer.Option(help="recipe of the sampler; default: the run's own")] = None,
     watch: Annotated[bool, typer.Option(help="show the canvas after every step")] = True,
     tests: Annotated[
-        Path | None, typer.Option(help="JSON file of tests for the program: see coupled sandbox run --help")
+        Path | None, typer.Option(help="JSON file of tests for the program; see coupled sandbox run --help")
     ] = None,
 ) -> None:
-    """Denoise one completion and watch it happen.
+    """Denoise one completion and show the canvas after every step.
 
     With --tests its program is run against them. Exit status 0: all passed; 1: not all; 2: nothing was judged.
     """
@@ -189,19 +191,19 @@ def analyze(
     compare: Annotated[
         Path | None, typer.Option(help="a second checkpoint or run, e.g. after training; the first is before")
     ] = None,
-    recipe: Annotated[str | None, typer.Option(help="recipe to sample by; default: the (second) run's own")] = None,
+    recipe: Annotated[str | None, typer.Option(help="recipe of the sampler; default: the (second) run's own")] = None,
     benchmark: Annotated[str, typer.Option(help="default: the recipe's held-out problems")] = "",
     data: Annotated[Path, typer.Option(help="folder with the benchmarks' files")] = Path("data"),
-    problems: Annotated[int, typer.Option(help="only the first so many", min=2)] = 100,
+    problems: Annotated[int, typer.Option(help="number of problems, from the first", min=2)] = 100,
     samples: Annotated[int, typer.Option(help="completions per problem above temperature 0", min=1)] = 8,
     temperatures: Annotated[str, typer.Option(help="comma-separated")] = "0,0.25,0.5,1,1.5",
     seed: Annotated[int, typer.Option(help="of the random draws", min=0)] = 0,
     out: Annotated[
         Path | None,
-        typer.Option(help="folder for analysis.json and the pictures; default: analysis/ in the (second) run"),
+        typer.Option(help="folder for analysis.json and the figures; default: analysis/ in the (second) run"),
     ] = None,
 ) -> None:
-    """AR-ness, confidence and order of commit; scores against temperature and denoising steps; before and after."""
+    """Measure AR-ness, confidence, order of commit, and scores over temperature and steps; before and after."""
     from coupled.rl.evaluation.analyze import Sweep, analyze, claim_table, default_out, point_table, write_analysis
 
     def say(text: str) -> None:
@@ -215,17 +217,19 @@ def analyze(
     console.print(claim_table(result))
     console.print("wrote " + ", ".join(map(str, written)), highlight=False)
     if len(written) == 1:
-        console.print("no pictures: matplotlib is not installed (pip install 'coupled[report]')", highlight=False)
+        console.print("no figures: matplotlib is not installed (pip install 'coupled[report]')", highlight=False)
 
 
 @app.command()
 def report(
     run: Annotated[Path, typer.Argument(help="run folder")],
-    compare: Annotated[Path | None, typer.Option(help="another run folder, shown in the same plots")] = None,
+    compare: Annotated[Path | None, typer.Option(help="second run folder, shown in the same plots")] = None,
     out: Annotated[Path | None, typer.Option(help="file to write; default: report.html in the run folder")] = None,
-    rollouts: Annotated[int, typer.Option(help="rollouts shown at most, sampled over the steps", min=1)] = 300,
+    rollouts: Annotated[
+        int, typer.Option(help="maximum number of rollouts shown, sampled over the steps", min=1)
+    ] = 300,
 ) -> None:
-    """One self-contained HTML page of a run: held-out results, curves, rollouts, what was run."""
+    """Write one self-contained HTML page of a run: held-out results, curves, rollouts, settings and environment."""
     from coupled.rl.report import write_report
 
     console.print(f"report: {write_report(run, compare, out, num_rollouts=rollouts)}")
@@ -234,11 +238,11 @@ def report(
 @app.command()
 def export(
     checkpoint: Annotated[Path, typer.Argument(help="checkpoint folder, or a run folder (its newest checkpoint)")],
-    out: Annotated[Path, typer.Argument(help="folder to write, which must not hold anything")],
+    out: Annotated[Path, typer.Argument(help="folder to write, which must be new or empty")],
     merge: Annotated[bool, typer.Option("--merge", help="add the adapters to the weights they adapt")] = False,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16")] = "bfloat16",
 ) -> None:
-    """Write a checkpoint as a model folder of its own, with its tokenizer."""
+    """Write a checkpoint as a separate model folder, with its tokenizer."""
     import torch
 
     from coupled.rl.commands.export import export_checkpoint
@@ -257,7 +261,7 @@ def sandbox_run(
     tier: Annotated[str, typer.Option(help="auto, namespaces, landlock, process or remote")] = "auto",
     url: Annotated[str | None, typer.Option(help="address of the server, with --tier remote")] = None,
     allow_weak: Annotated[
-        bool, typer.Option("--allow-weak", help="also tests that run in the program's process, where it can forge them")
+        bool, typer.Option("--allow-weak", help="also run tests in the program's process, where it can forge verdicts")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print one line of JSON instead of a table")] = False,
 ) -> None:
@@ -275,14 +279,16 @@ def sandbox_run(
 @app.command()
 def top(
     run: Annotated[Path, typer.Argument(help="run folder")],
-    once: Annotated[bool, typer.Option("--once", help="print it once; default on a terminal: every second")] = False,
+    once: Annotated[
+        bool, typer.Option("--once", help="print once; default on a terminal: refresh every second")
+    ] = False,
 ) -> None:
-    """Show a run's workers: who has what, what waits, which side waits for the other, and what has gone wrong."""
+    """Show a run's workers and their jobs, queues, idle times of rollouts and training, and failures."""
     from coupled.rl.commands.top import has_events
     from coupled.rl.commands.top import top as show_run
 
     if not has_events(run):
-        raise CoupledError(f"{run} holds no events.jsonl: give the folder of an RL run that trains or has trained")
+        raise CoupledError(f"{run} holds no events.jsonl: give the folder of an RL run")
     try:
         show_run(run, console, is_live=console.is_terminal and not once)
     except KeyboardInterrupt:
@@ -292,10 +298,11 @@ def top(
 @app.command()
 def doctor(
     address: Annotated[
-        str | None, typer.Option(help="ip:port of a running Ray cluster, or auto: also say what each of its hosts has")
+        str | None,
+        typer.Option(help="ip:port of a running Ray cluster, or auto: also report the resources of its hosts"),
     ] = None,
 ) -> None:
-    """Say what this machine can and cannot do, and the remedy."""
+    """Check this machine, and print a remedy for each problem."""
     from coupled.rl.commands.doctor import examine
 
     findings = examine(address)
@@ -310,14 +317,14 @@ def doctor(
 
 @app.command()
 def schema() -> None:
-    """Print the JSON schema of recipe files, for editors (kept at recipes/schema.json)."""
+    """Print the JSON schema of recipe files, for editors (also in recipes/schema.json)."""
     from coupled.rl.recipe.read import json_schema
 
     print(json_schema(), end="")
 
 
 def main() -> None:
-    """Entry point: errors that a user can mend are printed without a traceback."""
+    """Entry point: errors that a user can fix are printed without a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     _quiet_libraries()
@@ -361,7 +368,7 @@ def _evaluate_on_benchmarks(checkpoint: Path | None, options: EvalOptions, pair:
             raise CoupledError("eval --benchmark needs a checkpoint or run folder; got none")
         folders = evaluate_on(checkpoint, options, say)
     except KeyboardInterrupt:
-        print("stopped. Finished batches are kept: the same command continues", file=sys.stderr)
+        print("stopped. Finished batches are kept: continue with the same command", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
     console.print(score_table(folders))
     console.print(f"results: {next(iter(folders.values())).parent}", highlight=False)
@@ -378,7 +385,7 @@ def _numbers(text: str) -> tuple[float, ...]:
     except ValueError:
         found = ()
     if not found or min(found) < 0:
-        raise CoupledError(f"--temperatures is a list of numbers, 0 or above, such as 0,0.5,1; got {text!r}")
+        raise CoupledError(f"--temperatures must be a list of numbers, 0 or above, such as 0,0.5,1; got {text!r}")
     return found
 
 

@@ -182,11 +182,11 @@ def wrong_token(cloud: Cloud, run: Run) -> dict[str, Any]:
     seen = {}
     right = cloud.environment()
     strangers = {
-        "with another token": (right | {"RAY_AUTH_TOKEN": "0" * 64}, "and are RAY_AUTH_MODE and the token those"),
-        "without a token": (right | {"RAY_AUTH_MODE": "disabled"}, "and are RAY_AUTH_MODE and the token those"),
+        "with another token": (right | {"RAY_AUTH_TOKEN": "0" * 64}, "RAY_AUTH_MODE and the token are the same"),
+        "without a token": (right | {"RAY_AUTH_MODE": "disabled"}, "RAY_AUTH_MODE and the token are the same"),
         "without RAY_AUTH_MODE": (
             {name: value for name, value in right.items() if name != "RAY_AUTH_MODE"},
-            "is joined with RAY_AUTH_MODE set",
+            "joining a Ray cluster requires RAY_AUTH_MODE",
         ),
     }
     for name, (variables, told) in strangers.items():

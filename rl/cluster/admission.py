@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 MAX_LAG = 2
-"""Behind more steps the clipped ratio says little; nothing is gained beyond 2 with a canvas of fixed length."""
+"""With more lag the clipped ratio is of little use, and with a canvas of fixed length nothing is gained beyond 2."""
 
 
 @dataclass(slots=True)
 class InOrder:
-    """Step s is rolled out with the weights of step s - 1 - lag, whoever is fast or slow: a run can be repeated.
+    """Step s is rolled out with the weights of step s - 1 - lag, whatever the timing, so that a run is reproducible.
 
-    `lag` 0 is on-policy. It may fall to 0 during a run (`fall_back`); steps that are under way keep their version.
+    `lag` 0 is on-policy. It may fall to 0 during a run (`fall_back`); steps in progress keep their version.
     """
 
     lag: int = 0
@@ -22,7 +22,7 @@ class InOrder:
             raise ValueError(f"lag is 0 to {MAX_LAG} steps; received {self.lag}: use 1, or 0 for on-policy rollouts")
 
     def version_for(self, step: int) -> int:
-        """The weights that step `step` (from 1) is rolled out with."""
+        """Weight version that step `step` (from 1) is rolled out with."""
         return max(0, step - 1 - self.lag)
 
     def allow(self, num_trained: int, step: int) -> bool:
@@ -34,5 +34,5 @@ class InOrder:
         return step - 1 - version
 
     def fall_back(self) -> None:
-        """On-policy from the next step that is issued."""
+        """Set the lag to 0 from the next issued step on."""
         self.lag = 0

@@ -1,7 +1,7 @@
 """One single-threaded state machine over ledger, pools and transport.
 
-It never blocks: `handle` takes what came back, `tick` looks at deadlines and hands out work, and both return at once.
-Who pumps it (a thread in real time, a test in virtual time) is not its business. Every call it makes has a deadline.
+It never blocks: `handle` takes finished calls, `tick` checks deadlines and dispatches jobs, and both return at once.
+It does not depend on its caller (a thread in real time, a test in virtual time). Every call it makes has a deadline.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MakeUnits = Callable[[int, int], Sequence[Unit]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """A version of the weights on its way to the workers. `handle` is the transport's; `digest` names the contents."""
+    """A version of the weights for the workers. `handle` belongs to the carrier; `digest` identifies the contents."""
 
     version: int
     handle: Any
@@ -44,7 +44,7 @@ class Weights:
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """A call under way, and what it is for: to greet, to load weights, or to do an attempt's work."""
+    """A call in progress and its purpose: a greeting, loading weights, or the work of an attempt."""
 
     worker: Worker
     purpose: str
@@ -84,12 +84,12 @@ class Coordinator:
             for worker in pool.workers:
                 self._spawn(pool, worker)
 
-    # --- what the run asks for ------------------------------------------------------------------------------------
+    # --- calls of the run ------------------------------------------------------------------------------------------
 
     def publish(self, weights: Weights) -> list[int]:
-        """Units may ask for this version from now on; versions that nobody asks for any more are dropped.
+        """Make a version available to units; versions that no unit needs any more are dropped.
 
-        Returns those that are kept.
+        Returns the versions that are kept.
         """
         self._weights[weights.version] = weights
         needed = [entry.unit.version for entry in self.ledger.entries.values()]
@@ -99,7 +99,7 @@ class Coordinator:
         return list(self._weights)
 
     def begin(self, num_trained: int, versions: dict[int, int], make: MakeUnits, last: int) -> None:
-        """Go on after `num_trained` steps. `versions` are those of steps that were under way: they are kept."""
+        """Continue after `num_trained` steps. `versions`: step → weight version of steps in progress, which is kept."""
         self.num_trained = num_trained
         self._next_step = num_trained + 1
         for step, version in sorted(versions.items()):
@@ -115,7 +115,7 @@ class Coordinator:
         return begun
 
     def submit(self, units: Iterable[Unit]) -> None:
-        """Units outside of training: done at once, before everything else."""
+        """Add units outside of training: they are computed at once, before all others."""
         self._mark_start()
         units = list(units)
         for unit in units:
@@ -126,7 +126,7 @@ class Coordinator:
         self.dispatch()
 
     def take(self, keys: Sequence[GroupKey]) -> list[Entry]:
-        """Units that are done with, out of the books. Raises what a worker raised over one of them."""
+        """Remove finished units and return their entries. Raises the error that a worker raised on one of them."""
         for key in keys:
             error = self.ledger.entries[key].error
             if error is not None:
@@ -135,20 +135,20 @@ class Coordinator:
         return self.ledger.forget(keys)
 
     def trained(self, step: int) -> None:
-        """Step `step` has been trained: the weights have that version now."""
+        """Record that step `step` has been trained: the weights have that version now."""
         assert step == self.num_trained + 1, f"steps are trained in order: {step} after {self.num_trained}"
         self.num_trained = step
 
     def snapshot(self) -> dict[str, Any]:
-        """What a checkpoint keeps: the low-water mark, and the version of every step that is issued beyond it."""
+        """State for a checkpoint: the number of trained steps, and the version of every step issued beyond them."""
         entries = self.ledger.entries
         versions = {key.step: entries[key].unit.version for key in entries if key.stream == "train"}
         return {"num_trained": self.num_trained, "lag": self.admission.lag, "versions": versions}
 
-    # --- what pumps it --------------------------------------------------------------------------------------------
+    # --- calls of the pump ----------------------------------------------------------------------------------------
 
     def handle(self, done: Iterable[Any]) -> None:
-        """Take what came back. A call that is not known any more is of an incarnation that was given up."""
+        """Process finished calls. A call that is no longer known belongs to an incarnation that was given up."""
         for call in done:
             known = self.calls.pop(call, None)
             if known is None:
@@ -169,10 +169,10 @@ class Coordinator:
                 self._succeeded(pool, known, value)
 
     def tick(self) -> None:
-        """Look at every deadline, start what is due to start, and hand out work.
+        """Check every deadline, start workers that are due, and dispatch jobs.
 
         Raises:
-            ClusterError: too few workers are left, or nothing has moved for too long.
+            ClusterError: too few workers are left, or none has made progress for too long.
         """
         now = self.transport.now()
         for handle, call in list(self.calls.items()):
@@ -185,26 +185,26 @@ class Coordinator:
             if pool.num_left < pool.spec.min_workers:
                 whys = "; ".join(f"{worker.name}: {worker.why}" for worker in pool.workers if worker.why)
                 raise ClusterError(
-                    f"{pool.spec.min_workers} workers of stage {pool.spec.stage!r} are needed and {pool.num_left} are "
-                    f"left; the others ended too often: {whys}. Mend that, then continue with resume=auto"
+                    f"stage {pool.spec.stage!r} needs {pool.spec.min_workers} workers and {pool.num_left} are left; "
+                    f"the others ended too often: {whys}. Fix the cause, then resume with resume=auto"
                 )
         self.dispatch()
         if all(entry.is_done for entry in self.ledger.entries.values()):
             self._progress = now
         elif now - self._progress > self._health.stall_seconds:
             raise ClusterError(
-                f"no worker has come to anything for {now - self._progress:.0f} s. {self.oldest()}. What was computed "
-                "is kept: continue with resume=auto"
+                f"no worker has finished a call for {now - self._progress:.0f} s. {self.oldest()}. Checkpoints are "
+                "intact; resume with resume=auto"
             )
 
     def next_deadline(self) -> float:
-        """When `tick` has something to do if nothing comes back."""
+        """Time at which `tick` is due if no call finishes before."""
         due = [call.deadline for call in self.calls.values()]
         due += [w.since for pool in self.pools.values() for w in pool.workers if w.is_waiting]
         return min(due, default=self.transport.now() + self._health.least_seconds)
 
     def dispatch(self) -> None:
-        """Hand waiting jobs to workers that have room, the most urgent first."""
+        """Assign waiting jobs to workers with free capacity, the most urgent first."""
         self._account()
         for stage, pool in self.pools.items():
             for job in list(self.ledger.waiting[stage]):
@@ -216,7 +216,7 @@ class Coordinator:
                 self._begin(pool, worker, job)
 
     def oldest(self) -> str:
-        """The unit that is waited for, and who has it: the first thing to know when nothing moves."""
+        """The most urgent unfinished unit with its workers, then the state of every worker, for error messages."""
         now = self.transport.now()
         told = []
         for entry in sorted(self.ledger.entries.values(), key=lambda entry: entry.unit.order):
@@ -228,7 +228,7 @@ class Coordinator:
                     for attempt in worker.attempts
                     if attempt.job.entry is entry
                 ]
-                told.append(f"{entry.unit.key} is {entry.state}, held by {', '.join(held) or 'nobody'}")
+                told.append(f"{entry.unit.key} is {entry.state}, held by {', '.join(held) or 'no worker'}")
                 break
         pools = [
             f"{worker.holder} {worker.state}" + (f" ({worker.why})" if worker.why else "")
@@ -238,7 +238,7 @@ class Coordinator:
         return "; ".join([*told, *pools])
 
     def take_counters(self) -> Counters:
-        """What has happened since the last time, for the metrics."""
+        """Counts since the last call, for the metrics."""
         self._account()
         taken, self.ledger.counters = self.ledger.counters, Counters()
         return taken
@@ -272,7 +272,7 @@ class Coordinator:
         self.calls[handle] = _Call(worker, purpose, self.transport.now() + seconds, **more)
 
     def _lost(self, pool: WorkerPool, worker: Worker, error: BaseException, *, is_counted: bool = True) -> None:
-        """An incarnation is gone, or given up: its calls with it."""
+        """Give up an incarnation, or record that it is gone; its calls are dropped."""
         attempts, worker.attempts = worker.attempts, []
         self.calls = {handle: call for handle, call in self.calls.items() if call.worker is not worker}
         self.transport.kill(worker.handle)
@@ -297,7 +297,7 @@ class Coordinator:
         pool = self.pools[worker.stage]
         self._account()
         if attempt is None:
-            # A place that cannot be had now may be back later: that is no fault of a worker's.
+            # A place that is unavailable now may come back later, so this does not count against the worker.
             why = f"not ready {now - worker.since:.0f} s after its start"
             self._lost(pool, worker, WorkerLost(why), is_counted=False)
         elif worker.state is WorkerState.READY:
@@ -323,7 +323,7 @@ class Coordinator:
         self._emit("issue", step=step, version=version, units=len(units))
 
     def _mark_start(self) -> None:
-        """The stall watchdog counts from here when nothing was under way: nobody may have pumped for hours."""
+        """Reset the stall watchdog when no unit is in progress: the last pump may be hours ago."""
         if all(entry.is_done for entry in self.ledger.entries.values()):
             self._progress = self.transport.now()
 
@@ -350,7 +350,7 @@ class Coordinator:
         if call.purpose == "hello":
             try:
                 pool.spec.check(value)
-            except Exception as error:  # whatever the check says, this worker is not one to work with
+            except Exception as error:  # any error of the check rejects this worker
                 self._failed(pool, call, error)
                 return
             worker.state, worker.hello, worker.why, worker.error = WorkerState.READY, value, "", None
@@ -359,14 +359,14 @@ class Coordinator:
             return
         assert attempt is not None
         if call.purpose == "load":
-            if not attempt.job.is_wanted:  # made elsewhere meanwhile; its weights may be forgotten
+            if not attempt.job.is_wanted:  # computed elsewhere meanwhile; its weights may be dropped
                 worker.attempts.remove(attempt)
                 self._recovered(worker)
                 self.ledger.end(attempt)
                 return
             weights = self._weights.get(call.version)
             if weights is None or value != weights.digest:
-                self._lost(pool, worker, WorkerLost(f"its weights are not those of version {call.version}: {value}"))
+                self._lost(pool, worker, WorkerLost(f"its weights do not match version {call.version}: {value}"))
                 return
             worker.version = call.version
             self._work(pool, worker, attempt)
@@ -398,7 +398,7 @@ class Coordinator:
             worker.state = WorkerState.READY
 
     def _account(self) -> None:
-        """Add the worker-seconds since the last time to those that had work and those that were there."""
+        """Add the worker-seconds since the last call to the counters of busy and of present workers."""
         now = self.transport.now()
         passed, self._accounted = now - self._accounted, now
         counters = self.ledger.counters

@@ -1,7 +1,7 @@
-"""What has become of every unit. Transport-free and clock-free: it is told, and keeps the books.
+"""State of every unit. It uses no transport and no clock: the coordinator reports events, the ledger records them.
 
-A result counts once: the first one of a job. Whatever comes later, from a worker that was given up or from an
-incarnation that a network had hidden, changes nothing.
+Only the first result of a job counts. Later ones, from a worker that was given up or from an incarnation that a
+network failure had hidden, change nothing.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ from coupled.rl.cluster.types import (
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """A unit and what is known of it."""
+    """A unit and its recorded state."""
 
     unit: Unit
     state: State
     payload: Any = None
     samples: tuple[Any, ...] = ()
     scores: list[Any] = field(default_factory=list)
-    """One per sample, None until it is there."""
+    """One per sample; None until it is known."""
     num_open: int = 0
-    """Samples without a score yet."""
+    """Number of samples without a score yet."""
     reason: str = ""
-    """Why it is quarantined."""
+    """Reason of the quarantine."""
     error: BaseException | None = None
-    """What a worker raised, more often than the budget allows."""
+    """Error that workers raised more often than the budget allows."""
 
     @property
     def is_done(self) -> bool:
-        """Nothing more will come: finished, quarantined or failed."""
+        """True when no further result is expected: finished, quarantined or failed."""
         if self.error is not None or self.state.is_final:
             return True
         return self.state is State.ROLLED and not self.unit.is_scored
@@ -55,19 +55,19 @@ class Entry:
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """What one call asks of one worker."""
+    """The work of one call to one worker."""
 
     entry: Entry
     stage: Stage
     part: tuple[int, ...] = ()
-    """Places of the samples to score."""
+    """Indices of the samples to score."""
     strikes: frozenset[str] = frozenset()
     num_infra: int = 0
     num_data: int = 0
     avoid: str | None = None
     """The worker that failed it last."""
     is_alone: bool = False
-    """It may be what ends workers: it gets one to itself, to take no others along."""
+    """The job may be what kills workers: it gets one to itself, so that no other job is lost with it."""
     is_hedged: bool = False
     is_done: bool = False
     num_live: int = 0
@@ -84,7 +84,7 @@ class Job:
 
 @dataclass(slots=True, eq=False)
 class Attempt:
-    """A try at a job by one incarnation of a worker."""
+    """An attempt at a job by one incarnation of a worker."""
 
     job: Job
     number: int
@@ -97,7 +97,7 @@ class Attempt:
 
 
 class Ledger:
-    """All units that are not yet done with, and the queues of their jobs."""
+    """All units that have not been taken out, and the queues of their jobs."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class Ledger:
         self._num_attempts = 0
 
     def add(self, unit: Unit) -> None:
-        """Admit a unit. One key, one unit: AssertionError when it is there already."""
+        """Admit a unit. AssertionError when its key is already present."""
         assert unit.key not in self.entries, f"{unit.key} was admitted before"
         entry = Entry(unit=unit, state=State.TODO if unit.work is not None else State.ROLLED)
         self.entries[unit.key] = entry
@@ -125,7 +125,7 @@ class Ledger:
             self._to_score(entry, unit.samples)
 
     def start(self, job: Job, holder: str, now: float, patience: float) -> Attempt:
-        """A worker has the job from now on."""
+        """Record that a worker starts a job, and return the attempt."""
         self.waiting[job.stage].remove(job)
         self._num_attempts += 1
         job.num_live += 1
@@ -142,7 +142,7 @@ class Ledger:
         return Attempt(job, self._num_attempts, holder, now, patience)
 
     def rolled(self, attempt: Attempt, payload: Any) -> bool:
-        """Take a unit's payload; False for one that comes too late."""
+        """Record a unit's payload; False when it arrives too late."""
         if not self._is_first(attempt):
             return False
         entry = attempt.job.entry
@@ -154,7 +154,7 @@ class Ledger:
         return True
 
     def scored(self, attempt: Attempt, scores: Sequence[Any]) -> bool:
-        """Take the scores of a job's samples; False when they come too late. INFRA ones are tried again elsewhere."""
+        """Record the scores of a job's samples; False when they arrive too late. INFRA scores are retried elsewhere."""
         if not self._is_first(attempt):
             return False
         job = attempt.job
@@ -176,7 +176,7 @@ class Ledger:
         return True
 
     def fail(self, attempt: Attempt, failure: Failure, error: BaseException) -> None:
-        """An attempt came to nothing: its job waits for another worker, or has used up what it is given."""
+        """Record a failed attempt: its job waits for another worker, or has used up its budget."""
         job = attempt.job
         entry = job.entry
         self.end(attempt)
@@ -217,13 +217,13 @@ class Ledger:
                 self._wait(job)
 
     def end(self, attempt: Attempt) -> None:
-        """Nothing more comes of an attempt."""
+        """Close an attempt: later results of it do not count."""
         if not attempt.is_ended:
             attempt.is_ended = True
             attempt.job.num_live -= 1
 
     def hedge(self, job: Job) -> bool:
-        """Let another worker try a job beside the one that takes so long; once, False after that."""
+        """Queue a second attempt beside the slow one; at most once per job, False after that."""
         if job.is_hedged or job.is_done:
             return False
         job.is_hedged = True
@@ -233,15 +233,15 @@ class Ledger:
         return True
 
     def is_done(self, keys: Iterable[GroupKey]) -> bool:
-        """Whether nothing more will come of these."""
+        """Whether no further result is expected for these units."""
         return all(self.entries[key].is_done for key in keys)
 
     def keys_of(self, step: int) -> list[GroupKey]:
-        """The training units of a step, by slot."""
+        """Keys of a step's training units, by slot."""
         return sorted(key for key in self.entries if key.stream == TRAINING and key.step == step)
 
     def forget(self, keys: Iterable[GroupKey]) -> list[Entry]:
-        """Take units out of the books, done or not; whatever still comes of them is dropped."""
+        """Remove units, done or not, and return their entries; later results of them are dropped."""
         taken = [self.entries.pop(key) for key in keys]
         for entry in taken:
             self._unwait(entry)
@@ -296,7 +296,7 @@ class Ledger:
 
     @staticmethod
     def masked(reason: str) -> Any:
-        """What stands for the score of a sample that nobody could score."""
+        """Placeholder for the score of a sample that no worker could score."""
         return Masked(reason=reason)
 
     def _wait(self, job: Job) -> None:

@@ -1,4 +1,4 @@
-"""What is asked of a cluster's hosts and what they have, as a table for people who have to mend the difference."""
+"""Requested and available resources per host, formatted for error messages."""
 
 from __future__ import annotations
 
@@ -7,40 +7,40 @@ from dataclasses import dataclass
 
 GIB = 2.0**30
 SHOWN = {"CPU": "CPUs", "GPU": "GPUs", "memory": "memory, GiB"}
-"""Ray's resources that the table shows, and their names for people."""
+"""Ray's resources in the table, with their displayed names."""
 DESCRIBED = SHOWN | {"object_store_memory": "object store, GiB"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostResources:
-    """One host as Ray sees it. Example: `Room(host="10.0.0.1", total={"CPU": 8, "GPU": 1}, free={"CPU": 3})`."""
+    """One host as Ray reports it. Example: `HostResources(host="10.0.0.1", total={"CPU": 8}, free={"CPU": 3})`."""
 
     host: str
     total: Mapping[str, float]
-    """Ray's resources, memory in bytes; what is missing is 0."""
+    """Ray's resources, memory in bytes; a missing one is 0."""
     free: Mapping[str, float]
     is_here: bool = False
-    """Whether the run's own process is there."""
+    """Whether the run's own process is on this host."""
 
     def fits(self, needs: Mapping[str, float], *, is_empty: bool = False) -> int:
-        """How many of them there is room for now; `is_empty`: if nothing else ran."""
+        """Number of processes with these needs that fit now; `is_empty`: if nothing else ran."""
         have = self.total if is_empty else self.free
         # Ray counts in ten-thousandths.
         return min(int(have.get(name, 0.0) / amount + 1e-4) for name, amount in needs.items() if amount)
 
     def describe(self) -> str:
-        """In a line. Example: `CPUs 3 free of 8; memory, GiB 20.5 free of 30.0`."""
+        """One line. Example: `CPUs 3 free of 8; memory, GiB 20.5 free of 30.0`."""
         parts = [f"{DESCRIBED[name]} {self.share(name, ' free of ')}" for name in DESCRIBED if self.total.get(name)]
         return "; ".join(parts)
 
     def share(self, name: str, between: str) -> str:
-        """What is free and what there is of a resource. Example: `3 of 8`."""
+        """Free and total amount of a resource. Example: `3 of 8`."""
         return f"{_amount(name, self.free)}{between}{_amount(name, self.total)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResourceRequest:
-    """So many of a kind, each with the same needs. Example: four trainer ranks of 1 CPU and 1 GPU, the first here."""
+    """A number of processes with equal needs. Example: four trainer ranks of 1 CPU and 1 GPU, the first here."""
 
     num: int
     what: str
@@ -56,11 +56,11 @@ class ResourceRequest:
 
 
 def placement_table(request: ResourceRequest, hosts: Sequence[HostResources]) -> str:
-    """What is asked, and for each host what is free, what there is in all, and for how many of them there is room."""
+    """Table of the request and, per host, of free and total resources and the number of processes that fit."""
     each = ", ".join(f"{amount:g} {name}" for name, amount in request.needs.items() if amount)
     where = ", one of them here" if request.has_one_here else ""
     shown = [name for name in SHOWN if any(host.total.get(name) for host in hosts) or request.needs.get(name)]
-    rows = [["host", *(f"{SHOWN[name]} free of" for name in shown), "room for"]]
+    rows = [["host", *(f"{SHOWN[name]} free of" for name in shown), "fits"]]
     ordered = sorted(hosts, key=lambda host: (not host.is_here, host.host))
     rows += [
         [f"{host.host} (here)" if host.is_here else host.host]
@@ -73,13 +73,17 @@ def placement_table(request: ResourceRequest, hosts: Sequence[HostResources]) ->
         "  " + "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]
-    return "\n".join([f"asked: {request.num} {request.what} of {each} each{where}", *lines])
+    return "\n".join([f"requested: {request.num} {request.what} of {each} each{where}", *lines])
 
 
 def no_room(request: ResourceRequest, hosts: Sequence[HostResources], remedy: str) -> str:
-    """The table, what to make of it, and the remedy: for the error of whoever has waited in vain."""
+    """Cause, table and remedy, for the error of a placement that timed out."""
     is_possible = request.is_possible(hosts)
-    found = "other work holds what they need" if is_possible else "the hosts that are there are too few, or too small"
+    found = (
+        "other work holds the resources"
+        if is_possible
+        else "the cluster has too few hosts, or hosts that are too small"
+    )
     return f"{found}\n{placement_table(request, hosts)}\n{remedy}"
 
 

@@ -1,4 +1,4 @@
-"""Workers of one kind: which incarnation each is at, what it is doing, and which one to ask next."""
+"""Workers of one stage: the incarnation and jobs of each, and the choice of a worker for the next job."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from coupled.rl.cluster.types import Health, Stage
 
 HOUR = 3600.0
 RECENT = 256
-"""Durations that the next deadline is judged by."""
+"""Number of recent durations from which the next deadline is computed."""
 MAX_BACKOFF_SECONDS = 60.0
 
 
 class WorkerState(enum.StrEnum):
-    """READY takes work up to its pool's capacity, also while it has some."""
+    """State of a worker. A READY one takes jobs up to its pool's capacity, also while it has some."""
 
     RESTARTING = "restarting"
     READY = "ready"
     SUSPECT = "suspect"
-    """It is past a deadline: it gets nothing more until it answers, and is ended at twice the deadline."""
+    """Past a deadline: it gets no further jobs until it answers, and is killed at twice the deadline."""
     RETIRED = "retired"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PoolSpec:
-    """What a pool is made of. `places` has one entry per worker, None where the transport chooses."""
+    """Settings of a pool. `places` has one entry per worker; None lets the transport choose."""
 
     stage: Stage
     spec: WorkerSpec
@@ -38,20 +38,20 @@ class PoolSpec:
     method: str
     """The worker's method that does the work."""
     capacity: int = 1
-    """Jobs that a worker has at a time."""
+    """Jobs that a worker holds at a time."""
     min_workers: int = 1
-    """The run ends (to be resumed) when fewer can be had."""
+    """The run stops (and can be resumed) when fewer workers are left."""
     has_weights: bool = False
-    """Whether workers must hold the version that a unit asks for."""
+    """Whether workers must hold the weight version that a unit requires."""
     infra_errors: tuple[type[BaseException], ...] = ()
-    """Errors that say nothing of the work: it is tried elsewhere."""
+    """Errors of the infrastructure, not of the job: the job is retried on another worker."""
     check: Callable[[Any], None] = lambda hello: None
-    """Raises when what a worker says of itself is not what the run needs."""
+    """Raises when a worker's reply to `hello` does not meet the requirements of the run."""
 
 
 @dataclass(slots=True, eq=False)
 class Worker:
-    """One place in a pool; whoever holds it may change."""
+    """One place in a pool, held by one incarnation after another."""
 
     stage: Stage
     name: str
@@ -60,22 +60,22 @@ class Worker:
     incarnation: int = 0
     state: WorkerState = WorkerState.RESTARTING
     version: int = -1
-    """Weights it has confirmed; -1: none."""
+    """Weight version that it has confirmed; -1: none."""
     attempts: list[Attempt] = field(default_factory=list)
     since: float = 0.0
-    """When it began to start; while it waits to be started again, when that is due."""
+    """Time at which its start began; while it waits for a restart, the time at which the restart is due."""
     is_waiting: bool = False
     restarts: deque[float] = field(default_factory=deque)
     num_failures: int = 0
-    """How often it ended since it last did its work."""
+    """Number of times that it ended since its last finished job."""
     hello: Any = None
     why: str = ""
-    """What ended the last incarnation; empty while one is ready."""
+    """Cause of the last incarnation's end; empty while one is ready."""
     error: BaseException | None = None
 
     @property
     def holder(self) -> str:
-        """Names the incarnation. Example: `roll-0#3`."""
+        """Name of the incarnation. Example: `roll-0#3`."""
         return f"{self.name}#{self.incarnation}"
 
 
@@ -89,7 +89,10 @@ class WorkerPool:
         self._recent: deque[float] = deque(maxlen=RECENT)
 
     def pick(self, job: Job) -> Worker | None:
-        """The worker to ask: one that did not fail the job, holds its weights and has little to do."""
+        """Choose a worker for a job; None when all are full.
+
+        One that did not fail the job comes first, then one that holds its weights, then the one with the fewest jobs.
+        """
         version = job.entry.unit.version if self.spec.has_weights else -1
         best: tuple[bool, bool, int] | None = None
         chosen = None
@@ -102,7 +105,7 @@ class WorkerPool:
         return chosen
 
     def took(self, seconds: float) -> None:
-        """An attempt succeeded in this time."""
+        """Record the duration of an attempt that succeeded."""
         self._recent.append(seconds)
 
     def patience(self, job: Job) -> float:
@@ -117,14 +120,14 @@ class WorkerPool:
         return max(self._health.least_seconds, 3 * p99)
 
     def may_restart(self, worker: Worker, now: float) -> bool:
-        """Whether a worker that ended may be started again; False when it ends too often."""
+        """Whether a worker that ended may be restarted; False when it ends too often."""
         while worker.restarts and worker.restarts[0] < now - HOUR:
             worker.restarts.popleft()
         worker.restarts.append(now)
         return len(worker.restarts) <= self._health.restarts_per_hour
 
     def backoff(self, worker: Worker) -> float:
-        """Seconds before the next start: none at first, then more and more for one that never gets to work."""
+        """Seconds before the next start: 0 at first, then doubling for a worker that never finishes a job."""
         return 0.0 if worker.num_failures <= 2 else min(MAX_BACKOFF_SECONDS, 2.0 ** (worker.num_failures - 3))
 
     @property
@@ -134,12 +137,12 @@ class WorkerPool:
 
     @property
     def num_ready(self) -> int:
-        """Workers that could take work, now or after what they have."""
+        """Number of workers that take jobs, now or after their current ones."""
         return sum(worker.state is WorkerState.READY for worker in self.workers)
 
     @property
     def num_left(self) -> int:
-        """Workers that are not given up."""
+        """Number of workers that are not retired."""
         return sum(worker.state is not WorkerState.RETIRED for worker in self.workers)
 
     def _has_room(self, worker: Worker, job: Job) -> bool:

@@ -1,7 +1,7 @@
-"""Workers in processes of this machine: the coordinator's second real transport, for hosts without Ray.
+"""Workers in processes of this host: the coordinator's second real transport, for hosts without Ray.
 
 A worker is a fresh interpreter at the other end of a socket pair. Two threads per worker keep the pipe moving, so that
-a worker that is stopped in the middle of a message blocks nobody.
+a worker that is stopped in the middle of a message blocks no other.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ sys.path[:] = json.loads(sys.argv[2])
 from coupled.rl.cluster.processes import serve
 serve(int(sys.argv[1]))
 """
-"""A worker finds modules where its driver does."""
+"""Program of a worker process, which finds modules on the paths of its driver."""
 
 
 @dataclass(slots=True, eq=False)
@@ -50,7 +50,7 @@ class _Process:
 
 
 class LocalTransport:
-    """Processes on this host. What they print goes to `log`, or nowhere."""
+    """Processes on this host. Their output is written to `log`, or discarded."""
 
     def __init__(self, log: Path | None = None) -> None:
         self._log = log
@@ -71,7 +71,7 @@ class LocalTransport:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                start_new_session=True,  # Ctrl-C is the driver's to hear; it ends them when it is through
+                start_new_session=True,  # only the driver receives Ctrl-C; it ends the workers when it stops
             )
         connection = Connection(ours.detach())
         worker = _Process(process, queue.SimpleQueue())
@@ -124,9 +124,9 @@ class LocalTransport:
         while (message := worker.outbox.get()) is not None:
             try:
                 connection.send(message)
-            except OSError:  # the reader tells of a process that is gone
+            except OSError:  # the reader reports a process that is gone
                 return
-            except Exception as error:  # what cannot be pickled is its caller's mistake
+            except Exception as error:  # an argument that cannot be pickled is an error of the caller
                 with worker.lock:
                     call = worker.calls.pop(message[0], None)
                 if call is None:
@@ -140,7 +140,7 @@ class LocalTransport:
                     number, value, error = connection.recv()
                 except (EOFError, OSError):
                     break
-                except Exception as problem:  # a reply that cannot be read back here
+                except Exception as problem:  # a reply that cannot be unpickled here
                     number, value, error = -1, None, problem
                 with worker.lock:
                     call = worker.calls.pop(number, None)
@@ -167,7 +167,7 @@ class LocalTransport:
 
 
 class Target:
-    """The worker's object, made on its first call, so that an error in making it is an answer like any other."""
+    """The worker's object, made on its first call, so that an error in making it is returned like any other."""
 
     def __init__(self, make: Any, arguments: tuple[Any, ...]) -> None:
         self._make, self._arguments = make, arguments
@@ -181,7 +181,7 @@ class Target:
 
 
 def serve(descriptor: int) -> None:
-    """What a worker process runs: calls from the socket, one after the other, until it is closed."""
+    """Main loop of a worker process: runs calls from the socket, one after the other, until it is closed."""
     with Connection(descriptor) as connection:
         target = Target(*connection.recv())
         while True:
@@ -192,9 +192,9 @@ def serve(descriptor: int) -> None:
             value, problem = None, None
             try:
                 value = target.call(method, *arguments)
-            except Exception as error:  # a worker's border: whatever is raised is told to the caller
+            except Exception as error:  # boundary of a worker: any error is returned to the caller
                 problem = error
             try:
                 connection.send((number, value, problem))
-            except (TypeError, ValueError, AttributeError) as error:  # what cannot be sent is told in words
+            except (TypeError, ValueError, AttributeError) as error:  # send a description of what cannot be sent
                 connection.send((number, None, RuntimeError(f"{problem or value!r:.300} cannot be sent: {error}")))

@@ -1,5 +1,5 @@
-"""The Ray of this process, its own or a cluster that runs, shared by rollout actors and sandbox supervisors. The only
-file that imports ray."""
+"""The Ray instance of this process, its own or a running cluster, shared by rollout actors and sandbox supervisors. The
+only file that imports ray."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ SIOCGIFADDR = 0x8915
 _lock = threading.Lock()
 _num_users = 0
 _interface: str | None = None
-"""What gloo and NCCL were told last."""
+"""Interface that was last set for gloo and NCCL."""
 
 
 def open_ray(recipe: AnyRecipe, log_dir: Path | None = None) -> Any:
     """Start Ray, or join the instance that this process has started, and return the module `ray`.
 
-    With `cluster.address` the cluster that runs there is joined. A bare `ray.init()` would join whatever it finds on
-    the host. Each call wants its `close_ray`.
+    With `cluster.address` the cluster at that address is joined. A bare `ray.init()` would join any instance on the
+    host. Each call needs its own `close_ray`.
 
     Raises:
-        CoupledError: there is no cluster at the address, or it wants a token that is not known here.
+        CoupledError: there is no cluster at the address, or it requires a token that this process does not have.
     """
     if recipe.cluster.address is None:
         _require_token()  # before the import, which reads the mode
@@ -56,7 +56,7 @@ def open_ray(recipe: AnyRecipe, log_dir: Path | None = None) -> Any:
 
 
 def close_ray() -> None:
-    """Stop the instance when its last user goes."""
+    """Stop the instance when its last user closes it."""
     import ray
 
     global _num_users
@@ -67,10 +67,10 @@ def close_ray() -> None:
 
 
 def look_at_cluster(address: str) -> list[HostResources]:
-    """Join a cluster for as long as it takes to see what its hosts have.
+    """Join a cluster, read the resources of its hosts, and leave it.
 
     Raises:
-        CoupledError: there is none at the address, or it wants a token that is not known here.
+        CoupledError: there is none at the address, or it requires a token that this process does not have.
     """
     _require_mode()
     import ray
@@ -88,12 +88,12 @@ def alive_nodes(ray: Any) -> list[str]:
 
 
 def address_here(ray: Any) -> str:
-    """The address by which the other hosts know this one; 127.0.0.1 of a Ray of this host alone."""
+    """Address under which other hosts reach this one; 127.0.0.1 for a Ray instance on this host alone."""
     return str(ray.util.get_node_ip_address())
 
 
 def rooms(ray: Any) -> list[HostResources]:
-    """What every living host has."""
+    """Resources of every host that is alive."""
     free = ray._private.state.available_resources_per_node()
     here = ray.get_runtime_context().get_node_id()
     return [
@@ -110,7 +110,7 @@ def rooms(ray: Any) -> list[HostResources]:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Bundle:
-    """A place that is reserved: number `index` of a placement group, on `host`."""
+    """A reserved place: bundle `index` of a placement group, on `host`."""
 
     group: Any
     index: int
@@ -118,9 +118,9 @@ class Bundle:
 
 
 class Reservation:
-    """Places for `num` processes of equal needs, on as few hosts as can be, the first on the host of this process.
+    """Places for `num` processes of equal needs, on as few hosts as possible, the first on the host of this process.
 
-    Ray gives what is reserved to nobody else, also while nothing runs there.
+    Ray assigns reserved resources to no other work, also while nothing runs there.
     """
 
     def __init__(self, ray: Any, needs: Mapping[str, float], num: int) -> None:
@@ -131,23 +131,21 @@ class Reservation:
         )
 
     def wait(self, seconds: float) -> list[Bundle]:
-        """The places; none after `seconds` without them."""
+        """Wait for the places and return them; an empty list after `seconds`."""
         if not self._group.wait(seconds):
             return []
         hosts = {node["NodeID"]: node["NodeManagerAddress"] for node in self._ray.nodes()}
         found = self._ray.util.placement_group_table(self._group)["bundles_to_node_id"]
-        return [
-            Bundle(group=self._group, index=i, host=hosts.get(found[i], "a host that is gone")) for i in sorted(found)
-        ]
+        return [Bundle(group=self._group, index=i, host=hosts.get(found[i], "a lost host")) for i in sorted(found)]
 
     def release(self) -> None:
-        """Give everything back; what runs there is ended."""
+        """Release all places; processes that run there are killed."""
         with contextlib.suppress(self._ray.exceptions.RayError):
             self._ray.util.remove_placement_group(self._group)
 
 
 def scheduling_of(place: str | Bundle) -> Any:
-    """The scheduling that takes this place and no other: what Ray calls a soft affinity to a node, it often ignores."""
+    """Scheduling strategy that accepts this place only. Ray often ignores a soft affinity to a node."""
     from ray.util import scheduling_strategies as strategies
 
     if isinstance(place, Bundle):
@@ -158,32 +156,32 @@ def scheduling_of(place: str | Bundle) -> Any:
 
 
 def own_gpus() -> list[str]:
-    """The GPUs that Ray has given to the actor that asks, as they are called in CUDA_VISIBLE_DEVICES."""
+    """GPUs that Ray has assigned to the calling actor, by their names in CUDA_VISIBLE_DEVICES."""
     import ray
 
     return [str(gpu) for gpu in ray.get_gpu_ids()]
 
 
 def index_of_gpu(gpu: str, num_gpus: int) -> int:
-    """Under which number this process, which sees `num_gpus`, knows a GPU of its host.
+    """Index of a host's GPU in this process, which sees `num_gpus` of them.
 
     Raises:
-        RecipeError: it does not see that one.
+        RecipeError: this process does not see that GPU.
     """
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     seen = [str(i) for i in range(num_gpus)] if chosen is None else [name.strip() for name in chosen.split(",")]
     if gpu not in seen:
         raise RecipeError(
-            f"Ray has reserved GPU {gpu} of this host for the first rank, which sees {', '.join(seen)} alone; start "
-            "the run with the CUDA_VISIBLE_DEVICES that `ray start` had here, or without"
+            f"Ray has reserved GPU {gpu} of this host for the first rank, which sees only {', '.join(seen)}; start "
+            "the run with the CUDA_VISIBLE_DEVICES that `ray start` had on this host, or unset it"
         )
     return seen.index(gpu)
 
 
 def use_interface_towards(address: str) -> None:
-    """Let gloo and NCCL listen on the network interface that leads to `address`. What the user has set stays.
+    """Make gloo and NCCL listen on the network interface that leads to `address`. Values set by the user are kept.
 
-    Left alone, gloo takes what the host's own name stands for, often 127.0.0.1, and other hosts look for it in vain.
+    By default gloo takes the address of the host's own name, often 127.0.0.1, which other hosts cannot reach.
     """
     global _interface
     name = interface_towards(address)
@@ -194,9 +192,9 @@ def use_interface_towards(address: str) -> None:
 
 
 def interface_towards(address: str) -> str | None:
-    """The network interface that packets to an IPv4 address leave by. Example: 127.0.0.1 → lo."""
+    """Network interface through which packets to an IPv4 address leave. Example: 127.0.0.1 → lo."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((address, 9))  # sends nothing: the kernel only chooses the way
+        probe.connect((address, 9))  # sends nothing: the kernel only chooses the route
         own = probe.getsockname()[0]
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):  # an interface without an address
@@ -207,9 +205,9 @@ def interface_towards(address: str) -> str | None:
 
 
 def _require_token() -> None:
-    """Have Ray hear only who knows a token: it listens on every interface and runs whatever it is sent.
+    """Make Ray require a token: it listens on every interface and executes any code that it receives.
 
-    What the user has set of this stays. Processes of the sandbox do not get this environment; in tier `process` they
+    Values set by the user are kept. Processes of the sandbox do not get this environment; in tier `process` they
     can read it when they run as the same user.
     """
     if "RAY_AUTH_MODE" in os.environ:
@@ -221,15 +219,15 @@ def _require_token() -> None:
         from ray import _raylet  # compiled, so without types
 
         raylet: Any = _raylet
-        raylet.Config.initialize("")  # reads the mode again
+        raylet.Config.initialize("")  # re-reads the mode
 
 
 def _require_mode() -> None:
     if "RAY_AUTH_MODE" not in os.environ:
         raise RecipeError(
-            "a Ray cluster is joined with RAY_AUTH_MODE set to what it is on every host of it, 'token' or 'disabled'; "
-            "it is not set here. Ray guesses otherwise, and differently on the head: export it before `ray start` and "
-            "before `coupled`"
+            "joining a Ray cluster requires RAY_AUTH_MODE, with the same value on every host, 'token' or 'disabled'; "
+            "it is not set here. Without it Ray's default differs between the head and other hosts: export it before "
+            "`ray start` and before `coupled`"
         )
 
 
@@ -252,13 +250,13 @@ def _start_quietly(ray: Any, recipe: AnyRecipe) -> None:
 def _join(ray: Any, address: str, num_threads: int) -> None:
     host, _, port = address.rpartition(":")
     try:
-        if host:  # Ray itself goes on trying for minutes where nobody listens
+        if host:  # Ray itself retries for minutes when no process listens
             socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
         ray.init(address=address, **_quiet(num_threads))
     except (OSError, RuntimeError, ValueError) as error:
         raise CoupledError(
-            f"no Ray cluster answers at cluster.address={address} ({error}). Is it the head's ip:port, and are "
-            "RAY_AUTH_MODE and the token those of the head?"
+            f"no Ray cluster answers at cluster.address={address} ({error}). Check that it is the head's ip:port, "
+            "and that RAY_AUTH_MODE and the token are the same as on the head"
         ) from error
 
 
@@ -273,7 +271,7 @@ def _quiet(num_threads: int) -> dict[str, Any]:
 
 
 def _redirect_dumps(path: Path) -> None:
-    """Ray prints dumps of dead processes on stdout whatever its log level says; send them to the run folder."""
+    """Write dumps of dead processes, which Ray prints on stdout at any log level, to a file."""
     with contextlib.suppress(ImportError, AttributeError):
         from ray._private import worker
 

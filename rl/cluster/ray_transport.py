@@ -1,6 +1,6 @@
-"""Workers in Ray actors. Ray places them, moves objects and says who is alive; what is tried again is not its business.
+"""Workers in Ray actors. Ray places them, moves objects and reports which are alive; the ledger decides about retries.
 
-`max_restarts` and `max_task_retries` are 0: Ray would run a call twice, and say nothing of it.
+`max_restarts` and `max_task_retries` are 0: otherwise Ray would silently run a call twice.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from coupled.rl.cluster.transport import WorkerSpec
 from coupled.rl.cluster.types import WorkerLost, WorkFailed
 
 GET_SECONDS = 60.0
-"""How long the object of a finished call may take to get here."""
+"""Timeout for the transfer of a finished call's result."""
 
 
 class RayTransport:
-    """Actors of a Ray instance. `ray` is the module, as `open_ray` gives it; who opened it closes it.
+    """Actors of a Ray instance. `ray` is the module that `open_ray` returns; the caller closes it.
 
-    A place is the id of a node, or one that is reserved. A worker whose node is gone starts on one where none of the
-    others is, such as the one that its host joined again as, or where Ray likes.
+    A place is the id of a node, or a reserved `Bundle`. A worker whose node is gone starts on a node without other
+    workers, such as the new node of a host that has rejoined, or else where Ray chooses.
     """
 
     def __init__(self, ray: Any) -> None:
@@ -78,7 +78,7 @@ class RayTransport:
         return time.monotonic()
 
     def close(self) -> None:
-        """The instance is not ours."""
+        """The Ray instance belongs to the caller and stays open."""
 
     def _free_node(self, wanted: str) -> str | None:
         alive = alive_nodes(self._ray)

@@ -1,4 +1,4 @@
-"""A coordinator in real time: whoever waits pumps it, and a thread does when rollouts run ahead of training."""
+"""Runs a coordinator in real time: the waiting caller pumps it, or a thread when rollouts run ahead of training."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from coupled.rl.cluster.ledger import Entry
 from coupled.rl.cluster.types import GroupKey, Unit
 
 BEAT_SECONDS = 0.2
-"""At most so long until deadlines, and work that came in meanwhile, are looked at."""
+"""Longest interval between two checks of deadlines and new work."""
 T = TypeVar("T")
 
 
 class Runtime:
-    """Owns the lock around a coordinator, which itself knows no threads."""
+    """Owns the lock around a coordinator, which is not thread-safe."""
 
     def __init__(self, coordinator: Coordinator, *, is_ahead: bool = False) -> None:
         self._coordinator = coordinator
@@ -29,15 +29,15 @@ class Runtime:
             self._thread.start()
 
     def ask(self, question: Callable[[Coordinator], T]) -> T:
-        """Do something with the coordinator while nobody else does."""
+        """Call a function with the coordinator, under the lock, and return its result."""
         with self._changed:
             return question(self._coordinator)
 
     def wait_for(self, is_there: Callable[[Coordinator], bool], timeout: float = float("inf")) -> bool:
-        """Pump until something holds; False when it does not within `timeout` seconds.
+        """Pump until a condition holds; False when it does not within `timeout` seconds.
 
         Raises:
-            ClusterError: too few workers are left, or nothing moves.
+            ClusterError: too few workers are left, or none makes progress.
         """
         transport = self._coordinator.transport
         until = transport.now() + timeout
@@ -48,7 +48,7 @@ class Runtime:
                 if self._error is not None:
                     raise self._error
                 if self._is_closed:
-                    raise RuntimeError("nothing comes of workers that were ended: wait before close()")
+                    raise RuntimeError("closed workers return no results: wait before close()")
                 if transport.now() >= until:
                     return False
                 if self._thread is not None:
@@ -57,21 +57,21 @@ class Runtime:
             self._pump()
 
     def finish(self, units: Iterable[Unit]) -> list[Entry]:
-        """Do units outside of training, at once; they come back in their order, also the quarantined ones."""
+        """Compute units outside of training, at once; returns their entries in order, also of quarantined ones."""
         units = list(units)
         keys = [unit.key for unit in units]
         self.ask(lambda coordinator: coordinator.submit(units))
         try:
             return self.collect(keys)
         except BaseException:
-            # Whoever asked is not going to ask again: what is under way for it is of no use.
+            # The caller does not collect these units later, so the ones in progress are dropped.
             self.ask(
                 lambda coordinator: coordinator.ledger.forget([k for k in keys if k in coordinator.ledger.entries])
             )
             raise
 
     def collect(self, keys: list[GroupKey]) -> list[Entry]:
-        """Wait for units, and take them out of the books."""
+        """Wait for units, and remove them from the ledger."""
         self.wait_for(lambda coordinator: coordinator.ledger.is_done(keys))
         return self.ask(lambda coordinator: coordinator.take(keys))
 
@@ -104,7 +104,7 @@ class Runtime:
         while not self._is_closed:
             try:
                 self._pump()
-            except BaseException as error:  # told to whoever waits, in the thread that can end the run
+            except BaseException as error:  # raised in the waiting thread, which can end the run
                 with self._changed:
                     self._error = error
                     self._changed.notify_all()

@@ -1,8 +1,8 @@
-"""Workers in a virtual clock, with faults by script or by chance: a year of a cluster in a second of a test.
+"""Workers on a virtual clock, with scripted or random faults: a year of a cluster in a second of a test.
 
-Everything is decided by the seed. A worker can die (with or without work), stop answering until it is killed, take up
+The seed determines everything. A worker can die (with or without work), stop answering until it is killed, take up
 to a hundred times longer, have its answer lost, or answer twice; a place can be without a host for a while; a unit can
-be poison and end whoever touches it.
+be poison and kill any worker that touches it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from coupled.rl.cluster.types import Unit, WorkerLost, WorkFailed
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Faults:
-    """Chances, per call; 0 is never."""
+    """Probabilities of faults, per call."""
 
     kill: float = 0.0
     """The worker ends before it answers."""
     idle_kill: float = 0.0
     """The worker ends after it answered."""
     hang: float = 0.0
-    """The worker answers nothing any more, until it is killed."""
+    """The worker stops answering, until it is killed."""
     slow: float = 0.0
     """The call takes up to a hundred times as long."""
     lose: float = 0.0
@@ -34,9 +34,9 @@ class Faults:
     duplicate: float = 0.0
     """The answer arrives twice."""
     no_start: float = 0.0
-    """The place has no host: a worker that is started there never says hello."""
+    """The place has no host: a worker that is started there never answers `hello`."""
     poison: frozenset[str] = frozenset()
-    """Names of units, or of samples, that end any worker that touches them."""
+    """Names of units, or of samples, that kill any worker that touches them."""
 
 
 @dataclass(slots=True, eq=False)
@@ -59,7 +59,7 @@ class _Call:
 
 
 class SimTransport:
-    """A transport whose clock only moves in `wait`. `seconds(method, arguments, rng)` says how long a call takes."""
+    """A transport whose clock only moves in `wait`. `seconds(method, arguments, rng)` is a call's duration."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class SimTransport:
         self._done: list[_Call] = []
         self.num_alive = 0
         self.executions: list[tuple[_Call, str]] = []
-        """Calls that were executed, by what: a call that is here twice was tried again behind the ledger's back."""
+        """Executed calls with their methods: a call that occurs twice was retried without the ledger."""
 
     def spawn(self, spec: WorkerSpec, place: Any) -> Any:
         self.num_alive += 1
@@ -127,7 +127,7 @@ class SimTransport:
         return self._clock
 
     def close(self) -> None:
-        """Nothing is held."""
+        """There is nothing to release."""
 
     def _at(self, seconds: float, happen: Callable[[], None]) -> None:
         self._num_events += 1
@@ -144,7 +144,7 @@ class SimTransport:
         self.executions.append((call, call.method))
         try:
             call.value = getattr(worker.target, call.method)(*call.arguments)
-        except Exception as error:  # a worker's border: whatever it raises is told to the caller
+        except Exception as error:  # boundary of a worker: any error is returned to the caller
             call.error = WorkFailed(error)
         call.is_done = True
         worker.calls.remove(call)
@@ -172,7 +172,7 @@ class SimTransport:
 
 
 def names_in(arguments: tuple[Any, ...]) -> set[str]:
-    """The names of units and samples that a call carries."""
+    """Names of the units and samples in a call's arguments."""
     found: set[str] = set()
     for argument in arguments:
         for item in argument if isinstance(argument, list) else [argument]:

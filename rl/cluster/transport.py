@@ -1,7 +1,7 @@
 """The protocols through which the coordinator reaches processes and moves weights.
 
-No method waits for long: `spawn` and `call` return at once, `wait` has a timeout, `result` is for calls that are done.
-A call runs at most once, whatever happens; the ledger decides to try again.
+No method blocks: `spawn` and `call` return at once, `wait` has a timeout, `result` is for calls that are done.
+A call runs at most once, whatever happens; the ledger decides about retries.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSpec:
-    """How to make a worker: `make(*arguments)` there gives the object whose methods are called."""
+    """How a worker is made: `make(*arguments)`, run in its process, returns the object whose methods are called."""
 
     make: Callable[..., Any]
     arguments: tuple[Any, ...] = ()
@@ -33,19 +33,19 @@ class Transport(Protocol):
     """Processes and messages. `worker` and `call` are opaque handles of the transport."""
 
     def spawn(self, spec: WorkerSpec, place: Any) -> Any:
-        """Begin to start a worker, at a place if the transport knows places; its calls report failures."""
+        """Begin to start a worker, at a place if the transport has places; its calls report a failed start."""
         ...
 
     def call(self, worker: Any, method: str, *arguments: Any) -> Any:
-        """Begin a call; `result` gives its result or error."""
+        """Begin a call; `result` returns its value or raises its error."""
         ...
 
     def wait(self, calls: Sequence[Any], timeout: float) -> Sequence[Any]:
-        """The calls that are done; none after `timeout` seconds."""
+        """Return the finished calls; none after `timeout` seconds."""
         ...
 
     def result(self, call: Any) -> Any:
-        """The value that a call returned. Raises WorkerLost, or WorkFailed with the error of the method."""
+        """Return the value of a finished call. Raises WorkerLost, or WorkFailed with the error of the method."""
         ...
 
     def kill(self, worker: Any) -> None:
@@ -53,7 +53,7 @@ class Transport(Protocol):
         ...
 
     def now(self) -> float:
-        """Seconds of a clock that never goes back."""
+        """Seconds on a monotonic clock."""
         ...
 
     def close(self) -> None:
@@ -62,10 +62,10 @@ class Transport(Protocol):
 
 
 class Carrier(Protocol):
-    """How weights travel: makes a handle that a worker's `load` understands, and releases it."""
+    """Moves weights: makes a handle that a worker's `load` accepts, and releases it."""
 
     def send(self, state: Mapping[str, Any], version: int) -> Any:
-        """Put the weights, name → tensor, where workers find them."""
+        """Store the weights, name → tensor, where workers can load them, and return the handle."""
         ...
 
     def drop(self, version: int) -> None:

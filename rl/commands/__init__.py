@@ -1,10 +1,10 @@
-"""Commands: what the command line does besides training.
+"""Commands of the command line besides training.
 
 sample       denoises one completion; `canvas_view` shows it filling in
-export       a checkpoint as a model folder
-dry_run      memory and time of a run, from the model's shape
-doctor       what this machine can do, and the remedy for the rest
-sandbox      one program against its tests
+export       writes a checkpoint as a model folder
+dry_run      estimates memory and time of a run from the model's shape
+doctor       checks this machine, with a remedy for each problem
+sandbox      runs one program against its tests
 supervise    resumes a run that was interrupted
-top          workers, units and waits of a run; `run_view` reads its files
+top          shows workers, jobs and queues of a run; `run_view` reads its files
 """

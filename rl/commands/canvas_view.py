@@ -1,4 +1,4 @@
-"""The denoising as it happens: a canvas that fills in place on a terminal, one text per step in a log."""
+"""Live view of the denoising: a canvas that fills in place on a terminal, one text per step in a log."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class CanvasView:
             self._live.stop()
 
     def show(self, policy: Policy, step: int, canvas: np.ndarray) -> None:
-        """The canvas [C] after a step."""
+        """Show the canvas [C] after a step."""
         if not self._is_shown:
             return
         if self._live is None:
@@ -47,7 +47,7 @@ class CanvasView:
         self._before = canvas.copy()
 
     def _styled(self, policy: Policy, canvas: np.ndarray) -> Text:
-        """Masked positions dim, those of this step bold, up to the first end token."""
+        """The canvas up to the first end token: masked positions dim, tokens of this step bold."""
         text = Text()
         before = np.full_like(canvas, policy.mask_id) if self._before is None else self._before
         for token, old in zip(canvas.tolist(), before.tolist(), strict=True):
@@ -62,7 +62,7 @@ class CanvasView:
 
 
 def canvas_text(policy: Policy, canvas: np.ndarray) -> str:
-    """A canvas [C] as text up to its first end token, with `▢` for what is still masked."""
+    """A canvas [C] as text up to its first end token, with `▢` for positions that are still masked."""
     ends = np.flatnonzero(np.isin(canvas, policy.end_ids))
     shown = canvas[: ends[0]] if len(ends) else canvas
     return "".join(

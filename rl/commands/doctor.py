@@ -1,4 +1,4 @@
-"""What this machine can and cannot do: versions, processor, GPU, sandbox, disk, each with a remedy."""
+"""`coupled doctor`: checks of versions, processor, GPU, sandbox and disk, each with a remedy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MIN_DISK_GIB = 2.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One thing looked at. `is_needed`: without it nothing trains."""
+    """Result of one check. `is_needed`: training is impossible without it."""
 
     name: str
     is_good: bool
@@ -30,9 +30,9 @@ class Finding:
 
 
 def examine(address: str | None = None) -> list[Finding]:
-    """All findings, in the order a user cares for them. Starts and stops a sandbox; needs a few seconds.
+    """All findings, the most important first. Starts and stops a sandbox; takes a few seconds.
 
-    `address`: of a Ray cluster, whose hosts are looked at, too.
+    `address`: address of a Ray cluster whose hosts are also checked.
     """
     found = [_python(), *_packages(), _families(), _processor(), _gpu(), *_sandbox(), _shared_memory(), _disk()]
     return found if address is None else [*found, *_cluster(address)]
@@ -68,7 +68,7 @@ def _packages() -> list[Finding]:
 
 
 def _families() -> Finding:
-    """Model families whose transformers class this version has."""
+    """Check that this transformers version has the class of every model family."""
     from transformers import CONFIG_MAPPING
 
     from coupled.rl.model.families import FAMILIES
@@ -77,7 +77,7 @@ def _families() -> Finding:
     return Finding(
         name="model families",
         is_good=not absent,
-        detail=", ".join(FAMILIES) if not absent else f"this transformers version cannot compute {', '.join(absent)}",
+        detail=", ".join(FAMILIES) if not absent else f"this transformers version has no class for {', '.join(absent)}",
         remedy="" if not absent else "pip install -U 'transformers>=5.16,<6'",
     )
 
@@ -94,7 +94,7 @@ def _gpu() -> Finding:
     return Finding(
         name="gpu",
         is_good=False,
-        detail=f"torch {torch.__version__} sees none; the embedded model trains on a CPU",
+        detail=f"torch {torch.__version__} finds none; the embedded model trains on a CPU",
         remedy="for larger models: a CUDA build of torch on a machine with a GPU",
     )
 
@@ -103,7 +103,7 @@ def _sandbox() -> list[Finding]:
     try:
         executor = open_executor(tier="auto", num_workers=1)
     except SandboxUnavailable as error:
-        # Every tier with its reason and its remedy.
+        # The text has every tier with its reason and its remedy.
         return [Finding(name="sandbox", is_good=False, detail=str(error), is_needed=True)]
     with executor:
         isolation = executor.isolation()

@@ -64,7 +64,7 @@ HUB_NAMES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """A transformer in numbers."""
+    """Dimensions of a transformer."""
 
     layers: int
     hidden: int
@@ -113,7 +113,7 @@ class Shape:
 
 
 def shape_of(config: dict[str, Any]) -> Shape:
-    """The shape in a translated `config.json`."""
+    """The shape given by a translated `config.json`."""
     heads = config["num_attention_heads"]
     return Shape(
         layers=config["num_hidden_layers"],
@@ -133,7 +133,7 @@ def memory_gib(recipe: AnyRecipe, shape: Shape, family: Family) -> dict[str, flo
     Trained weights have a gradient and two moments, all float32. Activations: per token and layer, the inputs of norms,
     projections and the inner layer that the backward pass needs, kept for one micro-batch of all the estimator's masked
     inputs, or of one with `has_two_passes`; with gradient checkpointing, the input of each layer and all of one.
-    Weights that are sharded over ranks count with the device's share, and with the part that is gathered at a time.
+    Sharded weights count with the device's share, plus the part that is gathered at a time.
     """
     adapter = recipe.model.adapter
     bytes_each = 2 if recipe.model.weights_dtype == "bfloat16" else 4
@@ -170,8 +170,8 @@ def memory_gib(recipe: AnyRecipe, shape: Shape, family: Family) -> dict[str, flo
 
 
 def _gathered(recipe: AnyRecipe, shape: Shape, compute_bytes: int) -> int:
-    """Bytes of sharded weights that are whole at a time: the part outside of the layers in fp32, and layers in the
-    compute type, all of them to roll out or score. Likelihood training: two layers, gradients of one and the outside.
+    """Bytes of sharded weights that are gathered at a time: the part outside of the layers in fp32, and layers in the
+    compute type, all of them for rollouts and scoring. Likelihood training: two layers, gradients of one and the rest.
     """
     outside, layer = shape.parameters - shape.body, shape.body // shape.layers
     if isinstance(recipe, Recipe):
@@ -189,7 +189,7 @@ def fit_step_flops(recipe: LikelihoodRecipe, shape: Shape, family: Family) -> di
 
 
 def rl_step_flops(recipe: Recipe, shape: Shape, family: Family) -> dict[str, int]:
-    """Operations of one rollout step: denoising the completions, then scoring them and training on them."""
+    """Operations of one RL step: denoising the completions, then scoring them and training on them."""
     rollout = recipe.rollout
     rows = rollout.num_prompts * rollout.group_size
     canvas, prompt = rollout.canvas, recipe.data.max_prompt_tokens
@@ -213,11 +213,11 @@ def rl_step_flops(recipe: Recipe, shape: Shape, family: Family) -> dict[str, int
 
 
 def scoring_rows(recipe: Recipe, family: Family, num_completions: int) -> int:
-    """Rows of all forward passes that score so many completions once, groups one after the other.
+    """Rows of all forward passes that score `num_completions` completions once, group by group.
 
-    Completions of a group share their fully masked rows within a micro-batch, where their inputs are equal: the
-    attention is full, what follows the end is MASK, and no token of the prompt is hidden. (Completions that fill the
-    canvas are equal there too, whatever follows; the estimate does not count on that.)
+    Completions of a group share their fully masked rows within a micro-batch where their inputs are equal: the
+    attention is full, positions after the end are MASK, and no prompt token is hidden. (Completions that fill the
+    canvas also share them otherwise; the estimate ignores that.)
     """
     cost = scoring_cost_of(recipe, family)
     estimator, size, group = recipe.estimator, recipe.optimizer.micro_batch_size, recipe.rollout.group_size
@@ -227,7 +227,7 @@ def scoring_rows(recipe: Recipe, family: Family, num_completions: int) -> int:
 
 
 def scoring_cost_of(recipe: Recipe, family: Family) -> ScoringCost:
-    """Masked inputs of a completion that fills the canvas, and is committed in all the steps it may take."""
+    """Masked inputs of a completion that fills the canvas and takes the maximum number of steps."""
     sampler, size = recipe.rollout, family.block_length
     if size is None:
         steps = len(plan_steps(sampler))
@@ -243,7 +243,7 @@ def _has_two_streams(recipe: AnyRecipe, family: Family) -> bool:
 
 
 def estimate_run(recipe: AnyRecipe) -> str:
-    """The estimate in a few lines; one line with the reason where the model's shape is not available."""
+    """The estimate as a few lines; one line with the reason when the model's shape is not available."""
     try:
         config = _config_of(recipe)
         family = family_of(
@@ -283,7 +283,7 @@ def _config_of(recipe: AnyRecipe) -> dict[str, Any]:
     if not Path(path).is_dir() and path in HUB_NAMES:
         return PUBLISHED[HUB_NAMES[path]]
     if path.startswith("owner/"):
-        raise CheckpointError(f"{path} stands for a checkpoint of yours: set model.path")
+        raise CheckpointError(f"{path} is a placeholder for your checkpoint: set model.path")
     try:
         values, _ = PreTrainedConfig.get_config_dict(path)
     except (OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""A checkpoint of a run as a folder of its own: adapters merged if wanted, weights in the type they are used in."""
+"""Export of a checkpoint as a separate model folder: adapters optionally merged, weights in the chosen type."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from coupled.rl.run_folder.find import find_checkpoint
 
 
 def export_checkpoint(path: Path, out: Path, *, merge: bool, dtype: torch.dtype) -> Path:
-    """Write a checkpoint (of a run folder: its newest) into the new folder `out`, which `load_policy` opens.
+    """Write a checkpoint (for a run folder: its newest) into the new folder `out`, which `load_policy` opens.
 
-    With `merge` adapters are added to the weights they adapt, in float32, before anything is rounded to `dtype`.
-    Weights have the names of the transformers class: those of Dream, SDAR and Stable-DiffCoder are the published ones.
+    With `merge` adapters are added to the weights they adapt, in float32, before rounding to `dtype`. Weights
+    have the names of the transformers class; for Dream, SDAR and Stable-DiffCoder these are the published names.
 
     Raises:
-        CheckpointError: no checkpoint, a folder that holds something already, or nothing to merge.
+        CheckpointError: no checkpoint, a folder that is not empty, or no adapter to merge.
     """
     checkpoint = find_checkpoint(path)
     if out.exists() and any(out.iterdir()):

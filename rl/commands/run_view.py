@@ -1,4 +1,4 @@
-"""A run as its files tell it: its workers, what waits, and what its two sides cost. Needs no running process."""
+"""State of a run from its files: workers, queues, and the cost of rollouts and training. Needs no running process."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from coupled.rl.cluster.types import TRAINING
 from coupled.rl.monitoring.events import FILE
 
 RECENT_STEPS = 20
-"""What a step costs is the median over so many of the latest."""
+"""Number of recent steps over which the cost of a step is a median."""
 
 
 @dataclass(slots=True)
 class WorkerView:
-    """A worker as the events leave it."""
+    """State of a worker after the events."""
 
     holder: str = ""
     state: str = "restarting"
@@ -30,30 +30,30 @@ class WorkerView:
     num_lost: int = 0
     why: str = ""
     has: dict[str, float] = field(default_factory=dict)
-    """Unit → when it was given to the worker, in seconds since the epoch."""
+    """Job → time at which the worker received it, in seconds since the epoch."""
 
 
 @dataclass(slots=True)
 class RunView:
-    """A run as its events leave it."""
+    """State of a run after its events."""
 
     workers: dict[str, WorkerView] = field(default_factory=dict)
     counts: Counter[str] = field(default_factory=Counter)
     step: int = 0
-    """The latest that has been begun."""
+    """The latest step that has started."""
     version: int = -1
-    """Of its weights."""
+    """Version of that step's weights."""
     last: float = 0.0
-    """When the latest event was, in seconds since the epoch."""
+    """Time of the latest event, in seconds since the epoch."""
     pending: dict[str, dict[str, float]] = field(default_factory=lambda: {"roll": {}, "score": {}})
-    """Stage → jobs that it is not done with, a unit or one sample of it → since when they are asked for."""
+    """Unfinished jobs per stage: job (a unit or one sample of it) → submission time."""
     rollout_seconds: dict[int, float] = field(default_factory=dict)
     """Training step → worker-seconds that its rollouts took."""
     _parts: dict[str, list[int]] = field(default_factory=dict)
-    """Unit that is being scored → its samples."""
+    """Unit that is being scored → indices of its samples."""
 
     def add(self, event: Mapping[str, Any]) -> None:
-        """Take the next event. A process of the run begins anew: its workers are not those of the one before."""
+        """Apply the next event. A resumed run has new workers: the workers of its earlier process are forgotten."""
         kind = event["event"]
         self.counts[kind] += 1
         self.last = event["time"]
@@ -73,12 +73,12 @@ class RunView:
             self._of_worker(kind, event)
 
     def waiting(self, stage: str) -> list[str]:
-        """Jobs that a stage has to do and nobody has, the oldest first."""
+        """Unfinished jobs of a stage that no worker holds, the oldest first."""
         held = {job for view in self.workers.values() for job in view.has}
         return [job for job in self.pending[stage] if job not in held]
 
     def oldest(self) -> tuple[str, str, float] | None:
-        """The unit that somebody has had longest, who has it, and since when; None when nobody has any."""
+        """The job that a worker has held longest, that worker, and the time since; None when no worker has a job."""
         held = [(since, unit, view.holder) for view in self.workers.values() for unit, since in view.has.items()]
         if not held:
             return None
@@ -90,7 +90,7 @@ class RunView:
             self.pending[stage][f"{stream}/{event['step']}/{slot}"] = event["time"]
 
     def _split(self, event: Mapping[str, Any]) -> None:
-        """A unit whose supervisor ended is scored sample by sample."""
+        """Split a unit whose supervisor died: it is scored sample by sample."""
         jobs, key, part = self.pending["score"], str(event["key"]), event["part"]
         if len(part) == 1 and key in jobs:
             since = jobs.pop(key)
@@ -135,30 +135,30 @@ class RunView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Balance:
-    """What a training step costs on its two sides, medians over the latest steps.
+    """Cost of a training step on its two sides, medians over the latest steps.
 
     Example: `Balance(rollout_seconds=412.0, trainer_seconds=100.0, num_workers=2, rollout_idle=0.03,
-    trainer_idle=0.55)` wants five workers and has two.
+    trainer_idle=0.55)` suggests five workers and has two.
     """
 
     rollout_seconds: float
     """Worker-seconds of rollouts."""
     trainer_seconds: float
-    """Seconds of everything that is not waiting for them."""
+    """Seconds of a step without the wait for rollouts."""
     num_workers: int
     rollout_idle: float
-    """Share of the workers' time."""
+    """Idle share of the workers' time."""
     trainer_idle: float
-    """Share of the step."""
+    """Idle share of the trainer's time in a step."""
 
     @property
     def suggested_workers(self) -> int:
-        """So many that their part of a step takes no longer than the trainer's, when they run ahead of it."""
+        """Number of workers for which rollouts of a step take no longer than its training, when they run ahead."""
         return max(1, math.ceil(self.rollout_seconds / self.trainer_seconds - 0.1))
 
 
 def balance_of(run: RunView, rows: Sequence[Mapping[str, Any]]) -> Balance | None:
-    """From a run's events and the rows of its metrics.jsonl; None while no step is finished, or without workers."""
+    """Balance from a run's events and the rows of its metrics.jsonl; None before the first step, or without workers."""
     recent = [row for row in rows[-RECENT_STEPS:] if "cluster/trainer_idle" in row and row["time/step_seconds"]]
     rollouts = [run.rollout_seconds[int(row["step"])] for row in recent if int(row["step"]) in run.rollout_seconds]
     training = [row["time/step_seconds"] * (1 - row["cluster/trainer_idle"]) for row in recent]
@@ -174,7 +174,7 @@ def balance_of(run: RunView, rows: Sequence[Mapping[str, Any]]) -> Balance | Non
 
 
 def view_of(events: Iterable[Mapping[str, Any]]) -> RunView:
-    """What the events add up to."""
+    """State of a run after the given events."""
     run = RunView()
     for event in events:
         run.add(event)
@@ -182,7 +182,7 @@ def view_of(events: Iterable[Mapping[str, Any]]) -> RunView:
 
 
 class EventReader:
-    """Reads the events of a run that goes on: each time only those that are new."""
+    """Reads the events of a running run: each call reads only the new ones."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE
@@ -190,7 +190,7 @@ class EventReader:
         self.view = RunView()
 
     def read(self) -> RunView:
-        """The run after all events that are written whole."""
+        """The run's state after all completely written events."""
         with self._path.open("rb") as file:
             file.seek(self._offset)
             for line in file:

@@ -1,4 +1,4 @@
-"""Using a checkpoint outside its run: evaluate it, or denoise one completion."""
+"""`coupled sample`: denoise one completion with a checkpoint."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def sample_checkpoint(
     text = render_prompt(prompt, policy.tokenizer)
     ids = tuple(policy.tokenizer(text, add_special_tokens=False)["input_ids"])
     if not ids:
-        raise DataError("the prompt has no tokens; ask something")
+        raise DataError("the prompt has no tokens; give a prompt that is not empty")
 
     def show(step: int, canvases: np.ndarray) -> None:
         if on_step is not None:

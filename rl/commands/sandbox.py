@@ -1,4 +1,4 @@
-"""`coupled sandbox run`: one file against its tests, for a person who wants to see what the sandbox makes of it."""
+"""`coupled sandbox run`: run one file against its tests and show the verdicts of the sandbox."""
 
 from __future__ import annotations
 
@@ -30,29 +30,29 @@ FORMAT = (
 _COMPARED_BY = {
     "T0": "compared by the host",
     "T1": "compared by the tests, in a sandbox of their own",
-    "T2": "weak: compared in the program's own process, where it can forge what its tests say",
+    "T2": "weak: compared in the program's own process, where it can forge the verdicts",
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """What came of one file. `execution` is None when there was nothing to run, such as a syntax error."""
+    """Result of one file. `execution` is None when nothing was run, as for a syntax error."""
 
     task: Task
     judgement: Judgement
     execution: Execution | None
     num_calls: int
-    """Calls, or inputs, that the tests came to."""
+    """Number of calls, or of inputs, in the tests."""
     isolation: Isolation
 
     @property
     def has_passed(self) -> bool:
-        """True when every test passed, and there were some."""
+        """True when there are tests and every one passed."""
         return bool(self.judgement.per_test) and all(self.judgement.per_test)
 
     @property
     def is_judged(self) -> bool:
-        """False: the sandbox failed, which says nothing about the program."""
+        """False: the sandbox failed, which is no evidence about the program."""
         return self.judgement.status is not Status.INFRA
 
     def rows(self) -> list[tuple[str, bool | None]]:
@@ -65,7 +65,7 @@ class Trial:
         return [(f"part {number}", passed) for number, passed in enumerate(per_test, 1)]
 
     def replies(self) -> list[str]:
-        """What the program gave for each test; empty where a test is not one call or one input."""
+        """Result of the program for each test; empty where a test is not one call or one input."""
         run = self.execution
         if run is None or self.judgement.tier != "T0" or self.num_calls != len(self.task.hidden_tests):
             return []
@@ -75,7 +75,7 @@ class Trial:
         ]
 
     def as_json(self) -> str:
-        """Everything, on one line."""
+        """The result as one line of JSON."""
         run = self.execution
         content = {
             "passed": self.has_passed,
@@ -92,13 +92,13 @@ class Trial:
         return json.dumps(content)
 
     def as_table(self) -> Group:
-        """The same for people. What the program wrote cannot move the terminal's cursor or change its colours."""
+        """The result as a table. Output of the program cannot move the terminal's cursor or change its colours."""
         table = Table(box=SIMPLE_HEAD, pad_edge=False)
         table.add_column("", no_wrap=True)
         table.add_column("test", overflow="fold")
         rows, replies = self.rows(), self.replies()
         if replies:
-            table.add_column("gave", overflow="fold")
+            table.add_column("result", overflow="fold")
         for (text, passed), reply in zip(rows, replies + [""] * len(rows), strict=False):
             mark = Text("—") if passed is None else Text("pass", "green") if passed else Text("FAIL", "bold red")
             table.add_row(mark, *(Text(_printable(part)[:400]) for part in (text, reply)[: len(table.columns) - 1]))
@@ -118,12 +118,12 @@ class Trial:
 
 
 def try_file(program: Path, tests: Path, *, tier: str, url: str | None, allow_weak: bool = False) -> Trial:
-    """Run a file against its tests with the default limits. `allow_weak`: also tests of verdict tier T2.
+    """Run a file against its tests with the default limits. `allow_weak` also permits tests of verdict tier T2.
 
     Raises:
-        DataError: a file cannot be read or is not in the format, or tier and address do not fit.
+        DataError: a file cannot be read or is not in the format, or tier and address contradict each other.
         RewardError: a test that cannot be run.
-        SandboxUnavailable: this machine cannot give the tier.
+        SandboxUnavailable: this machine cannot provide the tier.
     """
     return try_program(read_task(tests), _read(program), tier=tier, url=url, allow_weak=allow_weak)
 
@@ -131,7 +131,7 @@ def try_file(program: Path, tests: Path, *, tier: str, url: str | None, allow_we
 def try_program(
     task: Task, source: str, *, tier: str = "auto", url: str | None = None, allow_weak: bool = False
 ) -> Trial:
-    """The same for a program that is at hand; raises what `try_file` raises."""
+    """Run source code against the tests of a task; raises the errors of `try_file`."""
     try:
         settings = Sandbox.model_validate({"tier": tier, "url": url, "num_workers": 1})
     except ValidationError as error:
@@ -143,7 +143,7 @@ def try_program(
         isolation = recorder.isolation()
     finally:
         recorder.close()
-    # Besides the program itself, references and checkers may have been run.
+    # Besides the program itself, references and checkers may have run.
     own = [(job, execution) for job, execution in recorder.runs if job.source == source]
     job, execution = own[0] if own else (None, None)
     num_calls = len(job.calls) + len(job.stdin_cases) if job else 0
@@ -161,11 +161,11 @@ def read_task(path: Path) -> Task:
     if not isinstance(content, dict) or not isinstance(content.get("tests"), list) or not content["tests"]:
         raise DataError(f"{path} has no tests. Tests are {FORMAT}")
     if unknown := sorted(content.keys() - set(FIELDS)):
-        raise DataError(f"{path} has the key {unknown[0]!r}; known are {', '.join(FIELDS)}")
+        raise DataError(f"{path} has the unknown key {unknown[0]!r}; known are {', '.join(FIELDS)}")
     tests = tuple(test if isinstance(test, str) else json.dumps(test) for test in content["tests"])
     rest = {key: value for key, value in content.items() if key != "tests"}
     if wrong := [key for key, value in rest.items() if not isinstance(value, str | float)]:
-        raise DataError(f"{path}: {wrong[0]} is a text or a number; got {rest[wrong[0]]!r}")
+        raise DataError(f"{path}: {wrong[0]} must be a text or a number; got {rest[wrong[0]]!r}")
     try:
         return Task(uid=path.stem, prompt="", hidden_tests=tests, **rest)
     except ValueError as error:
@@ -173,7 +173,7 @@ def read_task(path: Path) -> Task:
 
 
 class _Recorder:
-    """An executor that keeps what came of each job: a judgement does not say how long it took or what was printed."""
+    """An executor that keeps every job's execution: a judgement holds neither its times nor its output."""
 
     def __init__(self, executor: Executor) -> None:
         self._executor = executor

@@ -1,4 +1,4 @@
-"""`coupled train --supervise`: a run that is interrupted is resumed from its newest checkpoint."""
+"""`coupled train --supervise`: resumes an interrupted run from its newest checkpoint."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 
 RETRYABLE = 75
-"""EX_TEMPFAIL: too few workers, nothing moved, or a checkpoint could not be written."""
+"""EX_TEMPFAIL: too few workers, no progress, or a checkpoint that could not be written."""
 MAX_RESTARTS = 5
 BACKOFF_SECONDS = 5.0
 
@@ -20,14 +20,14 @@ def supervise(
     committed: Callable[[], frozenset[str]] = frozenset,
     backoff_seconds: float = BACKOFF_SECONDS,
 ) -> int:
-    """Run a command; while it ends with a status that resuming may mend, run `again`. Returns the last exit status.
+    """Run a command; while it ends with a status that resuming may fix, run `again`. Returns the last exit status.
 
-    That is 75, and an end by a signal: out of memory, a crash of a library. Not an error that the user must mend, a
-    mistake of ours (it would come back), Ctrl-C, or SIGTERM, which is somebody's wish.
+    That is status 75, and an end by a signal: out of memory, a crash of a library. Not resumed: errors that the user
+    must fix, bugs (they would recur), Ctrl-C, and SIGTERM, which is deliberate.
 
     Args:
-        committed: names the checkpoints that there are. A process that left a new one has got over what ended the one
-            before it, and counting begins again.
+        committed: returns the names of existing checkpoints. A process that wrote a new one has passed the cause of the
+            earlier failure, so the count of restarts begins at 0 again.
     """
     command, restarts = first, 0
     while True:
@@ -36,7 +36,7 @@ def supervise(
         try:
             status = process.wait()
         except KeyboardInterrupt:
-            return process.wait()  # it got the signal, too, and says so
+            return process.wait()  # the child also received the signal, and reports it
         if not committed() <= before:
             restarts = 0
         is_retryable = status == RETRYABLE or (status < 0 and -status not in (2, 15))
@@ -45,6 +45,6 @@ def supervise(
         restarts += 1
         seconds = backoff_seconds * 2 ** (restarts - 1)
         how = f"with status {status}" if status > 0 else f"by signal {-status}"
-        say(f"the run ended {how}; it is resumed in {seconds:.0f} s (restart {restarts} of {MAX_RESTARTS})")
+        say(f"the run ended {how}; resuming in {seconds:.0f} s (restart {restarts} of {MAX_RESTARTS})")
         time.sleep(seconds)
         command = again

@@ -1,4 +1,4 @@
-"""`coupled top`: who is there, who has what, what waits, and which side waits for the other: from a run's files."""
+"""`coupled top`: workers and their jobs, queues, and idle times of both sides, from a run's files."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from coupled.rl.run_folder.folder import RunFolder, read_run_recipe
 
 REFRESH_SECONDS = 1.0
 SILENT_SECONDS = 60.0
-"""An unfinished run without any event for so long is said to be silent: it may have ended."""
+"""Report the silence of an unfinished run after this long without an event: it may have ended."""
 COUNTED = {
-    "failed": "tried again",
+    "failed": "retried",
     "hedged": "hedged",
-    "duplicate": "dropped as second",
+    "duplicate": "dropped as duplicates",
     "quarantined": "quarantined",
     "lost": "workers lost",
     "save_failed": "checkpoints not written",
@@ -30,7 +30,7 @@ COUNTED = {
 
 
 def top(folder: Path, console: Console, *, is_live: bool) -> None:
-    """Print how a run stands; live: again and again, until it is finished or Ctrl-C.
+    """Print the state of a run; live: refreshed until the run is finished or Ctrl-C.
 
     The folder must hold events.jsonl.
     """
@@ -56,7 +56,7 @@ def top(folder: Path, console: Console, *, is_live: bool) -> None:
 
 
 def head(folder: Path, recipe: RunRecipe | None, run: RunView, done: int, now: float) -> str:
-    """One line: which run, how far it is, and whether it has workers at all."""
+    """One line: the run, its progress, and a second line when it has no workers."""
     if recipe is None:
         return f"{folder}: {done} steps trained"
     told = f"{folder}: {done} of {recipe.num_steps} steps trained"
@@ -72,7 +72,7 @@ def head(folder: Path, recipe: RunRecipe | None, run: RunView, done: int, now: f
 
 
 def show(run: RunView, now: float, balance: Balance | None = None, recipe: RunRecipe | None = None) -> Group:
-    """The view as tables; `now` in seconds since the epoch."""
+    """The view as a table and lines; `now` in seconds since the epoch."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for column in ("worker", "state", "host", "pid", "done", "lost", "has", "for"):
         table.add_column(column, no_wrap=True)
@@ -89,13 +89,13 @@ def show(run: RunView, now: float, balance: Balance | None = None, recipe: RunRe
             "" if since is None else f"{now - since:.0f} s",
         )
     oldest = run.oldest()
-    told = "nobody has anything" if oldest is None else f"oldest: {oldest[0]}, {oldest[1]} for {now - oldest[2]:.0f} s"
+    told = "no worker has a job" if oldest is None else f"oldest: {oldest[0]}, {oldest[1]} for {now - oldest[2]:.0f} s"
     queues = [f"{len(units)} to {stage} (first {units[0]})" for stage in run.pending if (units := run.waiting(stage))]
     counts = ", ".join(f"{run.counts[kind]} {words}" for kind, words in COUNTED.items() if run.counts[kind])
     lines = [
-        f"step {run.step} begun with weights {run.version}; {told}",
+        f"step {run.step} started with weights {run.version}; {told}",
         "waiting: " + (", ".join(queues) or "nothing"),
-        counts or "nothing has gone wrong",
+        counts or "no failures",
     ]
     if balance is not None:
         lines += split(balance, recipe)
@@ -103,11 +103,11 @@ def show(run: RunView, now: float, balance: Balance | None = None, recipe: RunRe
 
 
 def split(balance: Balance, recipe: RunRecipe | None) -> list[str]:
-    """What the two sides cost, and how many rollout workers would keep both busy."""
+    """Cost of both sides of a step, and the number of rollout workers that keeps both busy."""
     lines = [
         f"idle: rollout workers {balance.rollout_idle:.0%}, trainer {balance.trainer_idle:.0%}",
         f"a step takes {balance.rollout_seconds:.1f} worker-seconds of rollouts and {balance.trainer_seconds:.1f} s of "
-        f"the trainer: {balance.suggested_workers} rollout workers to a trainer keep both busy, if rollouts run ahead; "
+        f"the trainer: {balance.suggested_workers} rollout workers per trainer keep both busy, if rollouts run ahead; "
         f"there are {balance.num_workers}",
     ]
     if recipe is not None and recipe.cluster.lag == 0:
@@ -116,5 +116,5 @@ def split(balance: Balance, recipe: RunRecipe | None) -> list[str]:
 
 
 def has_events(folder: Path) -> bool:
-    """Whether a folder is of a run that tells what becomes of its workers."""
+    """True if the run folder contains `events.jsonl`."""
     return (folder / FILE).is_file()

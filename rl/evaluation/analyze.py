@@ -1,4 +1,4 @@
-"""`coupled analyze`: how a checkpoint writes, what temperature and fewer steps do to it, and what training changed.
+"""`coupled analyze`: decoding order of a checkpoint, effect of temperature and of fewer steps, and of training.
 
 Every point of the sweeps decodes the same problems with the same random numbers, so differences between points and
 between checkpoints are paired by problem.
@@ -51,18 +51,21 @@ from coupled.sandbox import CachedExecutor
 Printer = Callable[[str], None]
 TEMPERATURES = (0.0, 0.25, 0.5, 1.0, 1.5)
 KS = (1, 2, 3, 4, 6, 8)
-"""AR-ness@k is reported at these."""
+"""Values of k at which AR-ness@k is reported."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sweep:
-    """What is decoded. Example: 100 problems × 8 samples at five temperatures, and at steps, steps/2 and steps/4."""
+    """Settings of an analysis.
+
+    Example: 100 problems × 8 samples at five temperatures, and at steps, steps/2 and steps/4.
+    """
 
     num_problems: int = 100
     num_samples: int = 8
     temperatures: tuple[float, ...] = TEMPERATURES
     num_mapped: int = 64
-    """Rollouts whose every state is computed anew for the confidence map."""
+    """Rollouts whose states are all recomputed for the confidence map."""
     seed: int = 0
 
 
@@ -74,22 +77,22 @@ class Point:
     denoising_steps: int
     num_samples: int
     passes: tuple[tuple[bool, ...], ...]
-    """Of the completions that could be judged."""
+    """Verdicts of the completions that could be judged."""
     local: dict[int, tuple[float, ...]]
     """k → mean local AR-ness@k."""
     global_: dict[int, tuple[float, ...]]
     """k → mean global AR-ness@k."""
     tokens_per_second: float
-    """Completion tokens, end token included; of rollout alone."""
+    """Completion tokens per second of rollout, end tokens included."""
     num_forwards: float
-    """Per completion."""
+    """Forward passes per completion."""
 
     def rates(self, k: int = 1) -> list[float]:
         """Unbiased pass@k of each problem."""
         return [pass_at_k(len(each), sum(each), min(k, len(each))) for each in self.passes]
 
     def as_row(self) -> dict[str, Any]:
-        """Plain values with intervals over problems."""
+        """The point as plain values, with intervals over problems."""
         ks = sorted({k for k in (1, 2, 4, 8, 16) if k <= self.num_samples} | {self.num_samples})
         return {
             "temperature": self.temperature,
@@ -105,7 +108,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """A difference that the literature predicts the sign of, and what was found."""
+    """A difference whose sign the literature predicts, with the measured one."""
 
     text: str
     expected: str
@@ -134,10 +137,10 @@ def analyze(
     """Analyse one checkpoint, or two on the same problems: before and after training.
 
     Raises:
-        CoupledError: no checkpoint, no recipe to sample by, or no problems.
+        CoupledError: no checkpoint, no recipe for the sampler, or no problems.
     """
     checkpoints = [find_checkpoint(path) for path in paths]
-    # Both are decoded alike: by the recipe that was named, or else by that of the last one, which is the trained one.
+    # Both are decoded with the same recipe: the given one, else the recipe of the last (trained) checkpoint.
     recipe = recipe_for(checkpoints[-1], recipe_name, overrides)
     use_threads(recipe)
     problems, source = _problems(recipe, sweep, benchmark, data)
@@ -188,7 +191,7 @@ def temperature_claims(points: Sequence[Point], full_steps: int, k: int) -> list
             text=f"{change}, global AR-ness@1", expected="below 0", difference=_paired(low.global_[1], high.global_[1])
         ),
         Claim(
-            # The best of several is chosen by looking, so its interval is somewhat too narrow; said in the page.
+            # The best of several is chosen after the fact, so its interval is slightly too narrow; the page notes it.
             text=f"temperature {low.temperature:g} → {best.temperature:g} (the best), pass@{k}",
             expected="above 0",
             difference=_paired(low.rates(k), best.rates(k)),
@@ -230,7 +233,7 @@ def training_claims(
 
 
 def write_analysis(result: dict[str, Any], folder: Path) -> list[Path]:
-    """analysis.json and, with matplotlib, analysis.svg and analysis-maps.svg."""
+    """Write analysis.json and, with matplotlib, analysis.svg and analysis-maps.svg; returns their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     written = [folder / "analysis.json"]
     atomic_write(written[0], json.dumps(result, indent=1) + "\n")
@@ -247,13 +250,13 @@ def write_analysis(result: dict[str, Any], folder: Path) -> list[Path]:
 
 
 def default_out(path: Path) -> Path:
-    """`analysis/` of the run that a checkpoint is of, where `coupled report` finds it; else of the working folder."""
+    """`analysis/` in the run folder of a checkpoint, where `coupled report` finds it; else in the working folder."""
     run = find_checkpoint(path).resolve().parent.parent
     return (run if (run / "recipe.yaml").is_file() else Path()) / "analysis"
 
 
 def point_table(result: dict[str, Any]) -> Table:
-    """Every point of the sweeps: per cent, with 95 % intervals."""
+    """Table of all points of the sweeps, in per cent with 95 % intervals."""
     most = f"pass@{result['sweep']['num_samples']}"
     title = f"% [95 % interval], {result['num_problems']} problems of {result['problems']}"
     table = Table(box=SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
@@ -268,7 +271,7 @@ def point_table(result: dict[str, Any]) -> Table:
 
 
 def claim_table(result: dict[str, Any]) -> Table:
-    """What was predicted and what was found, in points."""
+    """Table of predicted and measured differences, in points."""
     table = Table(box=SIMPLE_HEAD, title="paired differences, points", title_justify="left", pad_edge=False)
     for column in ("difference", "predicted", "found [95 % interval]", "shows"):
         table.add_column(column, overflow="fold")
@@ -386,7 +389,7 @@ def _problems(recipe: Recipe, sweep: Sweep, benchmark: str, data: Path) -> tuple
     if benchmark:
         (source, *others) = find_benchmarks(benchmark)
         if others:
-            raise DataError(f"an analysis is of one benchmark; got {benchmark!r}")
+            raise DataError(f"an analysis covers one benchmark; got {benchmark!r}")
         return load_problems(source, data_file(source, data))[: sweep.num_problems], source
     if recipe.data.eval_path is None:
         raise DataError("the recipe names no held-out problems; give --benchmark, or data.eval_path=FILE")

@@ -1,7 +1,7 @@
 """The control arm of an evaluation: a causal language model under the same prompts, judge and keyed random numbers.
 
-`generate` of transformers decodes; a logits processor of ours picks each token with the uniform number of its
-(seed, uid, position), so completions do not depend on the batch and no global generator is touched.
+`generate` of transformers decodes; `KeyedChoice` picks each token with the uniform number of its (seed,
+uid, position), so completions do not depend on the batch and no global generator is touched.
 
 Shapes: B rows, V vocabulary (see `shapes`).
 """
@@ -32,9 +32,9 @@ from coupled.rl.types import Rollout
 
 
 def is_causal_checkpoint(path: Path | str) -> bool:
-    """True when a checkpoint is an ordinary causal language model: it names no diffusion family and no mask token.
+    """True for the checkpoint of an ordinary causal language model, without a diffusion family or a mask token.
 
-    Adapter folders and names of the hub are taken for diffusion models: say --autoregressive for those.
+    Adapter folders and hub names count as diffusion models; --autoregressive overrides this.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file() or (folder / ADAPTER_CONFIG).is_file():
@@ -59,7 +59,7 @@ class CausalModel:
     def __init__(self, path: Path | str, *, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
         try:
             config = AutoConfig.from_pretrained(path)
-            config.is_causal = True  # a checkpoint of this project may say that it looks both ways
+            config.is_causal = True  # a checkpoint of this project may state bidirectional attention
             model = AutoModelForCausalLM.from_pretrained(path, config=config, dtype=dtype)
             self.tokenizer: Any = load_tokenizer(path)
         except (OSError, ValueError, RuntimeError) as error:
@@ -69,12 +69,12 @@ class CausalModel:
         self.end_ids = tuple(sorted({int(self.tokenizer.eos_token_id), *_listed(model.generation_config.eos_token_id)}))
         pad = self.tokenizer.pad_token_id
         self.pad_id = int(self.tokenizer.eos_token_id if pad is None else pad)
-        # The checkpoint's own settings may sample, penalise or suppress: both arms decode as the sampler says.
+        # The checkpoint's own settings may sample, penalise or suppress; only the sampler's settings must apply.
         self.model.generation_config = GenerationConfig(eos_token_id=list(self.end_ids), pad_token_id=self.pad_id)
 
 
 class CausalEngine:
-    """A rollout engine that writes from left to right. Of a sampler, `canvas`, `temperature` and `top_p` count."""
+    """A rollout engine that decodes from left to right. It uses `canvas`, `temperature` and `top_p` of the sampler."""
 
     def __init__(self, model: CausalModel, batch_size: int) -> None:
         self._model = model
@@ -91,11 +91,11 @@ class CausalEngine:
         raise NotImplementedError("the control arm is evaluated, not trained")
 
     def close(self) -> None:
-        """Nothing is held."""
+        """There is nothing to release."""
 
 
 class KeyedChoice(LogitsProcessor):
-    """Leaves one token possible per row: the likeliest at temperature 0, else the one that the row's number draws."""
+    """Allows one token per row: the likeliest at temperature 0, else the one drawn with the row's random number."""
 
     def __init__(self, requests: list[Request], sampler: Sampler, seed: int, first: int) -> None:
         self._sampler = sampler

@@ -1,8 +1,8 @@
-"""In which order a diffusion model writes, and how sure it is where: pure functions of rollouts.
+"""Order and confidence in which a diffusion model decodes: pure functions of rollouts.
 
 Source: method page §7 [DiffuCoder §4, App. A.2]. `order` is p_1..p_T: the positions of a completion in the order in
-which they were unmasked. Tokens of one step count from left to right. Positions behind the first end token are not
-part of a completion and do not count, neither as written nor as still masked.
+which they were unmasked. Tokens of one step are ordered from left to right. Positions after the first end token
+are not part of a completion and count neither as written nor as still masked.
 
 Shapes: T tokens of a completion, C canvas positions, N denoising steps, R rollouts (see `shapes`).
 """
@@ -31,7 +31,7 @@ def unmasking_order(commit_step: Sequence[int] | np.ndarray) -> list[int]:
 def local_arness(order: Sequence[int], k: int, denominator: Literal["T", "T-k"] = "T") -> float:
     """Local AR-ness@k: the share of t with {p_{t-1}..p_{t-k}} = {p_t - 1..p_t - k}.
 
-    The first k tokens have no k predecessors. They count as misses with denominator T, and not at all with T - k.
+    The first k tokens have no k predecessors. They count as misses with denominator T, and are left out with T - k.
     Left to right gives (T - k) / T, or 1.
     """
     num = len(order)
@@ -51,13 +51,13 @@ def global_arness(order: Sequence[int], k: int) -> float:
 
 
 def order_of(rollout: Rollout) -> list[int]:
-    """The order in which a rollout's completion was unmasked."""
+    """Unmasking order of a rollout's completion."""
     return unmasking_order(rollout.commit_step[: rollout.completion_length])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Heatmap:
-    """One number per (step, position), with how many rollouts it is the mean of; NaN where none is."""
+    """Mean per (step, position) and the number of rollouts in it; NaN where there is none."""
 
     values: np.ndarray
     """float64 [N, C]"""
@@ -66,9 +66,9 @@ class Heatmap:
 
 
 def commit_map(rollouts: Sequence[Rollout], num_steps: int) -> Heatmap:
-    """Order of commit: for each position, the share of the completions that reach it which unmask it at each step.
+    """Order of commit: per position, among the completions that reach it, the share that unmasks it at each step.
 
-    Columns add up to 1 where any completion has the position.
+    Columns sum to 1 where any completion has the position.
     """
     canvas = len(rollouts[0].canvas_ids)
     counts = np.zeros((num_steps, canvas), dtype=np.int64)
@@ -81,7 +81,7 @@ def commit_map(rollouts: Sequence[Rollout], num_steps: int) -> Heatmap:
 
 
 def canvas_before(rollout: Rollout, step: int, mask_id: int) -> np.ndarray:
-    """The canvas [C] that the sampler saw at a step: what was committed earlier, and MASK."""
+    """The canvas [C] that the sampler received at a step: tokens committed earlier, and MASK."""
     is_masked = (rollout.commit_step < 0) | (rollout.commit_step >= step)
     return np.where(is_masked, mask_id, rollout.canvas_ids)
 
@@ -91,7 +91,7 @@ def confidence_map(policy: Policy, rollouts: Sequence[Rollout], num_steps: int, 
     """Mean probability of the likeliest token at every position that is masked before each step, untempered.
 
     The first row is the entropy sink: at the first step confidence falls with the distance from the prompt, and rises
-    where completions usually end. A rollout counts until its last commit; each of its states is computed anew.
+    where completions usually end. A rollout counts until its last commit; each of its states is recomputed.
     """
     canvas = len(rollouts[0].canvas_ids)
     sums, counts = np.zeros((num_steps, canvas)), np.zeros((num_steps, canvas), dtype=np.int64)
@@ -108,7 +108,7 @@ def confidence_map(policy: Policy, rollouts: Sequence[Rollout], num_steps: int, 
 
 
 def _confidence(policy: Policy, rollouts: Sequence[Rollout], step: int) -> tuple[np.ndarray, np.ndarray]:
-    """Greatest probability [R, C] and which positions are masked [R, C]."""
+    """Greatest probability [R, C], and True at masked positions [R, C]."""
     longest = max(len(r.prompt_ids) for r in rollouts)
     rows, pads = [], []
     for rollout in rollouts:

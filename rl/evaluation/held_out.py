@@ -29,7 +29,7 @@ from coupled.rl.types import Prompt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassRates:
-    """Pass@1 of one way of decoding: the share of a problem's completions that pass all its hidden tests."""
+    """Pass@1 of one decoding setting: the share of a problem's completions that pass all its hidden tests."""
 
     temperature: float
     num_samples: int
@@ -44,19 +44,19 @@ class PassRates:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """What was measured of one set of weights. `greedy` is None when the recipe leaves it out."""
+    """Held-out results of one version of the weights. `greedy` is None when the recipe omits it."""
 
     step: int
     sampled: PassRates
     greedy: PassRates | None
 
     def headline(self) -> str:
-        """Example: `sampled 24.2 [20.7, 27.8]  greedy 41.3 [35.7, 47.0]`, in per cent."""
+        """One line. Example: `sampled 24.2 [20.7, 27.8]  greedy 41.3 [35.7, 47.0]`, in per cent."""
         greedy = "" if self.greedy is None else f"  greedy {self.greedy.pass_at_1}"
         return f"sampled {self.sampled.pass_at_1}{greedy}"
 
     def to_row(self) -> dict[str, Any]:
-        """Plain values, for evaluation.jsonl."""
+        """The record as plain values, for evaluation.jsonl."""
         row = asdict(self)
         for kind in ("sampled", "greedy"):
             if row[kind] is not None:
@@ -65,7 +65,7 @@ class Evaluation:
 
     @staticmethod
     def from_row(row: dict[str, Any]) -> Evaluation:
-        """The inverse of `to_row`."""
+        """Restore a record from its row: the inverse of `to_row`."""
 
         def rates(part: dict[str, Any] | None) -> PassRates | None:
             if part is None:
@@ -83,10 +83,10 @@ class Evaluation:
 
 
 def paired_gain(before: PassRates, after: PassRates) -> Interval:
-    """after - before with its 95 % interval, by problem: the same problems, so their difficulty cancels.
+    """after - before with its 95 % interval, paired by problem, so that the problems' difficulty cancels.
 
     Raises:
-        CoupledError: the two are not of the same problems.
+        CoupledError: the two are measured on different problems.
     """
     if before.uids != after.uids:
         raise CoupledError("a paired comparison needs the same problems in the same order on both sides")
@@ -94,7 +94,7 @@ def paired_gain(before: PassRates, after: PassRates) -> Interval:
 
 
 def is_pass(judgement: Judgement) -> bool:
-    """All hidden tests passed, and there were some."""
+    """True when there are hidden tests and all of them passed."""
     return len(judgement.per_test) > 0 and all(judgement.per_test)
 
 
@@ -103,8 +103,8 @@ def evaluate(
 ) -> Evaluation:
     """Sample and greedily decode held-out problems under the engine's weights, and run every program.
 
-    The random numbers are those of the problem and the sample, not of the step: before and after are compared on
-    the same draws.
+    The random numbers depend on problem and sample, not on the step: before and after are compared on the same
+    draws.
     """
     sampler = recipe.rollout.sampler
     greedy = None
@@ -117,7 +117,7 @@ def evaluate(
 
 
 def comparison_table(before: Evaluation, after: Evaluation) -> Table:
-    """Held-out pass@1 before and after, in per cent with 95 % intervals."""
+    """Table of held-out pass@1 before and after, in per cent with 95 % intervals."""
     rates = before.sampled
     title = f"held-out pass@1, % [95 % interval]: {len(rates.rates)} problems, {rates.num_samples} samples each"
     table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
@@ -151,13 +151,13 @@ def _pass_rates(
     rollouts = engine.generate(requests, sampler, seed=seed)
     tasks: list[Task] = [p.task for p in prompts for _ in range(num_samples)]
     judgements = grader.judge(tasks, [r.text for r in rollouts])
-    # A completion that the sandbox could not judge says nothing of the model: it is left out of its problem's mean.
+    # A completion that the sandbox could not judge is no evidence: it is left out of its problem's mean.
     passes = np.array([np.nan if j.status is Status.INFRA else float(is_pass(j)) for j in judgements])
     by_problem = passes.reshape(len(prompts), num_samples)
     if np.isnan(by_problem).all(-1).any():
         raise CoupledError(
-            f"the sandbox could not run {int(np.isnan(passes).sum())} of {len(passes)} programs, all those of some "
-            "problem among them: the machine is overloaded. Raise sandbox.wall_seconds or lower sandbox.num_workers"
+            f"the sandbox could not run {int(np.isnan(passes).sum())} of {len(passes)} programs, among them all of "
+            "one problem: the machine is overloaded. Raise sandbox.wall_seconds or lower sandbox.num_workers"
         )
     rates = np.nanmean(by_problem, -1)
     return PassRates(

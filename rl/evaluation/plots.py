@@ -1,4 +1,4 @@
-"""The pictures of an analysis. It needs matplotlib (`pip install coupled[report]`)."""
+"""Figures of an analysis; needs matplotlib (`pip install coupled[report]`)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 STYLE = {"svg.hashsalt": "coupled", "axes.spines.top": False, "axes.spines.right": False, "font.size": 9}
-"""The salt makes equal pictures equal files."""
+"""The salt makes equal figures equal files."""
 
 
 def draw_curves(result: dict[str, Any], to: Path | BytesIO) -> None:
-    """Score and AR-ness against temperature, denoising steps and k, and the entropy sink; one colour a checkpoint."""
+    """Plot score and AR-ness over temperature, steps and k, and the entropy sink; one colour per checkpoint."""
     most = f"pass@{result['sweep']['num_samples']}"
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11, 6.4))
@@ -58,7 +58,7 @@ def draw_curves(result: dict[str, Any], to: Path | BytesIO) -> None:
 
 
 def draw_maps(result: dict[str, Any], to: Path | BytesIO) -> None:
-    """Confidence of masked positions, and share committed, over (step, position); one row a checkpoint."""
+    """Plot confidence of masked positions and share committed over (step, position); one row per checkpoint."""
     rows = result["checkpoints"]
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(11, 3.1 * len(rows)))
@@ -77,7 +77,7 @@ def draw_maps(result: dict[str, Any], to: Path | BytesIO) -> None:
 
 
 def _line(axis: Any, points: list[dict[str, Any]], x: str, y: str, **style: Any) -> None:
-    """Means with their 95 % intervals, in per cent."""
+    """Plot means with their 95 % intervals, in per cent."""
     xs = [point[x] for point in points]
     means, lows, highs = (np.array([100 * point[y][part] for point in points]) for part in ("mean", "low", "high"))
     # A bootstrap of equal values may differ from their mean in the last digit.

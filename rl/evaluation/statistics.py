@@ -1,4 +1,4 @@
-"""What a benchmark score is worth: unbiased pass@k, intervals, and paired tests between two checkpoints.
+"""Statistics of benchmark scores: unbiased pass@k, intervals, and paired tests between two checkpoints.
 
 Pure functions of numbers. Every resample is keyed (see `keys`), so equal values give equal intervals.
 """
@@ -30,8 +30,8 @@ class Interval:
 
 
 def bootstrap(values: Sequence[float]) -> Interval:
-    """Mean and its 95 % percentile bootstrap interval, resampling problems (not completions: those of one problem
-    are alike)."""
+    """Mean and its 95 % percentile bootstrap interval, resampling problems (not completions, which are
+    correlated within a problem)."""
     array = np.asarray(values, dtype=np.float64)
     picks = generator("bootstrap", len(array)).integers(0, len(array), size=(NUM_RESAMPLES, len(array)))
     low, high = np.percentile(array[picks].mean(-1), [2.5, 97.5])
@@ -44,7 +44,7 @@ def pass_at_k(num_samples: int, num_passed: int, k: int) -> float:
     Unbiased for the chance that one of k fresh samples passes [Chen et al. 2021, eq. 1]. Needs k ≤ n.
     """
     if not 1 <= k <= num_samples:
-        raise ValueError(f"pass@k needs 1 ≤ k ≤ n samples; got k={k}, n={num_samples}: sample more, or ask for less")
+        raise ValueError(f"pass@k needs 1 ≤ k ≤ n samples; got k={k}, n={num_samples}: sample more, or lower k")
     return 1.0 - math.comb(num_samples - num_passed, k) / math.comb(num_samples, k)
 
 
@@ -65,7 +65,7 @@ def wilson(num_passed: int, num_trials: int) -> Interval:
 def sign_test(wins: int, losses: int) -> float:
     """Two-sided exact p-value of `wins` against `losses` under equal chances: min(1, 2 Σ_{i ≤ min} C(m, i) / 2^m).
 
-    Of problems with one completion each, wins and losses are the discordant pairs, and this is McNemar's exact test.
+    For problems with one completion each, wins and losses are the discordant pairs, and this is McNemar's exact test.
     """
     num = wins + losses
     tail = sum(math.comb(num, i) for i in range(min(wins, losses) + 1))
@@ -74,7 +74,7 @@ def sign_test(wins: int, losses: int) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """What changed from one checkpoint to another on the same problems."""
+    """Paired difference between two checkpoints on the same problems."""
 
     gain: Interval
     """Mean of second - first, with the paired bootstrap interval."""
@@ -87,7 +87,7 @@ class Comparison:
 
 
 def compare_paired(first: Sequence[float], second: Sequence[float]) -> Comparison:
-    """second - first by problem: the problems are the same, so their difficulty cancels."""
+    """second - first, paired by problem, so that the problems' difficulty cancels."""
     if len(first) != len(second):
         raise ValueError(f"a paired comparison needs the same problems; got {len(first)} and {len(second)}")
     differences = np.subtract(second, first)

@@ -12,11 +12,11 @@ from coupled.sandbox import (
 )
 
 MAX_AHEAD = 16
-"""Batches whose programs are run ahead at the same time; the sandbox's workers are fewer, or on many hosts."""
+"""Batches whose programs run ahead at the same time; the sandbox's workers are fewer, or on many hosts."""
 
 
 class Grader:
-    """Scores completions for training, and judges them for evaluation, with sandbox workers of its own."""
+    """Scores completions for training, and judges them for evaluation, with its own sandbox workers."""
 
     def __init__(self, executor: CachedExecutor, scorer: Scorer, judge: Judge) -> None:
         self._executor = executor
@@ -32,7 +32,7 @@ class Grader:
             self._ahead.update((uid, (batch, place)) for place, uid in enumerate(uids))
 
     def score(self, tasks: Sequence[Task], completions: Sequence[str], uids: Sequence[str] = ()) -> list[Verdict]:
-        """Weighted rewards, one verdict per completion. Programs that `begin` was given are not run again.
+        """Weighted rewards, one verdict per completion. Programs of `begin` are not run again.
 
         Raises:
             RewardError: a user's function misbehaves.
@@ -40,7 +40,7 @@ class Grader:
         begun = [self._ahead.pop(uid, None) for uid in uids]
         if not begun or None in begun:
             return self._scorer.score(tasks, completions)
-        # Equal completions have equal verdicts, also where a program ran in two batches and was slow in one of them.
+        # Equal completions get equal verdicts, also when a program ran in two batches and was slow in one of them.
         first: dict[tuple[str, str], Judgement] = {}
         judgements = [
             first.setdefault((task.uid, text), batch.result()[place])
@@ -49,21 +49,21 @@ class Grader:
         return self._scorer.score(tasks, completions, judgements)
 
     def forget(self, uids: Sequence[str]) -> None:
-        """Nobody asks for the scores of these any more."""
+        """Drop the judgements of completions whose scores are no longer needed."""
         for uid in uids:
             self._ahead.pop(uid, None)
 
     def judge(self, tasks: Sequence[Task], completions: Sequence[str]) -> list[Judgement]:
-        """Hidden tests only, whatever the recipe rewards."""
+        """Judge completions by their hidden tests alone, independent of the recipe's rewards."""
         return self._judge.judge(tasks, completions)
 
     def patience(self, tasks: Sequence[Task]) -> float:
-        """Seconds that scoring one completion of each may take when every program uses up its time, twice over."""
+        """Deadline in seconds for scoring one completion of each task: twice what programs take at their limits."""
         runs = sum(map(num_runs, tasks))
         return 2 * runs * self._judge.limits.wall_seconds + self._scorer.patience(tasks)
 
     def cache_statistics(self) -> CacheStatistics:
-        """How many programs had been run before, since this was opened."""
+        """Counts of repeated and of executed programs since the grader was opened."""
         return self._executor.statistics()
 
     def close(self) -> None:

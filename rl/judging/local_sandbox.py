@@ -1,4 +1,4 @@
-"""The sandbox of this host, with the recipe's limits."""
+"""The sandbox of this host, with the recipe's settings."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from coupled.sandbox import (
 
 
 def open_local_sandbox(sandbox: Sandbox) -> Executor:
-    """The workers of this process: jails on this machine, or connections to a server.
+    """Executor of this process: jails on this machine, or connections to a server.
 
     Raises:
-        SandboxUnavailable: this host cannot give the tier, or there is no server at the address.
+        SandboxUnavailable: this host cannot provide the tier, or there is no server at the address.
     """
     if sandbox.tier == "remote":
         assert sandbox.url is not None, "the recipe requires a url with tier remote"

@@ -19,12 +19,12 @@ from coupled.sandbox.pool import require_runnable
 
 
 def open_grader(recipe: Recipe, tasks: Sequence[Task] = (), emit: EventSink = NO_EVENTS) -> Grader:
-    """The grader of a recipe; close it when done. `tasks` are those that it will be asked about.
+    """The grader of a recipe; close it when done. `tasks` are the tasks that it will judge.
 
-    `emit` gets what becomes of supervisors and their batches, where there are any.
+    `emit` receives the events of supervisors and their batches, where there are any.
 
     Raises:
-        SandboxUnavailable: this host cannot give the tier that the recipe asks for, or the tier cannot run the
+        SandboxUnavailable: this host cannot provide the recipe's sandbox tier, or the tier cannot run the
             tests of a task.
         RewardError: a reward function cannot be loaded.
     """
@@ -45,7 +45,7 @@ def open_grader(recipe: Recipe, tasks: Sequence[Task] = (), emit: EventSink = NO
 
 
 def _check_tests(tasks: Sequence[Task], tier: str, allow_weak: bool) -> None:
-    """Find out now, and not in the middle of a run, that a tier cannot run the tests of a task."""
+    """Check before the run starts that the tier can run the tests of every task."""
     refused: list[str] = []
     for task in tasks:
         planned = plan(task, allow_weak=allow_weak) if task.hidden_tests else None
@@ -60,7 +60,7 @@ def _check_tests(tasks: Sequence[Task], tier: str, allow_weak: bool) -> None:
 
 
 def open_sandbox(recipe: Recipe, emit: EventSink = NO_EVENTS) -> Executor:
-    """The workers that a recipe asks for: of this process, or of a Ray cluster."""
+    """Executor of the recipe's `sandbox.workers`: in this process, or on a Ray cluster."""
     if recipe.sandbox.workers == "inline":
         return open_local_sandbox(recipe.sandbox)
     from coupled.rl.judging.ray_sandbox import RayExecutor

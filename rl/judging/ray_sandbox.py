@@ -1,8 +1,8 @@
 """The sandbox in Ray actors: one supervisor per node, which lives as long as the run and owns its node's workers.
 
-A batch is cut where the problem changes, so that a group of completions travels together. The coordinator decides what
-becomes of batches whose supervisor dies or does not answer: they are run again, program by program, and what ends three
-supervisors is left out. What is infrastructure in the end stays infrastructure; it never becomes a reward of 0.
+A batch is cut where the problem changes, so that a group of completions travels together. The coordinator retries
+batches whose supervisor dies or does not answer, program by program, and leaves out a program that kills three
+supervisors. A final failure of the infrastructure is reported as such; it never becomes a reward of 0.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ from coupled.sandbox import Execution, Isolation, Job, Outcome, SandboxUnavailab
 from coupled.sandbox.pool import require_runnable
 
 START_SECONDS = 120.0
-"""How long a supervisor may take to start and prove its tier."""
+"""Time that a supervisor may take to start and prove its tier."""
 LATE_SECONDS = 30.0
-"""A run goes on without a node that has not answered so long after the first one did."""
+"""Time after the first node's answer at which a run continues without nodes that have not answered."""
 IN_FLIGHT = 2
-"""Batches that one supervisor has at a time: while one waits for its slowest program, the other keeps it busy."""
+"""Batches that one supervisor holds at a time: while one waits for its slowest program, the other keeps it busy."""
 HEALTH = Health(start_seconds=START_SECONDS, restarts_per_hour=100)
 _LEAST_SECONDS = 60.0
-"""What a batch may take besides its programs' own limits: sending, queueing, restarts of workers."""
+"""Time of a batch besides its programs' own limits: sending, queueing, restarts of workers."""
 
 
 class Supervisor:
-    """What runs inside an actor."""
+    """Sandbox of one node, inside an actor."""
 
     def __init__(self, sandbox: Sandbox) -> None:
         self._executor = open_local_sandbox(sandbox)
 
     def hello(self) -> dict[str, Any]:
-        """Say who this is, and what holds programs on this node."""
+        """Return host, process id and the isolation of programs on this node."""
         return {"host": socket.gethostname(), "pid": os.getpid(), "isolation": self._executor.isolation()}
 
     def run(self, jobs: list[Job]) -> list[Execution]:
@@ -57,9 +57,9 @@ class Supervisor:
 class RayExecutor:
     """An executor whose workers are on all nodes of a Ray instance. A context manager.
 
-    `nodes` names the nodes, one supervisor each; none takes all that are alive. All have the same tier: what one node
-    refuses and another allows would make a reward depend on where it was earned. Raises SandboxUnavailable when a
-    node cannot give the recipe's tier, or `auto` finds different ones. `emit` gets what becomes of batches.
+    `nodes`: ids of the nodes, one supervisor each; None: all nodes that are alive. All must have the same tier,
+    because otherwise a reward would depend on the node. Raises SandboxUnavailable when a node cannot provide the
+    recipe's tier, or `auto` finds different ones. `emit` receives the events of batches.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class RayExecutor:
             opened.callback(close_ray)
             pool = PoolSpec(
                 stage="score",
-                # No CPU is asked of Ray: programs run on what rollouts leave, and the recipe says how many at a time.
+                # No CPU is reserved: programs run on CPUs that rollouts leave idle, and the recipe limits their number.
                 spec=WorkerSpec(make=Supervisor, arguments=(recipe.sandbox,), num_cpus=0.0, concurrency=IN_FLIGHT),
                 places=list(nodes if nodes is not None else alive_nodes(self._ray)),
                 method="run",
@@ -98,9 +98,9 @@ class RayExecutor:
         self._runtime: Runtime | None = runtime
 
     def run(self, jobs: Sequence[Job]) -> list[Execution]:
-        """Return one execution per job, in order, whatever becomes of supervisors and nodes meanwhile.
+        """Return one execution per job, in order, also when supervisors or nodes are lost meanwhile.
 
-        RuntimeError when closed. SandboxUnavailable, before anything runs, for a job that the tier cannot run.
+        Raises RuntimeError when closed; SandboxUnavailable, before any job runs, for a job that the tier cannot run.
         """
         runtime = self._runtime
         if runtime is None:
@@ -127,12 +127,12 @@ class RayExecutor:
         ]
 
     def isolation(self) -> Isolation:
-        """Return what holds programs on the first node; all nodes have its tier."""
+        """Return the isolation of programs on the first node; all nodes have its tier."""
         assert self._isolation is not None, "supervisors were greeted"
         return self._isolation
 
     def close(self) -> None:
-        """Stop the supervisors, and the Ray instance when nobody else uses it. Harmless when repeated."""
+        """Stop the supervisors, and the Ray instance when it has no other user. Harmless when repeated."""
         if self._runtime is not None:
             self._runtime.close()
             self._runtime = None
@@ -147,9 +147,9 @@ class RayExecutor:
         self.close()
 
     def _greet_all(self, runtime: Runtime) -> None:
-        """Wait until every node has said what it has, and hold later supervisors to what the first ones said.
+        """Wait until every node has reported its isolation, and require the same tier of later supervisors.
 
-        A node that is lost meanwhile, or late, has its supervisor started again as at any other time.
+        The supervisor of a node that is lost meanwhile, or late, is restarted as at any other time.
         """
         workers = self._coordinator.pools["score"].workers
 
@@ -162,7 +162,7 @@ class RayExecutor:
         for worker in workers:
             if isinstance(worker.error, SandboxUnavailable):
                 raise SandboxUnavailable(
-                    f"every node must give the sandbox that the recipe asks for; one could not: {worker.error}\n"
+                    f"every node must provide the recipe's sandbox tier; one could not: {worker.error}\n"
                     "remedy: run `coupled doctor` on that node, or take it out of the cluster"
                 ) from worker.error
             if worker.error is not None and worker.hello is None and not isinstance(worker.error, WorkerLost):
@@ -170,15 +170,15 @@ class RayExecutor:
         if not greeted:
             raise ClusterError(
                 f"no supervisor of the sandbox could be started on any of {len(workers)} nodes: {workers[0].why}. "
-                "Look at the cluster, then continue with resume=auto"
+                "Check the cluster, then resume with resume=auto"
             )
         self._isolation = _common([(str(worker.place), worker.hello["isolation"]) for worker in greeted])
 
     def _check(self, hello: Any) -> None:
-        """A replacement is held to the tier that was found, even where `auto` would now find another one."""
+        """Reject a replacement whose tier differs from the run's, even where `auto` would now choose another one."""
         isolation: Isolation = hello["isolation"]
         if self._isolation is not None and isolation.tier != self._isolation.tier:
-            raise SandboxUnavailable(f"this node gives tier {isolation.tier!r} now, not {self._isolation.tier!r}")
+            raise SandboxUnavailable(f"this node now provides tier {isolation.tier!r}, not {self._isolation.tier!r}")
 
 
 def _common(found: Sequence[tuple[str, Isolation]]) -> Isolation:
@@ -186,14 +186,14 @@ def _common(found: Sequence[tuple[str, Isolation]]) -> Isolation:
     if len(tiers) > 1:
         told = ", ".join(f"{node}: {isolation.tier}" for node, isolation in found)
         raise SandboxUnavailable(
-            f"every node must give the same tier; they give {told}\n"
+            f"every node must provide the same tier; the nodes provide {told}\n"
             f"remedy: run `coupled doctor` on the nodes without tier 'namespaces', or set sandbox.tier=landlock"
         )
     return found[0][1]
 
 
 def _batches(jobs: Sequence[Job], num_workers: int) -> list[list[Job]]:
-    """Cut where the problem changes, but not into less than keeps a supervisor's workers busy."""
+    """Cut where the problem changes, but into batches large enough to keep a supervisor's workers busy."""
     batches: list[list[Job]] = []
     for _, group in itertools.groupby(jobs, key=lambda job: job.uid):
         if batches and len(batches[-1]) < 2 * num_workers:
@@ -204,5 +204,5 @@ def _batches(jobs: Sequence[Job], num_workers: int) -> list[list[Job]]:
 
 
 def _patience(jobs: Sequence[Job]) -> float:
-    """Seconds that a batch may take when every program uses up its wall time on each of three tries, twice over."""
+    """Deadline of a batch in seconds: twice what three attempts take when every program uses up its wall time."""
     return _LEAST_SECONDS + 6 * sum(job.limits.wall_seconds * max(1, len(job.stdin_cases)) for job in jobs)

@@ -1,7 +1,7 @@
-"""`coupled report`: one HTML file that says what a run did, how good it became, and what its rollouts look like.
+"""`coupled report`: one HTML file with the settings, curves, held-out results and rollouts of a run.
 
 Everything is inside the file: style, script, plots and data. Its content policy forbids the network, and every text
-that a model or a user wrote is escaped, by jinja2 in the page and by `_as_script_data` in its data.
+by a model or a user is escaped, by jinja2 in the page and by `_as_script_data` in its data.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def write_report(
     """
     require_matplotlib()
     if num_rollouts < 1:
-        raise DataError(f"a report shows one rollout or more; received {num_rollouts}")
+        raise DataError(f"a report shows at least one rollout; received {num_rollouts}")
     runs = [read_run(path) for path in (run, other) if path is not None]
     to = run / "report.html" if out is None else out
     if to.is_dir():
@@ -55,7 +55,7 @@ def write_report(
 
 
 def render(runs: Sequence[RunRecord], num_rollouts: int = NUM_ROLLOUTS) -> str:
-    """The page of one or two runs, in ASCII, so that no reader can mistake its encoding."""
+    """The page of one or two runs, in ASCII, so that it does not depend on the encoding."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
@@ -104,7 +104,7 @@ def render(runs: Sequence[RunRecord], num_rollouts: int = NUM_ROLLOUTS) -> str:
 
 
 def run_names(runs: Sequence[RunRecord]) -> list[str]:
-    """What the page calls the runs: their folders, or longer paths where these are equal."""
+    """Names of the runs on the page: their folders, or longer paths when these are equal."""
     if len({run.name for run in runs}) == len(runs):
         return [run.name for run in runs]
     return (
@@ -115,6 +115,6 @@ def run_names(runs: Sequence[RunRecord]) -> list[str]:
 
 
 def _as_script_data(data: Mapping[str, Any]) -> str:
-    """JSON that may stand in a script element: no text in it can close the element or begin a comment."""
+    """JSON for a script element: no text in it can close the element or begin a comment."""
     text = json.dumps(data, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

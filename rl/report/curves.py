@@ -1,4 +1,4 @@
-"""The curves of a report: which metrics stand in which plot, and what they are."""
+"""The curves of a report: metrics of each plot, with descriptions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from coupled.rl.report.sample import denoising_orders
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Curve:
-    """One plot of the metrics that `names` match; a name that ends in * matches what begins so."""
+    """One plot of the metrics that `names` match; a name that ends in * matches by prefix."""
 
     title: str
     about: str
@@ -41,7 +41,7 @@ GROUPS: tuple[tuple[str, tuple[Curve, ...]], ...] = (
                 from_zero=True,
             ),
             Curve(
-                title="Groups that teach nothing",
+                title="Groups without a gradient",
                 about="share of groups whose advantages are all zero",
                 names=("zero_advantage_groups",),
                 from_zero=True,
@@ -66,7 +66,7 @@ GROUPS: tuple[tuple[str, tuple[Curve, ...]], ...] = (
             Curve(title="KL to the reference", about="nats per token", names=("kl",)),
             Curve(title="Clipped tokens", about="share of tokens, by side", names=("clip_fraction_*",), from_zero=True),
             Curve(title="Ratio", about="mean probability of a token, new over old", names=("ratio",)),
-            Curve(title="Loss", about="of the policy; its level means little", names=("loss",)),
+            Curve(title="Loss", about="of the policy; its level carries little information", names=("loss",)),
             Curve(title="Gradient norm", about="before clipping", names=("grad_norm",), from_zero=True),
             Curve(title="Learning rate", about="as scheduled", names=("learning_rate",), from_zero=True),
         ),
@@ -124,8 +124,8 @@ GROUPS: tuple[tuple[str, tuple[Curve, ...]], ...] = (
             ),
             Curve(title="Memory", about="peak so far, MB", names=("memory/*",), from_zero=True),
             Curve(
-                title="Programs known already",
-                about="share that was not run again, because the same program had been",
+                title="Programs in the cache",
+                about="share that was not run, because the same program had run before",
                 names=("cache/hit_rate",),
                 from_zero=True,
             ),
@@ -134,12 +134,12 @@ GROUPS: tuple[tuple[str, tuple[Curve, ...]], ...] = (
 )
 
 TOTALS = ("time/step_seconds",)
-"""Sums of other metrics: not areas of their own."""
+"""Sums of other metrics, which are not drawn as areas."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Panel:
-    """A drawing with its words, as the page shows it."""
+    """A drawing with its title, description and legend on the page."""
 
     id: str
     title: str
@@ -158,7 +158,7 @@ class Panel:
         return Markup(self.drawing.svg)
 
     def data(self) -> dict[str, Any]:
-        """What the page needs to point at values."""
+        """Data with which the page shows the values under the pointer."""
         where = self.drawing
         lines = [{"x": _plain(line.x), "y": _plain(line.y)} for line in self.series]
         return {
@@ -193,12 +193,12 @@ def curve_groups(runs: Sequence[RunRecord], names: Sequence[str]) -> list[dict[s
 
 
 def _panels(runs: Sequence[RunRecord], names: Sequence[str], curve: Curve, metrics: Sequence[str]) -> list[Panel]:
-    """One plot of all metrics; of two runs, one plot for each, with a line for each run."""
+    """One plot of all metrics; for two runs, one plot per metric with a line per run."""
     if len(runs) > 1:
         made = []
         for metric in metrics:
             found = [_series(run, metric, name, i) for i, (run, name) in enumerate(zip(runs, names, strict=True))]
-            # Told apart by more than their colour.
+            # Distinguished not only by colour.
             lines = [replace(line, is_dashed=line.colour > 0) for line in found if line]
             is_whole = len(metrics) == 1 or _short(metric) == curve.title.lower()
             title = curve.title if is_whole else f"{curve.title}: {_short(metric)}"
@@ -206,7 +206,7 @@ def _panels(runs: Sequence[RunRecord], names: Sequence[str], curve: Curve, metri
         return [panel for panel in made if panel]
     shown = [m for m in metrics if not (curve.is_stacked and m in TOTALS)]
     drawn = [line for i, m in enumerate(shown) if (line := _series(runs[0], m, _short(m), i))]
-    # Areas on top of each other need the same steps; a metric that came with a later version has fewer.
+    # Stacked areas need the same steps; a metric that a later version added has fewer.
     is_stacked = curve.is_stacked and len({line.x for line in drawn}) == 1
     is_named = len(curve.names) > 1 or len(drawn) > 1
     panel = make_panel(
@@ -263,7 +263,7 @@ def make_panel(
 
 
 def _order_panels(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Panel]:
-    """When each position is committed, and how sure the policy then was: before and after, or run against run."""
+    """Plots of commit time and entropy by position: before and after, or run against run."""
     orders = [
         (i, name, order)
         for i, (run, name) in enumerate(zip(runs, names, strict=True))
@@ -279,7 +279,7 @@ def _order_panels(runs: Sequence[RunRecord], names: Sequence[str]) -> list[Panel
             "share of the denoising steps that had passed when a position was committed; rising: left to right",
             "commit_share",
         ),
-        ("Entropy by position", "nats, of the distribution that the token was committed from", "entropy"),
+        ("Entropy by position", "nats, of the distribution from which the token was committed", "entropy"),
     ):
         series = [
             Series(

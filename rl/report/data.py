@@ -1,4 +1,4 @@
-"""What a run folder tells a report: recipe, environment, metrics, held-out results, and what lessens trust in them."""
+"""Contents of a run folder for a report: recipe, environment, metrics, held-out results, and doubts about them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from coupled.rl.run_folder.folder import ENVIRONMENT
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
-    """A run folder as it was read. `notes` are what a reader must know before trusting its numbers."""
+    """Contents of a run folder. `notes` state what a reader must know before trusting its numbers."""
 
     path: Path
     recipe: Mapping[str, Any]
@@ -35,12 +35,12 @@ class RunRecord:
 
     @property
     def num_steps(self) -> int:
-        """Steps that are finished."""
+        """Number of finished steps."""
         return int(self.metrics[-1]["step"])
 
 
 def read_run(path: Path) -> RunRecord:
-    """Read a run folder; lines that a crash or an editor damaged are left out and noted.
+    """Read a run folder; damaged lines are left out and noted.
 
     Raises:
         CoupledError: no such folder, not a run, or not one finished step.
@@ -56,7 +56,7 @@ def read_run(path: Path) -> RunRecord:
     metrics = [row for row in _rows(path, "metrics.jsonl", notes) if isinstance(row.get("step"), int)]
     if not metrics:
         raise DataError(
-            f"{path} has no finished step, so there is nothing to report. Continue the run with resume={path}"
+            f"{path} has no finished step, so there is nothing to report: continue the run with resume={path}"
         )
     text = (path / "recipe.yaml").read_text(encoding="utf-8", errors="replace")
     try:
@@ -64,7 +64,9 @@ def read_run(path: Path) -> RunRecord:
     except yaml.YAMLError:
         recipe = None
     if not isinstance(recipe, dict):
-        raise DataError(f"{path / 'recipe.yaml'} is no mapping of settings: it was changed after the run; restore it")
+        raise DataError(
+            f"{path / 'recipe.yaml'} is not a mapping of settings: it was changed after the run; restore it"
+        )
     evaluations = _evaluations(_rows(path, "evaluation.jsonl", notes), notes)
     environment = tuple(_rows(path, ENVIRONMENT, notes))
     notes = [*_doubts(recipe, metrics, evaluations, environment), *notes]
@@ -80,7 +82,7 @@ def read_run(path: Path) -> RunRecord:
 
 
 def spread(values: Sequence[int], limit: int) -> list[int]:
-    """At most `limit` of them, evenly spaced, with both ends. Example: `spread([1, 2, 3, 4, 5], 3)` is [1, 3, 5]."""
+    """At most `limit` values, evenly spaced, with both ends. Example: `spread([1, 2, 3, 4, 5], 3)` is [1, 3, 5]."""
     if len(values) <= limit:
         return list(values)
     return [values[round(i * (len(values) - 1) / (limit - 1))] for i in range(limit)]
@@ -101,10 +103,10 @@ def _rows(run: Path, file: str, notes: list[str]) -> list[dict[str, Any]]:
             rows.append(row)
         else:
             damaged += 1
-    damaged += bool(lines[-1])  # without its newline, a number may have been cut, too
+    damaged += bool(lines[-1])  # without its newline, a number may also have been cut
     if damaged:
         notes.append(
-            f"{damaged} damaged line{'s' * (damaged > 1)} of {file} left out: a crash cut it, or it was edited."
+            f"{damaged} damaged line{'s' * (damaged > 1)} of {file} left out: truncated by a crash, or edited."
         )
     return rows
 
@@ -115,7 +117,7 @@ def _evaluations(rows: Sequence[dict[str, Any]], notes: list[str]) -> tuple[Eval
         try:
             evaluation = Evaluation.from_row(row)
         except (KeyError, TypeError, AssertionError):
-            notes.append("A row of evaluation.jsonl is not of this version's form and is left out.")
+            notes.append("A row of evaluation.jsonl is not in this version's format and is left out.")
             continue
         found.setdefault(evaluation.step, evaluation)
     return tuple(found[step] for step in sorted(found))
@@ -127,25 +129,25 @@ def _doubts(
     evaluations: Sequence[Evaluation],
     environment: Sequence[Mapping[str, Any]],
 ) -> list[str]:
-    """What lessens the trust in a run's numbers."""
+    """Notes on the reliability of a run's numbers."""
     notes = []
     done, planned = metrics[-1]["step"], recipe.get("num_steps")
     if isinstance(planned, int) and done < planned:
         notes.append(f"Not finished: {done} of {planned} steps.")
     if recipe.get("stage") == "rl" and len({e.step for e in evaluations}) < 2:
-        notes.append("No held-out results of before and after: what is shown of the reward is of training prompts.")
+        notes.append("No held-out results before and after: the reward shown is measured on training prompts.")
     if len(steps := [e["step"] for e in environment[1:] if isinstance(e.get("step"), int)]) > 0:
         notes.append(f"Resumed after step {', '.join(str(step) for step in steps)}.")
     if len(commits := {str(e.get("commit")) for e in environment}) > 1:
-        notes.append(f"Done with {len(commits)} different commits.")
+        notes.append(f"Run with {len(commits)} different commits.")
     if any(e.get("has_uncommitted") for e in environment):
         notes.append("The source differed from its commit.")
     if unscored := sum(_number(row, "unscored") for row in metrics):
-        notes.append(f"{unscored:.0f} completions got no verdict and were left out of training.")
+        notes.append(f"{unscored:.0f} completions had no verdict and were left out of training.")
     weak = [row for row in metrics if _number(row, "weak_verdicts") > 0]
     if weak:
         of = f"{len(weak)} step{'s' * (len(weak) > 1)}"
-        notes.append(f"In {of} some programs were judged by tests that they could have forged (T2).")
+        notes.append(f"In {of} the verdicts on some programs could have been forged by them (T2).")
     return notes
 
 

@@ -11,7 +11,7 @@ from coupled.rl.report.data import RunRecord, spread
 from coupled.rl.report.plots import Series
 
 NUM_ROWS = 60
-"""Evaluations of a run that the table shows, evenly spaced."""
+"""Maximum number of a run's evaluations in the table, evenly spaced."""
 
 UNPAIRED = "not paired"
 
@@ -43,7 +43,7 @@ def held_out_results(runs: Sequence[RunRecord], names: Sequence[str]) -> dict[st
         cells = [_gain(*(getattr(end, kind) for end in ends)) for kind in kinds]
         rows.append({"label": f"gain of {names[1]} over {names[0]}", "cells": cells, "is_gain": True})
         if any(cell == UNPAIRED for row in rows for cell in row["cells"]):
-            remark = "Not paired: measured on different problems, so that the difference may be that of the problems."
+            remark = "Not paired: measured on different problems, so the difference may come from the problems."
     rates = measured[0].sampled
     series = [
         Series(
@@ -59,8 +59,8 @@ def held_out_results(runs: Sequence[RunRecord], names: Sequence[str]) -> dict[st
     ]
     return {
         "about": f"Pass@1 in per cent with 95 % intervals, by bootstrap over {len(rates.rates)} problems. Sampled: "
-        f"{rates.num_samples} completions per problem at temperature {rates.temperature:g}. A gain is paired: the "
-        "same problems on both sides, so that their difficulty cancels.",
+        f"{rates.num_samples} completions per problem at temperature {rates.temperature:g}. A gain is paired: "
+        "both sides have the same problems, so that their difficulty cancels.",
         "columns": [f"{kind} pass@1, %" for kind in kinds],
         "rows": rows,
         "remark": remark,

@@ -1,4 +1,4 @@
-"""What `coupled eval` and `coupled analyze` left in a run folder: benchmark scores, and how the model decodes."""
+"""Results of `coupled eval` and `coupled analyze` in a run folder: benchmark scores and decoding order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ANALYSIS = Path("analysis") / "analysis.json"
 
 
 def benchmark_results(runs: Sequence[RunRecord], names: Sequence[str]) -> dict[str, Any] | None:
-    """Rows of a table: every finished evaluation below the runs' `evaluations/`; None when there is none."""
+    """Table of every finished evaluation below the runs' `evaluations/`; None when there is none."""
     rows: list[dict[str, Any]] = []
     damaged: list[str] = []
     for run, name in zip(runs, names, strict=True):
@@ -34,7 +34,7 @@ def benchmark_results(runs: Sequence[RunRecord], names: Sequence[str]) -> dict[s
 
 
 def analyses(runs: Sequence[RunRecord], names: Sequence[str]) -> list[dict[str, Any]]:
-    """Of each run that has one: pictures as data addresses, and the differences that were predicted and found."""
+    """Analyses of the runs: figures as data URLs, and predicted and measured differences."""
     found = []
     for run, name in zip(runs, names, strict=True):
         path = run.path / ANALYSIS
@@ -56,7 +56,7 @@ def analyses(runs: Sequence[RunRecord], names: Sequence[str]) -> list[dict[str, 
             )
         except (ValueError, KeyError, TypeError, AttributeError, IndexError, StopIteration, OSError) as error:
             remark = (
-                f"{ANALYSIS} is not of this version's form ({type(error).__name__}: {error}): analyse the run again."
+                f"{ANALYSIS} is not in this version's format ({type(error).__name__}: {error}): analyse the run again."
             )
             found.append({"name": name, "about": "", "claims": [], "pictures": [], "remark": remark})
     return found

@@ -1,4 +1,4 @@
-"""Plots of a report as inline SVG: a few kilobytes each, sharp in print, in the colours of the page's theme.
+"""Plots of a report as inline SVG: a few kilobytes each, sharp in print, in the page's theme colours.
 
 matplotlib draws with stand-in colours, which are then replaced by CSS variables; text stays text.
 """
@@ -15,11 +15,11 @@ from typing import Any
 from coupled.rl.errors import CoupledError
 
 NUM_SERIES = 6
-"""Colours that the page's style has; further series repeat them."""
+"""Number of colours in the page's style; further series repeat them."""
 NUM_POINTS = 300
-"""A longer series is drawn as means of neighbouring steps."""
+"""Maximum number of points of a series; a longer one is drawn as means of neighbouring steps."""
 SIZE = (3.8, 1.95)
-"""Inches of a plot; the page scales it to its column."""
+"""Width and height of a plot in inches; the page scales it to its column."""
 _INK, _LINE, _SERIES = "#010201", "#010202", "#01030{}"
 _THEME = {_INK: "var(--ink-2)", _LINE: "var(--line)"} | {
     _SERIES.format(i): f"var(--series-{i})" for i in range(NUM_SERIES)
@@ -42,7 +42,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Drawing:
-    """An SVG element, and where its axes are, so that a page can point at values."""
+    """An SVG element and the position of its x axis, from which the page finds the values under the pointer."""
 
     svg: str
     left: float
@@ -53,7 +53,7 @@ class Drawing:
 
 
 def require_matplotlib() -> None:
-    """Raise CoupledError, which names the command, where the extra `report` is not installed."""
+    """Raise CoupledError with the install command when the extra `report` is not installed."""
     try:
         import jinja2  # noqa: F401
         import matplotlib  # noqa: F401
@@ -66,7 +66,7 @@ def require_matplotlib() -> None:
 def draw(
     series: Sequence[Series], *, x_label: str = "step", is_stacked: bool = False, from_zero: bool = False
 ) -> Drawing:
-    """Lines over x, or with `is_stacked` areas on top of each other, whose x must be equal."""
+    """Draw lines over x, or with `is_stacked` stacked areas, whose x must be equal."""
     import matplotlib
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -115,7 +115,7 @@ def draw(
 def thin(
     x: Sequence[float], y: Sequence[float], limit: int = NUM_POINTS
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """At most `limit` points: means of equally many neighbours. Example: [1, 2, 3, 4] in 2 is [1.5, 3.5]."""
+    """At most `limit` points: means of equally many neighbours. Example: [1, 2, 3, 4] with limit 2 is [1.5, 3.5]."""
     if len(x) <= limit:
         return tuple(x), tuple(y)
     width = math.ceil(len(x) / limit)
@@ -127,14 +127,14 @@ def _plot(axes: Any, line: Series) -> None:
     colour = _colour(line)
     dashes: Any = {"linestyle": (0, (4, 2))} if line.is_dashed else {}
     if line.low:
-        # Intervals of several series at one step would hide each other.
+        # Shifted, because intervals of several series at one step would overlap.
         span = (max(line.x) - min(line.x)) or 1.0
         x = [value + 0.008 * span * (line.colour + line.is_dashed) for value in line.x]
         errors = [[y - low for y, low in zip(line.y, line.low, strict=True)]]
         errors += [[high - y for y, high in zip(line.y, line.high, strict=True)]]
         axes.errorbar(x, line.y, yerr=errors, color=colour, linewidth=1.4, marker="o", markersize=4, **dashes)
         return
-    # A single point between gaps is no line.
+    # A single point between gaps draws no line.
     is_short = sum(map(math.isfinite, line.y)) < 3
     axes.plot(line.x, line.y, color=colour, linewidth=1.5, marker="o" if is_short else None, markersize=4, **dashes)
 
@@ -148,7 +148,7 @@ def _colour(line: Series) -> str:
 
 
 def _inline(svg: str) -> str:
-    """The element alone, without what two plots on one page would have in common, in the page's colours and font."""
+    """The SVG element alone, without ids that several plots on a page would share, in the page's colours and font."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r'<g id="[^"]*"', "<g", svg)

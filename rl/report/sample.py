@@ -1,4 +1,4 @@
-"""Rollouts of a run for a report: a uniform sample, bounded in number and size, however many there are."""
+"""Rollouts of a run for a report: a uniform sample, bounded in number and size."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ from coupled.rl.run_folder.folder import committed_checkpoints
 from coupled.rl.run_folder.rollout_log import rollout_files
 
 NUM_SAMPLED_STEPS = 20
-"""Rollouts are shown of so many steps at most, evenly spaced, the first and the last among them."""
+"""Maximum number of steps whose rollouts are shown: evenly spaced, the first and the last included."""
 
 MAX_SAMPLE_BYTES = 4_000_000
-"""The sampled rollouts of a page take no more, whatever their length."""
+"""Maximum size of a page's sampled rollouts."""
 
 MAX_TEXT = 20_000
-"""Characters of a completion, a program or a prompt that are shown."""
+"""Maximum number of characters shown of a completion, a program or a prompt."""
 
 MAX_CANVAS = 2048
-"""Tokens of a canvas that are replayed."""
+"""Maximum number of tokens replayed of a canvas."""
 
 NUM_FOR_ORDER = 512
-"""Rollouts of a step that its order of denoising is averaged over."""
+"""Number of a step's rollouts over which its order of denoising is averaged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """Some rollouts as plain values, ready to be written as JSON, and what they were taken from."""
+    """Sampled rollouts as plain values, ready to be written as JSON, and the size of their population."""
 
     rollouts: tuple[Mapping[str, Any], ...]
     tasks: Mapping[str, Mapping[str, Any]]
     """uid → prompt and tests, which rollouts share."""
     vocabulary: tuple[str, ...]
-    """Texts of the tokens that occur; rollouts hold indices into it. Empty without a tokenizer."""
+    """Texts of the occurring tokens; rollouts hold indices into it. Empty without a tokenizer."""
     num_total: int
-    """Rollouts that the run keeps."""
+    """Number of rollouts that the run keeps."""
     num_steps: int
-    """Steps that the sample is of."""
+    """Number of steps in the sample."""
 
 
 def sample_rollouts(run: RunRecord, limit: int, max_bytes: int = MAX_SAMPLE_BYTES) -> Sample:
-    """A uniform sample of each of at most `NUM_SAMPLED_STEPS` steps, the same whenever it is drawn.
+    """A uniform sample of each of at most `NUM_SAMPLED_STEPS` steps, reproducible.
 
     Only the files of these steps are read, in batches.
     """
@@ -66,7 +66,7 @@ def sample_rollouts(run: RunRecord, limit: int, max_bytes: int = MAX_SAMPLE_BYTE
     shown: dict[int, dict[str, Any]] = {}
     tasks: dict[str, dict[str, Any]] = {}
     num_bytes = 0
-    # Whole rollouts are left out when the page would be too large, whichever chance names: the sample stays uniform.
+    # When the page would be too large, whole rollouts are left out at random, so that the sample stays uniform.
     for i in generator("report", "bytes", len(found)).permutation(len(found)).tolist():
         item, task = _rollout(found[i], has_tokens=tokenizer is not None), _task(found[i])
         is_new = item["task"] not in tasks
@@ -88,18 +88,18 @@ def sample_rollouts(run: RunRecord, limit: int, max_bytes: int = MAX_SAMPLE_BYTE
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DenoisingOrder:
-    """Of a step: when, and with which entropy, each canvas position was committed, averaged over rollouts."""
+    """Commit time and entropy of each canvas position in one step's rollouts, averaged over rollouts."""
 
     step: int
     num_rollouts: int
     commit_share: tuple[float, ...]
-    """Commit step over the last one, in [0, 1]; NaN where no completion has the position."""
+    """Commit step divided by the last one, in [0, 1]; NaN where no completion has the position."""
     entropy: tuple[float, ...]
     """Nats."""
 
 
 def denoising_orders(run: RunRecord) -> list[DenoisingOrder]:
-    """Of the first and the last step that has rollouts. Positions after the end token are left out."""
+    """Orders of the first and the last step with rollouts. Positions after the end token are left out."""
     files = rollout_files(run.path)
     ends = sorted({min(files), max(files)}) if files else []
     orders = (
@@ -121,7 +121,7 @@ def _order(step: int, rows: Sequence[Mapping[str, Any]]) -> DenoisingOrder | Non
         return None
 
     def means(found: Mapping[int, list[float]]) -> tuple[float, ...]:
-        # The mean over fewer than a tenth of the rollouts is of a few long completions.
+        # A mean over fewer than a tenth of the rollouts would show only a few long completions.
         enough = max(1, len(rows) // 10)
         length = max(found) + 1
         return tuple(
@@ -132,7 +132,7 @@ def _order(step: int, rows: Sequence[Mapping[str, Any]]) -> DenoisingOrder | Non
 
 
 def _tokenizer(run: RunRecord) -> Any:
-    """The run's tokenizer: of its newest checkpoint, else of the checkpoint it began with; None when both are gone."""
+    """Tokenizer of the run's newest checkpoint, else of its initial one; None when both are missing."""
     model = run.recipe.get("model")
     began = [Path(str(model.get("path")))] if isinstance(model, dict) else []
     for folder in (*reversed(committed_checkpoints(run.path / "checkpoints")), *began):
@@ -188,7 +188,7 @@ def _task(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _index_tokens(rollouts: Sequence[dict[str, Any]], tokenizer: Any) -> tuple[str, ...]:
-    """Replace token ids by indices into the texts that are returned, in place."""
+    """Replace token ids in place by indices into the returned texts."""
     known = sorted({token for item in rollouts for token in item["ids"]})
     index = {token: place for place, token in enumerate(known)}
     for item in rollouts:

@@ -1,4 +1,4 @@
-"""What a report says in words: what was run, on what, how far it came, and what its rollouts were taken from."""
+"""Texts of a report: recipe, model, machine, progress of the run, and origin of its rollouts."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def tiles(runs: Sequence[RunRecord], names: Sequence[str]) -> list[dict[str, str
         row["time/step_seconds"] for row in run.metrics if isinstance(row.get("time/step_seconds"), (int, float))
     ]
     of = f" of {planned}" if isinstance(planned, int) and planned != run.num_steps else ""
-    spent = f"{_duration(sum(seconds))} in all, {sum(seconds) / len(seconds):.3g} s each" if seconds else ""
+    spent = f"{_duration(sum(seconds))} in total, {sum(seconds) / len(seconds):.3g} s each" if seconds else ""
     tiles.append({"label": "Steps", "value": f"{run.num_steps}{of}", "detail": spent})
     wanted = (("Training pass rate", "pass_rate"), ("KL to the reference", "kl"))
     for label, metric in wanted if run.recipe.get("stage") == "rl" else (("Loss", "loss"),):
@@ -66,7 +66,7 @@ def rollout_words(samples: Sequence[Sample]) -> dict[str, Any] | None:
         of_each = " of a run" * (len(samples) > 1)
         about = (
             f"{len(items):,} of {total:,} rollouts, a uniform sample of each of {steps} evenly spaced steps{of_each}; "
-            "the same whenever the report is made. The rest is in the run folder, in rollouts/*.parquet."
+            "the same in every report of the run. The rest is in the run folder, in rollouts/*.parquet."
         )
     return {
         "about": about,

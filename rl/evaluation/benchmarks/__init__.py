@@ -1,4 +1,4 @@
-"""Benchmarks: find one by name, and read its problems from a local file. See docs/benchmarks.md for adding one."""
+"""Benchmarks: lookup by name, and reading of problems from a local file. docs/benchmarks.md shows how to add one."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["BENCHMARKS", "Benchmark", "Problem", "Prompting", "data_file", "find
 
 
 def find_benchmarks(names: str) -> list[Benchmark]:
-    """The benchmarks of a comma-separated list: known names, or JSONL and Parquet files of tasks in our columns.
+    """The benchmarks of a comma-separated list: known names, or JSONL and Parquet files of tasks.
 
     Example: `humaneval+,cruxeval,my/tasks.jsonl`.
 
     Raises:
-        DataError: a name that is none; the message has the nearest one.
+        DataError: an unknown name; the message has the nearest known one.
     """
     found: dict[str, Benchmark] = {}
     for name in (part.strip() for part in names.split(",")):
@@ -40,7 +40,7 @@ def find_benchmarks(names: str) -> list[Benchmark]:
         else:
             raise DataError(
                 f"unknown benchmark {name!r}; {nearest(name, [*BENCHMARKS, *FAMILIES])} A JSONL or Parquet file of "
-                "tasks (columns prompt, hidden_tests) can be named as well"
+                "tasks (columns prompt, hidden_tests) is accepted as well"
             )
     if not found:
         raise DataError(f"--benchmark names at least one of {', '.join([*BENCHMARKS, *FAMILIES])}; got {names!r}")
@@ -48,22 +48,22 @@ def find_benchmarks(names: str) -> list[Benchmark]:
 
 
 def data_file(benchmark: Benchmark, data: Path) -> Path:
-    """Where the benchmark's data lies.
+    """Path of the benchmark's data file.
 
     Raises:
-        DataError: it does not; the message says what to download and where to put it.
+        DataError: there is none; the message has its source and the place to put it.
     """
     for name in benchmark.files:
         if (data / name).is_file():
             return data / name
     raise DataError(
-        f"no data of {benchmark.name} below {data}: nothing is downloaded for you. Get {benchmark.download} and put it "
-        f"at {data / benchmark.files[0]}, or say with --data where it is"
+        f"no data of {benchmark.name} below {data}; files are not downloaded automatically. Get "
+        f"{benchmark.download} and put it at {data / benchmark.files[0]}, or name its folder with --data"
     )
 
 
 def load_problems(benchmark: Benchmark, file: Path) -> list[Problem]:
-    """All problems of a file, in its order.
+    """All problems of a file, in file order.
 
     Raises:
         DataError: the file cannot be read, or lacks a column of the benchmark.
@@ -74,15 +74,15 @@ def load_problems(benchmark: Benchmark, file: Path) -> list[Problem]:
             problems.append(benchmark.problem(row))
         except (KeyError, RewardError) as error:
             raise DataError(
-                f"row {index} of {file} is no row of {benchmark.name}: {error}. Get {benchmark.download}"
+                f"row {index} of {file} is not a row of {benchmark.name}: {error}. Get {benchmark.download}"
             ) from error
     if len({problem.task.uid for problem in problems}) != len(problems):
-        raise DataError(f"two problems of {file} have the same name; a score needs each once")
+        raise DataError(f"two problems of {file} have the same name; names must be unique")
     return problems
 
 
 def file_sha256(file: Path) -> str:
-    """Names the contents of a file."""
+    """SHA-256 of a file's contents, in hexadecimal."""
     digest = sha256()
     with file.open("rb") as source:
         while part := source.read(1 << 24):
@@ -93,7 +93,7 @@ def file_sha256(file: Path) -> str:
 def _rows(file: Path) -> Sequence[Mapping[str, Any]]:
     if file.suffix == ".parquet":
         return load_rows(str(file))
-    # Not through `datasets`: a column that holds lists of numbers in one row and of texts in the next is no table.
+    # Not through `datasets`, which rejects a column with lists of numbers in one row and lists of texts in another.
     try:
         text = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
         if file.name.removesuffix(".gz").endswith(".json"):
@@ -105,7 +105,7 @@ def _rows(file: Path) -> Sequence[Mapping[str, Any]]:
 
 
 def _own(file: Path) -> Benchmark:
-    """A file of the user's as a benchmark: tasks in the columns that training data has."""
+    """A user's file as a benchmark: tasks with the columns of training data."""
 
     def problem(row: Mapping[str, Any]) -> Problem:
         task = to_task(dict(row), {}, 0)
@@ -115,7 +115,7 @@ def _own(file: Path) -> Benchmark:
 
     if not file.is_file():
         beside = [path.name for path in file.parent.iterdir()] if file.parent.is_dir() else []
-        raise DataError(f"no benchmark at {file}; {nearest(file.name, beside)}")
+        raise DataError(f"no benchmark file at {file}; {nearest(file.name, beside)}")
     name = file.name.split(".")[0]
     return Benchmark(
         name=name,

@@ -1,6 +1,6 @@
-"""The benchmarks that are known: how a row becomes a problem, and a completion a program.
+"""Known benchmarks: conversion of a row to a problem, and of a completion to a program.
 
-The wording of the questions is ours; what is asked, the tests and how they are compared are the benchmark's.
+The questions are worded here; the problems, their tests and the comparison are the benchmark's own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _EVALPLUS = "https://github.com/evalplus/{0}/releases/download/{1}/{2} (Apache-2
 
 
 def write_program(problem: Problem, completion: str, prompting: Prompting) -> str | None:
-    """The program of a benchmark that asks for one."""
+    """The program in a completion of a benchmark that requests one."""
     entry_point = problem.task.entry_point
     if prompting == "completion":
         code: str | None = continued_program(completion, entry_point, problem.opening)
@@ -28,7 +28,7 @@ def write_program(problem: Problem, completion: str, prompting: Prompting) -> st
 
 
 def fenced_program(problem: Problem, completion: str, prompting: Prompting) -> str | None:
-    """The program of tasks whose prompt asks for a fenced block, whether or not the model has a chat template."""
+    """The program for tasks whose prompt requests a fenced block, whether or not the model has a chat template."""
     return chat_program(completion, problem.task.entry_point, problem.opening)
 
 
@@ -36,7 +36,7 @@ def fenced_program(problem: Problem, completion: str, prompting: Prompting) -> s
 
 
 def evalplus_problem(row: Mapping[str, Any]) -> Problem:
-    """A row of HumanEval+ or MBPP+; the first tests are those of HumanEval or MBPP."""
+    """Problem of a HumanEval+ or MBPP+ row; its first tests are the tests of HumanEval or MBPP."""
     task = evalplus_task(row)
     code = task.prompt.strip() + "\n"
     return Problem(
@@ -52,7 +52,7 @@ def evalplus_problem(row: Mapping[str, Any]) -> Problem:
 
 
 def cruxeval_problem(row: Mapping[str, Any], *, asks: Literal["input", "output"]) -> Problem:
-    """A row of CRUXEval: predict what f returns, or find arguments for which it returns a value."""
+    """Problem of a CRUXEval row: predict what f returns, or find arguments for which it returns a value."""
     code, given, output = (str(row[name]) for name in ("code", "input", "output"))
     shown = f"Here is a Python function:\n\n```python\n{code}\n```\n\n"
     if asks == "output":
@@ -77,7 +77,7 @@ def cruxeval_problem(row: Mapping[str, Any], *, asks: Literal["input", "output"]
 
 
 def predicted_output(problem: Problem, completion: str, prompting: Prompting) -> str | None:
-    """A program that returns the value a completion states. It does not hold f, so f cannot be called for it."""
+    """A program that returns the value that a completion states. It does not contain f, so it cannot call f."""
     for text in _answers(completion, prompting):
         for candidate in _prefixes(text):
             value = _stated(candidate, is_call=False)
@@ -87,7 +87,7 @@ def predicted_output(problem: Problem, completion: str, prompting: Prompting) ->
 
 
 def predicted_input(problem: Problem, completion: str, prompting: Prompting) -> str | None:
-    """A program that calls f as a completion says: one call of f and nothing around it."""
+    """A program that calls f with the arguments of a completion: one call of f and nothing around it."""
     for text in _answers(completion, prompting):
         for candidate in _prefixes(text if prompting == "chat" else f"f({text}"):
             call = _stated(candidate, is_call=True)
@@ -103,13 +103,13 @@ def _answers(completion: str, prompting: Prompting) -> list[str]:
 
 
 def _prefixes(text: str) -> list[str]:
-    """The text, then its beginning up to each line, longest first: what follows an answer is not part of it."""
+    """The text and its beginnings up to each line, longest first: text after an answer is not part of it."""
     lines = text.split("\n")
     return ["\n".join(lines[:end]) for end in range(len(lines), 0, -1)]
 
 
 def _stated(text: str, *, is_call: bool) -> ast.expr | None:
-    """The expression that is the answer, alone or as a side of an assertion; with `is_call` a call of f, else none."""
+    """The answer's expression, alone or as a side of an assertion; a call of f exactly if `is_call`."""
     tree = parsed(text.strip())
     if tree is None or len(tree.body) != 1:
         return None
@@ -134,10 +134,10 @@ def _answer(code: str, expression: str) -> str:
 
 
 def bigcodebench_problem(row: Mapping[str, Any], *, is_instruct: bool) -> Problem:
-    """A row of BigCodeBench. Its harness puts the task's imports and an empty function before the program."""
+    """Problem of a BigCodeBench row. Its harness puts the task's imports and an empty function before the program."""
     task = known_task(row)
     if task is None:
-        raise RewardError(f"a row of BigCodeBench has libs, test and complete_prompt; received {sorted(row)}")
+        raise RewardError(f"a row of BigCodeBench must have libs, test and complete_prompt; received {sorted(row)}")
     complete = str(row["complete_prompt"]).strip() + "\n"
     ask = "Answer with one fenced python block that holds the whole program.\n\n"
     return Problem(
@@ -152,7 +152,7 @@ def bigcodebench_problem(row: Mapping[str, Any], *, is_instruct: bool) -> Proble
 
 
 def canitedit_problem(row: Mapping[str, Any], *, instruction: str) -> Problem:
-    """A row of CanItEdit: change a program as an instruction says; the tests are a script over the changed one."""
+    """Problem of a CanItEdit row: change a program by an instruction; the tests are a script over the changed one."""
     before, wish = str(row["before"]), str(row[instruction])
     return Problem(
         task=Task(

@@ -33,12 +33,12 @@ PROMPTINGS = ("auto", "chat", "completion")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalOptions:
-    """What was asked for on the command line. None: see each."""
+    """Options of `coupled eval`; None selects the default stated on the field."""
 
     benchmarks: str
     data: Path
     out: Path | None = None
-    """None: below the run folder, or below ./evaluations."""
+    """None: below the checkpoint's run folder, else below ./evaluations."""
     num_samples: int = 1
     temperature: float | None = None
     """None: greedy with one sample, the recipe's with more."""
@@ -49,16 +49,16 @@ class EvalOptions:
     prompting: str = "auto"
     """auto: chat where the tokenizer has a chat template."""
     is_autoregressive: bool | None = None
-    """None: found out from the checkpoint."""
+    """None: detected from the checkpoint."""
     recipe: str | None = None
     overrides: tuple[str, ...] = ()
 
 
 def evaluate_on(path: Path, options: EvalOptions, show: Printer) -> dict[str, Path]:
-    """Evaluate a checkpoint on every benchmark asked for; returns the folder of each.
+    """Evaluate a checkpoint on every requested benchmark; returns benchmark → folder.
 
     Raises:
-        CoupledError: unknown benchmark, missing data, no checkpoint, or settings that do not fit.
+        CoupledError: unknown benchmark, missing data, no checkpoint, or settings that contradict each other.
     """
     benchmarks = find_benchmarks(options.benchmarks)
     for benchmark in benchmarks:
@@ -79,7 +79,7 @@ def evaluate_on(path: Path, options: EvalOptions, show: Printer) -> dict[str, Pa
 
 
 def open_arm(checkpoint: Path, recipe: Recipe, *, is_autoregressive: bool | None = None) -> Arm:
-    """A checkpoint as something that answers: by denoising, or from left to right.
+    """Open a checkpoint for an evaluation: decoding by denoising, or from left to right.
 
     Raises:
         CheckpointError: it cannot be opened, or its tokenizer names no end token.
@@ -108,16 +108,16 @@ def open_arm(checkpoint: Path, recipe: Recipe, *, is_autoregressive: bool | None
 
 
 def compare(first: Path, second: Path, options: EvalOptions, show: Printer) -> dict[str, Comparison]:
-    """A paired test on every benchmark that both have been evaluated on; checkpoints are evaluated first.
+    """A paired test on every benchmark on which both are evaluated; checkpoints are evaluated first.
 
     Raises:
-        CoupledError: no benchmark in common, or not the same problems.
+        CoupledError: no benchmark in common, or different problems.
     """
     sides = [_evaluations(path, replace(options, out=None), show) for path in (first, second)]
     common = [name for name in sides[0] if name in sides[1]]
     if not common:
         raise DataError(
-            f"{first} and {second} have no benchmark in common: {', '.join(sides[0])} here, {', '.join(sides[1])} there"
+            f"{first} and {second} have no benchmark in common: {', '.join(sides[0])} and {', '.join(sides[1])}"
         )
     found: dict[str, Comparison] = {}
     for name in common:
@@ -131,7 +131,7 @@ def compare(first: Path, second: Path, options: EvalOptions, show: Printer) -> d
 
 
 def score_table(folders: dict[str, Path]) -> Table:
-    """Scores in per cent with 95 % intervals."""
+    """Table of scores in per cent with 95 % intervals."""
     table = Table(box=SIMPLE_HEAD, title="% [95 % interval]", title_justify="left", pad_edge=False)
     for column in ("benchmark", "measure", "score", "problems", "not judged"):
         table.add_column(column, no_wrap=True)
@@ -147,7 +147,7 @@ def score_table(folders: dict[str, Path]) -> Table:
 
 
 def comparison_table(found: dict[str, Comparison]) -> Table:
-    """Paired differences in points of pass@1."""
+    """Table of paired differences in points of pass@1."""
     table = Table(box=SIMPLE_HEAD, title="second - first, pass@1", title_justify="left", pad_edge=False)
     for column in ("benchmark", "gain [95 % interval]", "better", "worse", "p", "test"):
         table.add_column(column, no_wrap=True)
@@ -175,7 +175,7 @@ def _recipe(checkpoint: Path, options: EvalOptions) -> Recipe:
     except RecipeError:
         if options.recipe is not None or (checkpoint.resolve().parent.parent / "recipe.yaml").is_file():
             raise
-    # A checkpoint that is no run's: the defaults of recipes, which are the published sampler's canvas and steps.
+    # A checkpoint without a run: recipe defaults, which are the canvas and steps of the published sampler.
     values = {"stage": "rl", "model": {"path": str(checkpoint)}, "data": {"path": "none"}}
     return sampling_recipe(values, options.overrides, source="the defaults")
 
@@ -183,7 +183,7 @@ def _recipe(checkpoint: Path, options: EvalOptions) -> Recipe:
 def _plan(recipe: Recipe, arm: Arm, options: EvalOptions) -> EvaluationPlan:
     if options.prompting not in PROMPTINGS:
         raise DataError(
-            f"--prompting is one of {', '.join(PROMPTINGS)}; got {options.prompting!r}; "
+            f"--prompting must be one of {', '.join(PROMPTINGS)}; got {options.prompting!r}; "
             f"{nearest(options.prompting, PROMPTINGS)}"
         )
     if options.num_steps is not None:
@@ -194,7 +194,7 @@ def _plan(recipe: Recipe, arm: Arm, options: EvalOptions) -> EvaluationPlan:
     )
     if temperature == 0 and not greedy:
         raise DataError(
-            f"--samples {options.num_samples} at temperature 0 would be the same completion every time; give "
+            f"--samples {options.num_samples} at temperature 0 would give the same completion every time; use "
             "--samples 1, or a temperature above 0"
         )
     prompting: Prompting = "chat" if options.prompting == "chat" else "completion"
@@ -221,6 +221,6 @@ def _default_out(checkpoint: Path, settings: EvaluationPlan) -> Path:
     label = f"T{sampler.temperature:g}-n{settings.num_samples}-steps{sampler.denoising_steps}-seed{settings.seed}"
     if settings.limit is not None:
         label += f"-first{settings.limit}"
-    # `checkpoint` says nothing of a model; the folder it lies in does.
+    # The folder name `checkpoint` does not identify a model; its parent's name does.
     name = checkpoint.resolve().name
     return parent / "evaluations" / (f"{checkpoint.resolve().parent.name}-{name}" if parent == Path() else name) / label

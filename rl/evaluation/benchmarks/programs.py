@@ -1,11 +1,12 @@
-"""The program in a completion, for benchmarks.
+"""Extraction of the program from a completion, for benchmarks.
 
-More lenient than `coupled.reward.extract`, which pays for the format: here a model must not lose points for how it
-fences its answer. What is decided:
+More lenient than `coupled.reward.extract`, which rewards the format: here a model must not lose points for the fences
+of its answer. Rules:
 
 * chat: the first fenced block (of Python, or of no stated language; the last one may lack its closing fence) that
-  defines the entry point. A block with the body alone is put under the opening. Without a fence the whole text counts.
-* completion: the opening with its continuation, cut where the text stops being one program: at a fence, at what no
+  defines the entry point. A block with the body alone is put under the opening. Without a fence the
+  whole text is the program.
+* completion: the opening with its continuation, cut where the text stops being one program: at a fence, where it no
   longer parses, and at the first statement after the entry point that is no definition, import or assignment.
 * Nothing is added to a program (no imports, no helpers of the prompt) and nothing is repaired.
 """
@@ -28,9 +29,9 @@ def blocks(completion: str) -> list[str]:
 
 
 def parsed(code: str) -> ast.Module | None:
-    """The syntax tree, or None where the text is no Python."""
+    """The syntax tree, or None when the text is not valid Python."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # an odd escape in a string is no error
+        warnings.simplefilter("ignore")  # an invalid escape in a string is no error
         try:
             return ast.parse(code)
         except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -38,7 +39,7 @@ def parsed(code: str) -> ast.Module | None:
 
 
 def defines(code: str, entry_point: str | None) -> bool:
-    """True when the code parses and gives the entry point at its top level (or has a statement, without one)."""
+    """True when the code parses and defines the entry point at its top level (without one: has a statement)."""
     tree = parsed(code)
     if tree is None:
         return False
@@ -46,7 +47,7 @@ def defines(code: str, entry_point: str | None) -> bool:
 
 
 def chat_program(completion: str, entry_point: str | None, opening: str) -> str | None:
-    """The program in the answer of a chat model; see the head of this file. None: no block and no code."""
+    """The program in the answer of a chat model; rules in the module docstring. None: no block and no code."""
     found = blocks(completion)
     for code in found:
         if defines(code, entry_point):
@@ -62,7 +63,7 @@ def chat_program(completion: str, entry_point: str | None, opening: str) -> str 
 
 
 def continued_program(completion: str, entry_point: str | None, opening: str) -> str:
-    """The program that a model without a chat template wrote on; see the head of this file."""
+    """The program that a model without a chat template continued; rules in the module docstring."""
     text = opening + completion.replace("\r\n", "\n").split("\n```")[0]
     lines = text.split("\n")
     for end in range(len(lines), opening.count("\n"), -1):

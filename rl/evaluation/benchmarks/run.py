@@ -1,11 +1,11 @@
-"""Evaluates a checkpoint on a benchmark, leaves everything behind that is needed to do it again, and can be resumed.
+"""Evaluates a checkpoint on a benchmark and writes everything that reproduces the result; resumable.
 
-settings.json    what decides the result: benchmark and its data's hash, checkpoint and its hash, sampler, seed, limits
+settings.json    inputs of the result: benchmark and its data's hash, checkpoint and its hash, sampler, seed, limits
 environment.jsonl  versions, machine and command, one line per start
-prompts.jsonl    what the model read, problem by problem
+prompts.jsonl    prompts of the model, problem by problem
 results.jsonl    every completion with its program and verdict; appended batch by batch
 score.json       pass@k with intervals, made from results.jsonl alone
-samples.jsonl    of EvalPlus benchmarks: what `evalplus.evaluate --samples` takes
+samples.jsonl    for EvalPlus benchmarks: input of `evalplus.evaluate --samples`
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ from coupled.sandbox import Executor, Limits
 from coupled.sandbox.pool import require_runnable
 
 LIMITS = Limits(cpu_seconds=10, wall_seconds=60.0, memory_mb=2048)
-"""Of every program. Generous, so that a busy machine is no reason to find a program wrong; for EvalPlus four times what
-the reference took comes on top."""
+"""Limits of every program, generous so that a busy machine does not fail a correct program; for EvalPlus four times the
+time of the reference is added."""
 _PACKAGES = ("coupled", "torch", "transformers", "numpy", "safetensors")
 _NUM_JUDGED = 3
-"""How often a program is given to the sandbox before its failure is recorded as such."""
+"""Attempts at a program before a failure of the sandbox is recorded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arm:
-    """What answers: an engine with its tokenizer, and what names them."""
+    """An engine with its tokenizer, and the identity of its checkpoint."""
 
     engine: RolloutEngine
     tokenizer: Any
@@ -54,14 +54,14 @@ class Arm:
     """`diffusion` or `autoregressive`."""
     checkpoint: str
     fingerprint: str
-    """Names the weights: equal files, equal fingerprint."""
+    """Hash of the checkpoint's files: equal files have equal fingerprints."""
     max_positions: int | None
-    """Prompt and canvas together; None: no limit is known."""
+    """Limit on the length of prompt and canvas together; None: unknown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationPlan:
-    """How a benchmark is run. Example: 10 samples per problem at temperature 0.8, seed 0."""
+    """Settings of an evaluation. Example: 10 samples per problem at temperature 0.8, seed 0."""
 
     sampler: Sampler
     num_samples: int = 1
@@ -69,7 +69,7 @@ class EvaluationPlan:
     prompting: Prompting = "chat"
     batch_size: int = 32
     limit: int | None = None
-    """Only the first so many problems; None: all."""
+    """Number of problems, from the first; None: all."""
 
 
 def evaluate_benchmark(
@@ -82,19 +82,18 @@ def evaluate_benchmark(
     *,
     show: Callable[[str], None] = lambda text: None,
 ) -> dict[str, Any]:
-    """Run a benchmark into `folder`, or finish what an interrupted evaluation left there; returns `score.json`.
+    """Run a benchmark into `folder`, or finish an interrupted evaluation there; returns `score.json`.
 
-    Batches are cut the same way however often it is interrupted, so a resumed evaluation gives what an uninterrupted
-    one gives.
+    Batches do not depend on interruptions, so a resumed evaluation gives the same result as an uninterrupted one.
 
     Raises:
-        DataError: no data, or the folder holds an evaluation with other settings.
+        DataError: no data, or the folder holds an evaluation with different settings.
         SandboxUnavailable: the sandbox's tier cannot run the tests of this benchmark.
     """
     file = data_file(benchmark, data)
     problems, left_out = _judgeable(load_problems(benchmark, file)[: settings.limit], executor.isolation().tier)
     if not problems:
-        raise DataError(f"none of the problems of {benchmark.name} can be judged: {next(iter(left_out.values()))}")
+        raise DataError(f"no problem of {benchmark.name} can be judged: {next(iter(left_out.values()))}")
     for uid, reason in left_out.items():
         show(f"left out {uid}: {reason}")
     _open_folder(folder, _identity(arm, benchmark, file, settings, left_out), executor)
@@ -142,7 +141,7 @@ def read_evaluation(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]],
     """score.json, the last row of every completion, and the problems in order, of a finished evaluation.
 
     Raises:
-        DataError: it is not finished, or is none.
+        DataError: the folder holds no finished evaluation.
     """
     if not (folder / "score.json").is_file():
         raise DataError(f"{folder} holds no finished evaluation (score.json): run coupled eval with --out {folder}")
@@ -153,7 +152,7 @@ def read_evaluation(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]],
 
 
 def fingerprint(checkpoint: Path) -> str:
-    """Names a checkpoint folder by what is in its configuration, tokenizer and weights."""
+    """Hash of a checkpoint folder's configuration, tokenizer and weights, in hexadecimal."""
     digests = [
         f"{file.name} {file_sha256(file)}"
         for file in sorted(checkpoint.iterdir())
@@ -200,7 +199,7 @@ def _write_prompts(
 
 
 def _finished(folder: Path, chunks: Sequence[Sequence[Request]]) -> dict[str, dict[str, Any]]:
-    """Rows of the batches that are whole and judged. The others are done again, so the file is written without them."""
+    """Rows of the complete and judged batches. The others are repeated, so the file is rewritten without them."""
     path = folder / "results.jsonl"
     known = {row["uid"]: row for row in read_rows(path)} if path.is_file() else {}
     whole = [chunk for chunk in chunks if all(r.uid in known and known[r.uid]["status"] != Status.INFRA for r in chunk)]
@@ -255,7 +254,7 @@ def _row(
     judgement: Judgement,
     seconds: float,
 ) -> dict[str, Any]:
-    """One line of results.jsonl. A prompt for which the model has no room counts as a completion that fails."""
+    """One line of results.jsonl. A prompt that is too long for the model counts as a failed completion."""
     task, _, sample = request.uid.rpartition("/")
     per_test, length = judgement.per_test, 0 if rollout is None else rollout.completion_length
     base = per_test[: problem.num_base_tests]
@@ -304,12 +303,12 @@ def _open_folder(folder: Path, identity: dict[str, Any], executor: Executor) -> 
     if path.is_file():
         before = json.loads(path.read_text())
         now = json.loads(json.dumps(identity))
-        # The same weights may have been moved.
+        # The same weights may have been moved to another path.
         differing = [key for key in now if _without_path(before.get(key)) != _without_path(now[key])]
         if differing:
             raise DataError(
-                f"{folder} holds an evaluation with other settings: {differing[0]} was {before.get(differing[0])} and "
-                f"is {now[differing[0]]} now. Give another --out, or the same settings to continue it"
+                f"{folder} holds an evaluation with different settings: {differing[0]} was {before.get(differing[0])} "
+                f"and is {now[differing[0]]} now. Give another --out, or the same settings to continue it"
             )
     else:
         atomic_write(path, json.dumps(identity, indent=1) + "\n")
@@ -336,7 +335,7 @@ def _environment(executor: Executor) -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the source tree, where the package runs from one."""
+    """The commit of the source tree; None when the package does not run from a git checkout."""
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return None

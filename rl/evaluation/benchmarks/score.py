@@ -1,4 +1,4 @@
-"""From the rows of an evaluation to its score, and from two evaluations to what changed between them."""
+"""Score of one evaluation from its rows, and paired comparison of two evaluations."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from coupled.rl.evaluation.decoding_order import global_arness, local_arness, un
 from coupled.rl.evaluation.statistics import Comparison, Interval, bootstrap, compare_paired, pass_at_k, wilson
 
 KS = (1, 2, 4, 8, 10, 16, 32, 50, 64, 100)
-"""pass@k is reported at those of these that are at most the number of samples."""
+"""Values of k at which pass@k is reported, up to the number of samples."""
 
 Row = Mapping[str, Any]
 
 
 def passes_by_task(rows: Sequence[Row], tasks: Sequence[str], measure: str = "is_pass") -> list[list[bool]]:
-    """Per problem, which of its judged completions pass. Completions that the sandbox failed on are left out.
+    """Pass or fail of every judged completion, per problem. Completions that the sandbox failed on are left out.
 
     Raises:
-        CoupledError: a problem has none that was judged.
+        CoupledError: a problem has no judged completion.
     """
     found: dict[str, list[bool]] = defaultdict(list)
     for row in rows:
@@ -33,7 +33,7 @@ def passes_by_task(rows: Sequence[Row], tasks: Sequence[str], measure: str = "is
     if missing:
         raise CoupledError(
             f"{len(missing)} problems have no judged completion, the first is {missing[0]}: the sandbox could not run "
-            "them (see the column detail of results.jsonl). The same command tries them again; on an overloaded "
+            "them (see the column detail of results.jsonl). The same command retries them; on an overloaded "
             "machine add sandbox.num_workers=1"
         )
     return [found[task] for task in tasks]
@@ -67,7 +67,7 @@ def arness_by_task(rows: Sequence[Row], tasks: Sequence[str], k: int, *, is_loca
 
 
 def score_of(rows: Sequence[Row], tasks: Sequence[str], *, name: str, base: str = "") -> dict[str, Any]:
-    """The score of one benchmark, and of the one that it extends, with what else the completions say."""
+    """The score of one benchmark, and of the one that it extends, with statistics of the completions."""
     scores = {name: pass_at(passes_by_task(rows, tasks))}
     if base:
         scores[base] = pass_at(passes_by_task(rows, tasks, "is_base_pass"))
@@ -99,13 +99,15 @@ def score_of(rows: Sequence[Row], tasks: Sequence[str], *, name: str, base: str 
 def compare_rows(
     first: Sequence[Row], second: Sequence[Row], tasks: Sequence[str], *, name: str, base: str = ""
 ) -> dict[str, Comparison]:
-    """second - first on the same problems, by pass@1.
+    """Paired difference of pass@1, second - first.
 
     Raises:
-        CoupledError: the two are not of the same problems.
+        CoupledError: the two are measured on different problems.
     """
     if {row["task"] for row in first} != set(tasks) or {row["task"] for row in second} != set(tasks):
-        raise CoupledError(f"the two evaluations of {name} are not of the same problems: a paired test needs them")
+        raise CoupledError(
+            f"the two evaluations of {name} differ in their problems: a paired test needs the same problems"
+        )
     measures = {name: "is_pass"} | ({base: "is_base_pass"} if base else {})
     return {
         label: compare_paired(
@@ -121,5 +123,5 @@ def _mean(values: Sequence[float]) -> dict[str, float] | None:
 
 
 def as_interval(row: Mapping[str, Any]) -> Interval:
-    """An interval as `score.json` has it."""
+    """The interval in a row of `score.json`."""
     return Interval(mean=row["mean"], low=row["low"], high=row["high"])

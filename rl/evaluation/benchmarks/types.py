@@ -9,26 +9,26 @@ from typing import Any, Literal
 from coupled.reward import Task
 
 Prompting = Literal["chat", "completion"]
-"""chat: the question is the user's turn of the model's chat template. completion: the model continues the opening."""
+"""chat: the question is the user's turn in the model's chat template. completion: the model continues the opening."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """One problem of a benchmark, as a model is asked and as its program is judged."""
+    """One problem of a benchmark: its prompts for a model, and the task that judges the program."""
 
     task: Task
-    """What judges the program; its uid is the benchmark's own."""
+    """Task that judges the program; its uid is the benchmark's own."""
     question: str
     """The user's turn, for a model with a chat template."""
     opening: str
-    """The text that a model without one continues."""
+    """The text that a model without a chat template continues."""
     num_base_tests: int = 0
-    """The first tests are those of the benchmark that this one extends; 0: it extends none."""
+    """Number of leading tests that belong to the benchmark that this one extends; 0: it extends none."""
     preamble: str = ""
-    """Put before the program when it is run, as the benchmark's own harness does."""
+    """Code that is put before the program when it runs, as in the benchmark's own harness."""
 
     def prompt(self, prompting: Prompting) -> str:
-        """What the model reads."""
+        """The prompt in the given form."""
         return self.question if prompting == "chat" else self.opening
 
 
@@ -38,17 +38,17 @@ class Benchmark:
 
     name: str
     files: tuple[str, ...]
-    """Where its data lies below `--data`; the first that is there counts."""
+    """Paths of its data below `--data`; the first that exists is read."""
     download: str
-    """Where to get the file, and its licence."""
+    """Source and licence of the file."""
     num_problems: int
-    """Of the whole benchmark; 0 when not known."""
+    """Number of problems of the whole benchmark; 0 when unknown."""
     problem: Callable[[Mapping[str, Any]], Problem]
-    """From a row of the file."""
+    """Makes a problem from a row of the file."""
     program: Callable[[Problem, str, Prompting], str | None]
-    """From a completion; None when it holds no program."""
+    """Makes a program from a completion; None when it holds none."""
     base: str = ""
-    """The name of the benchmark that it extends, whose tests are the first of each problem's."""
+    """The name of the benchmark that it extends, whose tests come first in each problem."""
     is_weak: bool = False
     """Its tests share the program's process (tier T2), so a program could forge its verdict."""
     is_evalplus: bool = False

@@ -45,7 +45,7 @@
   let chosen = null;
   let steps = [];
   let timer = null;
-  const HINT = MASK + " is still masked; what follows the end token is faint. Point at a token for its step, probability and entropy.";
+  const HINT = MASK + " is still masked; positions after the end token are faint. Point at a token for its step, probability and entropy.";
 
   const element = (tag, text, className) => {
     const made = document.createElement(tag);
@@ -110,10 +110,10 @@
       element("span", item.forwards + " forward passes"),
     ];
     if (data.samples.length > 1) badges.unshift(element("span", data.samples[item.run].name));
-    if (item.is_cut) badges.push(element("span", "cut to fit the page"));
+    if (item.is_cut) badges.push(element("span", "truncated to fit the page"));
     byId("detail-badges").replaceChildren(...badges);
     byId("detail-prompt").textContent = taskOf(item).prompt;
-    byId("detail-program").textContent = item.code === null ? "No Python block in the completion, which is:\n\n" + item.text : item.code;
+    byId("detail-program").textContent = item.code === null ? "No Python block in the completion:\n\n" + item.text : item.code;
     showTests(item);
     const hasTokens = Boolean(item.ids);
     byId("replay").hidden = !hasTokens;
@@ -132,10 +132,10 @@
   const showTests = (item) => {
     const tests = taskOf(item).tests;
     const named = item.outcome === "ok" ? "" : "Outcome: " + item.outcome.replaceAll("_", " ") + (item.detail ? " (" + item.detail + ")" : "") + ". ";
-    const each = item.per_test.length ? "" : item.total ? item.passed + " of " + item.total + " passed; this run did not keep the verdict on each." : "No tests were run.";
+    const each = item.per_test.length ? "" : item.total ? item.passed + " of " + item.total + " passed; this run has no verdicts on single tests." : "No tests were run.";
     byId("detail-outcome").textContent = named + each;
     byId("detail-outcome").hidden = !(named + each);
-    // A test that is a program is judged in parts, so that texts and verdicts do not pair up; of many, 100 texts are kept.
+    // A test that is a program is judged in parts, so texts and verdicts do not pair up; at most 100 texts are kept.
     const isPaired = item.per_test.length === tests.length || (tests.length === 100 && item.per_test.length > 100);
     byId("detail-tests").replaceChildren(...item.per_test.map((passed, i) => {
       const row = element("li");
@@ -206,7 +206,7 @@
   }
   byId("shade").addEventListener("change", showCanvas);
   byId("more").addEventListener("click", addResults);
-  // Some browsers tell of a chosen option by one of these alone.
+  // Some browsers report a selected option by only one of these events.
   for (const kind of ["input", "change"]) filters.addEventListener(kind, filter);
   filters.addEventListener("submit", (event) => event.preventDefault());
   filter();

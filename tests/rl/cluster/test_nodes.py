@@ -167,16 +167,18 @@ def test_what_there_is_no_room_for_is_told_with_a_table_in_time(
     policy = open_policy(recipe.model, 0)
     started = time.monotonic()
     with pytest.raises(
-        ClusterError, match=r"(?s)could not place 40 trainer ranks within 1 s: .*too few.*asked: 40 .*here\)"
+        ClusterError, match=r"(?s)could not place 40 trainer ranks within 1 s: .*too few.*requested: 40 .*here\)"
     ):
         open_rl_learner(recipe, policy, tmp_path)
     assert time.monotonic() - started < 30
-    assert "waiting up to 1 s for capacity. asked: 40 trainer ranks of 1 CPU each" in capsys.readouterr().err
+    assert "waiting up to 1 s for capacity. requested: 40 trainer ranks of 1 CPU each" in capsys.readouterr().err
     rollout = recipe.rollout.model_copy(update={"workers": "ray"})
     recipe = recipe_of_ranks(nodes.address, tiny_folder(), trainer_ranks=1, trainer_workers="process", health="fast")
     cluster = recipe.cluster.model_copy(update={"gpus_per_worker": 0.5})
     recipe = recipe.model_copy(update={"rollout": rollout, "cluster": cluster})
-    with pytest.raises(ClusterError, match=r"(?s)0 of 2 rollout workers.*asked: 1 rollout workers of 1 CPU, 0\.5 GPU "):
+    with pytest.raises(
+        ClusterError, match=r"(?s)0 of 2 rollout workers.*requested: 1 rollout workers of 1 CPU, 0\.5 GPU "
+    ):
         open_engine(recipe, RLLearner(recipe, policy).generate, tmp_path)
 
 

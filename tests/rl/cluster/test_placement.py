@@ -21,11 +21,11 @@ RANKS = ResourceRequest(num=4, what="trainer ranks", needs={"CPU": 1.0, "GPU": 1
 
 def test_the_table_has_a_line_for_each_host_with_what_is_free_and_for_how_many_there_is_room() -> None:
     assert placement_table(RANKS, [*OTHERS, HERE]).splitlines() == [
-        "asked: 4 trainer ranks of 1 CPU, 1 GPU each, one of them here",
-        "  host             CPUs free of  GPUs free of  memory, GiB free of  room for",
-        "  10.0.0.1 (here)        3 of 8        0 of 1         20.5 of 30.0         0",
-        "  10.0.0.11            64 of 64      2.5 of 4           0.0 of 0.0         2",
-        "  10.0.0.12              4 of 4        0 of 0           8.0 of 8.0         0",
+        "requested: 4 trainer ranks of 1 CPU, 1 GPU each, one of them here",
+        "  host             CPUs free of  GPUs free of  memory, GiB free of  fits",
+        "  10.0.0.1 (here)        3 of 8        0 of 1         20.5 of 30.0     0",
+        "  10.0.0.11            64 of 64      2.5 of 4           0.0 of 0.0     2",
+        "  10.0.0.12              4 of 4        0 of 0           8.0 of 8.0     0",
     ]
 
 
@@ -33,7 +33,7 @@ def test_gpus_are_left_out_where_nobody_has_or_wants_them() -> None:
     ask = ResourceRequest(num=2, what="rollout workers", needs={"CPU": 2.0})
     table = placement_table(ask, OTHERS[1:])
     assert "GPU" not in table
-    assert table.splitlines()[0] == "asked: 2 rollout workers of 2 CPU each"
+    assert table.splitlines()[0] == "requested: 2 rollout workers of 2 CPU each"
     assert table.splitlines()[2].split()[-1] == "2"
 
 
@@ -53,5 +53,5 @@ def test_what_is_busy_is_told_from_what_is_too_little(
 ) -> None:
     assert ask.is_possible(rooms) is is_possible
     text = no_room(ask, rooms, "add hosts")
-    assert text.startswith("other work holds" if is_possible else "the hosts that are there are too few")
+    assert text.startswith("other work holds" if is_possible else "the cluster has too few hosts")
     assert text.endswith("\nadd hosts")

@@ -151,5 +151,5 @@ def test_without_matplotlib_the_numbers_still_come(
 def test_an_analysis_without_problems_says_how_to_name_some() -> None:
     with pytest.raises(DataError, match="no held-out problems; give --benchmark"):
         analyze([TINY], Sweep(), QUICKSTART, ("data.eval_path=null",))
-    with pytest.raises(DataError, match="an analysis is of one benchmark"):
+    with pytest.raises(DataError, match="an analysis covers one benchmark"):
         analyze([TINY], Sweep(), QUICKSTART, (), benchmark="humaneval+,mbpp+", data=Path("nowhere"))

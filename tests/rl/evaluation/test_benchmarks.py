@@ -112,7 +112,7 @@ def test_a_file_that_is_cut_off_or_of_something_else_is_said_so(tmp_path: Path) 
     with pytest.raises(DataError, match="download it again"):
         load_problems(BENCHMARKS["humaneval+"], tmp_path / "HumanEvalPlus.jsonl.gz")
     (tmp_path / "HumanEvalPlus.jsonl.gz").write_bytes(whole)
-    with pytest.raises(DataError, match=r"row 0 .* no row of humaneval\+"):
+    with pytest.raises(DataError, match=r"row 0 .* is not a row of humaneval\+"):
         load_problems(BENCHMARKS["humaneval+"], tmp_path / "HumanEvalPlus.jsonl.gz")
 
 
@@ -432,7 +432,7 @@ def test_a_folder_of_another_evaluation_is_not_continued(
 ) -> None:
     out = tmp_path / "out"
     evaluate_benchmark(arm_of(Scripted(right_for_even)), benchmark, tmp_path, SETTINGS, executor, out)
-    with pytest.raises(DataError, match=f"other settings: {names} was .* Give another --out"):
+    with pytest.raises(DataError, match=f"different settings: {names} was .* Give another --out"):
         evaluate_benchmark(arm_of(Scripted(right_for_even), **arm), benchmark, tmp_path, settings, executor, out)
 
 

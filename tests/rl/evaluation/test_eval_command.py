@@ -64,7 +64,7 @@ def test_a_checkpoint_is_evaluated_and_compared(
     [
         (("--benchmark", "humanevl+"), "did you mean 'humaneval+'?"),
         (("--benchmark", "humaneval+", "--data", "/nowhere"), "no data of humaneval+ below /nowhere"),
-        (("--benchmark", "FILE", "--samples", "3", "--temperature", "0"), "would be the same completion every time"),
+        (("--benchmark", "FILE", "--samples", "3", "--temperature", "0"), "would give the same completion every time"),
         (("--benchmark", "FILE", "--prompting", "chatty"), "did you mean 'chat'?"),
         (("--benchmark", "FILE", "--steps", "41"), "must not exceed rollout.canvas (40)"),
     ],

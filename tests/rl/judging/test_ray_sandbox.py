@@ -109,7 +109,7 @@ def test_a_supervisor_killed_in_the_middle_of_a_batch_loses_nothing(executor: Ra
     assert not set(first) & set(actors(executor)), "both were replaced"
     assert {execution.tier for execution in executions} == {executor.isolation().tier}
     other = {"namespaces": "landlock", "landlock": "namespaces"}[executor.isolation().tier]
-    with pytest.raises(SandboxUnavailable, match="this node gives tier"):
+    with pytest.raises(SandboxUnavailable, match="this node now provides tier"):
         executor._check({"isolation": replace(executor.isolation(), tier=other)})
 
 
@@ -205,7 +205,9 @@ def test_a_supervisor_that_does_not_come_back_at_once_is_waited_for(
 
 def test_nodes_that_give_different_tiers_are_refused() -> None:
     found = [("this", ISOLATION), ("that", replace(ISOLATION, tier="namespaces"))]
-    with pytest.raises(SandboxUnavailable, match=r"(?s)same tier; they give .*landlock.*remedy: .*sandbox.tier=landl"):
+    with pytest.raises(
+        SandboxUnavailable, match=r"(?s)same tier; the nodes provide .*landlock.*remedy: .*sandbox.tier=landl"
+    ):
         ray_sandbox._common(found)
     assert ray_sandbox._common(found[:1]) is ISOLATION
 

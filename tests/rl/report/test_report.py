@@ -208,9 +208,9 @@ def test_what_lessens_the_trust_in_a_run_is_said_first(tmp_path: Path) -> None:
     rows = [metrics_row(1) | {"unscored": 3.0, "weak_verdicts": 0.5}]
     text = page_of(write_run(tmp_path / "run", num_steps=3, rows=rows)).text
     assert "Not finished: 1 of 3 steps." in text
-    assert "3 completions got no verdict" in text
-    assert "In 1 step some programs were judged by tests that they could have forged (T2)." in text
-    assert "No held-out results of before and after" in text
+    assert "3 completions had no verdict" in text
+    assert "In 1 step the verdicts on some programs could have been forged by them (T2)." in text
+    assert "No held-out results before and after" in text
 
 
 def test_a_run_of_likelihood_training_has_curves_and_no_rollouts(tmp_path: Path) -> None:
@@ -353,8 +353,8 @@ def test_damaged_lines_are_left_out_and_noted(tmp_path: Path) -> None:
     (run / "evaluation.jsonl").write_text('{"step": 0, "sampled": {}}\n')
     found = read_run(run)
     assert [row["step"] for row in found.metrics] == [1, 3]
-    assert "2 damaged lines of metrics.jsonl left out: a crash cut it, or it was edited." in found.notes
-    assert any("evaluation.jsonl is not of this version's form" in note for note in found.notes)
+    assert "2 damaged lines of metrics.jsonl left out: truncated by a crash, or edited." in found.notes
+    assert any("evaluation.jsonl is not in this version's format" in note for note in found.notes)
     assert "2 damaged lines" in page_of(run).text
 
 
@@ -391,7 +391,7 @@ def test_files_that_were_damaged_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"step_000001\.parquet is not a whole Parquet file"):
         write_report(run)
     (run / "recipe.yaml").write_text("seed: [1")
-    with pytest.raises(DataError, match=r"recipe\.yaml is no mapping of settings"):
+    with pytest.raises(DataError, match=r"recipe\.yaml is not a mapping of settings"):
         write_report(run)
 
 
@@ -401,7 +401,7 @@ def test_a_place_that_cannot_be_written_to_is_named(tmp_path: Path) -> None:
         write_report(run, out=tmp_path)
     with pytest.raises(DataError, match=r"cannot be written to .*missing/report\.html"):
         write_report(run, out=tmp_path / "missing" / "report.html")
-    with pytest.raises(DataError, match="one rollout or more; received 0"):
+    with pytest.raises(DataError, match="at least one rollout; received 0"):
         write_report(run, num_rollouts=0)
 
 

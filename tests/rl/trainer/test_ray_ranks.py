@@ -135,7 +135,7 @@ def test_a_host_that_is_too_small_and_alone_is_told_at_once(
 ) -> None:
     started = time.monotonic()
     with pytest.raises(
-        RecipeError, match=r"(?s)trainer_ranks=500 does not fit on this host.*asked: 500 .*\(here\).*Lower"
+        RecipeError, match=r"(?s)trainer_ranks=500 does not fit on this host.*requested: 500 .*\(here\).*Lower"
     ):
         opened(recipe_of(checkpoint, trainer_ranks=500), tmp_path)
     assert time.monotonic() - started < 10
@@ -162,7 +162,7 @@ def test_the_reserved_gpu_is_found_among_those_that_are_seen(monkeypatch: pytest
     assert index_of_gpu("2", 4) == 2
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 2")
     assert index_of_gpu("2", 2) == 1
-    with pytest.raises(RecipeError, match=r"GPU 0 of this host .* sees 3, 2 alone.*CUDA_VISIBLE_DEVICES"):
+    with pytest.raises(RecipeError, match=r"GPU 0 of this host .* sees only 3, 2.*CUDA_VISIBLE_DEVICES"):
         index_of_gpu("0", 2)
 
 
