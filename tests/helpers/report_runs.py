@@ -14,7 +14,7 @@ from coupled.rl.evaluation.held_out import Evaluation, PassRates
 from coupled.rl.recipe.read import dump_recipe
 from coupled.rl.run_folder.rollout_log import write_rollouts
 from coupled.rl.types import Group, Prompt, Rollout
-from helpers.toys import make_recipe
+from helpers.toys import make_likelihood_recipe, make_recipe
 
 CANVAS = 6
 FIRST_LETTER = 4
@@ -105,7 +105,8 @@ def write_run(
 ) -> Path:
     """A run folder of `num_steps` steps, with as many rollouts in each as there are texts."""
     folder.mkdir(parents=True)
-    (folder / "recipe.yaml").write_text(dump_recipe(make_recipe(num_steps=num_steps, **recipe)))
+    make = make_recipe if recipe.get("stage", "rl") == "rl" else make_likelihood_recipe
+    (folder / "recipe.yaml").write_text(dump_recipe(make(num_steps=num_steps, **recipe)))
     written = rows if rows is not None else [metrics_row(step) for step in range(1, num_steps + 1)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in written))
     if evaluations:
