@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from coupled.rl.errors import RolloutError
 from coupled.rl.keys import uniform
 from coupled.rl.model.policy import Policy
 from coupled.rl.recipe.rollout import Sampler
@@ -43,15 +42,7 @@ def denoise(
     Each row's numbers are keyed by (seed, uid, step, position), so they do not depend on which rows share the batch.
     A row leaves the batch as soon as every position before its first end token is settled: nothing later can change
     its text. MASK is never sampled. `on_step` receives the number of every step and the canvases [B, C] after it.
-
-    Raises:
-        RolloutError: `cache=dual` without blocks, where there is nothing to cache.
     """
-    if sampler.cache == "dual" and not sampler.block_length:
-        raise RolloutError(
-            "cache=dual keeps what is behind the block that is denoised, and block_length=0 makes the whole canvas one "
-            "block: set a block_length, e.g. 32, or cache=prefix"
-        )
     plan = plan_steps(sampler)
     rows = _Rows(policy, requests, sampler.canvas)
     draws = keyed_draws(requests, sampler, seed, plan[-1].number + 1).to(policy.device)

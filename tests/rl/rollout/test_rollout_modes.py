@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 from helpers.toys import MakePolicy, make_requests, plain_logits
+from pydantic import ValidationError
 
 import coupled.rl.rollout.denoise
-from coupled.rl.errors import RolloutError
 from coupled.rl.model.policy import Policy
 from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.rollout.canvas_states import distinct_rows
 from coupled.rl.rollout.denoise import denoise
-from coupled.rl.rollout.engine import roll_out
 from coupled.rl.rollout.parity import sampler_for_parity
 from coupled.rl.rollout.sampler import Request, Step, plan_steps, unmask_counts
 from coupled.rl.types import Rollout
@@ -325,9 +324,9 @@ def test_what_is_read_from_a_cache_is_what_it_was_at_the_refresh(tiny_policy: Ma
     )
 
 
-def test_a_dual_cache_without_blocks_is_refused(tiny_policy: MakePolicy) -> None:
-    with pytest.raises(RolloutError, match="makes the whole canvas one block: set a block_length"):
-        roll_out(tiny_policy(), make_requests(1), SAMPLED.changed(cache="dual"), seed=0)
+def test_a_dual_cache_without_blocks_is_refused() -> None:
+    with pytest.raises(ValidationError, match="makes the whole canvas one block; set a block_length"):
+        SAMPLED.changed(cache="dual")
 
 
 # --- names ----------------------------------------------------------------------------------------------------------
