@@ -1,6 +1,6 @@
 """Rollout by iterative denoising, the whole canvas at once: from MASK everywhere, commit the surest positions first.
 
-Each step computes the hidden states of the canvases (`canvas_states`), reads off how sure every masked position is,
+Each step computes the hidden states of the canvases (`canvas_states`), measures the confidence of masked positions,
 chooses positions and draws their tokens (`readout`), by the sampler's plan (`sampler`).
 
 Shapes: B rows, R of them in a step, C canvas positions, S prompt + canvas, N masked positions, M chosen ones. Source:
@@ -45,12 +45,12 @@ def denoise(
     its text. MASK is never sampled. `on_step` receives the number of every step and the canvases [B, C] after it.
 
     Raises:
-        RolloutError: `cache=dual` without blocks, where there is nothing to cache.
+        RolloutError: `cache=dual` without blocks, which leaves nothing to cache.
     """
     if sampler.cache == "dual" and not sampler.block_length:
         raise RolloutError(
-            "cache=dual keeps what is behind the block that is denoised, and block_length=0 makes the whole canvas one "
-            "block: set a block_length, e.g. 32, or cache=prefix"
+            "cache=dual keeps the positions after the block that is denoised, and block_length=0 makes the whole "
+            "canvas one block: set a block_length, e.g. 32, or cache=prefix"
         )
     plan = plan_steps(sampler)
     rows = _Rows(policy, requests, sampler.canvas)
