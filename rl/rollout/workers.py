@@ -1,8 +1,9 @@
 """The rollout engine on workers outside of the run's process: batches of requests as units of processes or Ray actors.
 
 Batches and random numbers do not depend on the worker, so that rollouts are bit-identical to rollouts in one process.
-Weights belong to the driver, which puts them into the object store as NumPy arrays that Ray reads without copying, or into
-a file. A worker returns the digest of the weights it loaded, and gets no work unless they are the weights that were sent.
+Weights belong to the driver, which puts them into the object store as NumPy arrays that Ray reads without copying, or
+into a file. A worker returns the digest of the weights it loaded, and gets no work unless these are the weights that
+were sent.
 """
 
 from __future__ import annotations
