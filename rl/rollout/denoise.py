@@ -4,7 +4,7 @@ Each step computes the hidden states of the canvases (`canvas_states`), measures
 chooses positions and draws their tokens (`readout`), by the sampler's plan (`sampler`).
 
 Shapes: B rows, R of them in a step, C canvas positions, S prompt + canvas, N masked positions, M chosen ones. Source:
-method page §6.
+docs/method.md, rollout.
 """
 
 from __future__ import annotations
