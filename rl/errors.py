@@ -11,7 +11,7 @@ class CoupledError(ValueError):
     """Base of every error that the user's input can cause; the command line prints it without a traceback."""
 
     exit_code: ClassVar[int] = 2
-    """Exit status of the command: 2 needs a correction first; 75 (EX_TEMPFAIL) may succeed when the run is resumed."""
+    """Exit status of the command. 2: the input needs a correction. 75 (EX_TEMPFAIL): a resumed run may succeed."""
 
 
 class RecipeError(CoupledError):
@@ -27,7 +27,7 @@ class CheckpointError(CoupledError):
 
 
 class SaveError(CheckpointError):
-    """A checkpoint could not be written; earlier checkpoints are whole."""
+    """A checkpoint could not be written; earlier checkpoints are intact."""
 
     exit_code = 75
 
@@ -41,17 +41,17 @@ class RolloutError(CoupledError):
 
 
 class RankError(CoupledError):
-    """The ranks of the trainer do not fit together, or one of them has failed by itself."""
+    """The settings of the trainer's ranks do not fit together, or one rank raised an error."""
 
 
 class RankLostError(RankError):
-    """A rank of the trainer was lost with its process or host, or did not answer in time. Resuming may succeed."""
+    """A rank of the trainer was lost with its process or host, or did not reply in time. Resuming may succeed."""
 
     exit_code = 75
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """Return `; did you mean 'x'?`, or the list of what exists when nothing is close."""
+    """`did you mean 'x'?`, or the list of known names when none is close."""
     known = sorted(known)
     match = get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {match[0]!r}?" if match else f"known: {', '.join(known)}"

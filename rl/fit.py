@@ -29,8 +29,8 @@ def fit(recipe: LikelihoodRecipe, resume: str = "never") -> Path:
     """Train by maximum likelihood (`stage: pretrain` or `sft`). Returns the last checkpoint's folder.
 
     Raises:
-        CoupledError: the recipe's data or checkpoint is not usable; nothing is written then.
-        SaveError: several checkpoints in a row cannot be written, or the last one.
+        CoupledError: the recipe's data or checkpoint is not usable; nothing has been written.
+        SaveError: several checkpoints in a row cannot be written, or the final one.
     """
     use_threads(recipe)
     policy = open_policy(recipe.model, recipe.seed)

@@ -14,7 +14,7 @@ Key = int | str
 
 
 def generator(*key: Key) -> np.random.Generator:
-    """A Philox generator whose stream is decided by `key` alone.
+    """A Philox generator whose stream depends on `key` alone.
 
     Example: `generator(seed, "mask", step, uid)`.
     """
@@ -29,5 +29,5 @@ def uniform(shape: tuple[int, ...], *key: Key) -> np.ndarray:
 
 
 def integer_seed(*key: Key) -> int:
-    """A 63-bit seed for code that insists on seeding a generator of its own (weight initialisation)."""
+    """A 63-bit seed for code that seeds a generator of its own (weight initialisation)."""
     return int(generator(*key).integers(0, 2**63 - 1))

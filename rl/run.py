@@ -1,6 +1,6 @@
-"""A run owns what training needs: learner (policy, reference, optimizer), engine, sandbox, prompts and the run folder.
+"""A run owns the resources of training: learner (policy, reference, optimizer), engine, sandbox, prompts, run folder.
 
-`train` reads as the algorithm because the handling of resources, clocks and files is here.
+`train` reads as the algorithm because this module handles resources, clocks and files.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class Run:
             prompts, num_prompts=recipe.rollout.num_prompts, group_size=recipe.rollout.group_size, seed=recipe.seed
         )
         self._version = 0
-        """Version of the weights that rolled out the step in training."""
+        """Version of the weights that rolled out the step that is being trained."""
         self._staleness = 0
         """Training steps between those weights and the present ones; 0 is on-policy."""
         self._saver = CheckpointSaver(
@@ -135,10 +135,10 @@ class Run:
                 yield step
 
     def check_parity(self) -> None:
-        """Refuse to train when scoring does not give rollouts the log-probabilities they were drawn with.
+        """Refuse to train when scoring does not reproduce the log-probabilities that rollouts were drawn with.
 
-        A few rows, once, before anything is trained or evaluated. Resumed runs are checked as well: the engine's
-        weights then came out of a checkpoint.
+        A few rows, once, before anything is trained or evaluated. Resumed runs are checked as well, because the
+        engine's weights come from a checkpoint there.
         """
         recipe = self.recipe
         if self._done >= recipe.num_steps:
@@ -152,7 +152,7 @@ class Run:
         self._report(f"scoring agrees with {len(made)} replayed rollouts within {found:.1g} nats")
 
     def rollouts(self, step: int) -> list[Group]:
-        """Denoise a group of completions per prompt of the step, and have every program executed and scored.
+        """Denoise a group of completions per prompt of the step; execute and score every program.
 
         Raises:
             RolloutError: no group could be made, or no completion of several steps in a row has a score.
@@ -168,7 +168,7 @@ class Run:
         try:
             write_rollouts(self.folder.path, step, groups)
         except OSError as error:
-            self._report(f"alarm: the rollouts of step {step} are not written ({error})")
+            self._report(f"alarm: the rollouts of step {step} could not be written ({error})")
         refuse_identical_groups(groups)
         self._metrics.of_groups(groups)
         self._checks.scores(step, groups)
@@ -179,7 +179,7 @@ class Run:
         return groups
 
     def informative(self, step: int, groups: Sequence[Group]) -> list[Group]:
-        """The groups that the recipe's filter keeps; none at all when the step has nothing to teach."""
+        """Groups that the recipe's filter keeps; an empty list when it drops all of them."""
         recipe = self.recipe
         found = filter_groups(rewards_of(groups), passes_of(groups), recipe.group_filter, recipe.accuracy_range)
         if recipe.group_filter != "none":
@@ -201,7 +201,7 @@ class Run:
     def anchor(self, batch: TrainBatch, masks: MaskDraw, *, is_first: bool) -> Anchor:
         """Scores under the rollout policy and the reference, before any weight moves.
 
-        Rollouts that were made ahead have a policy of their own, with the weights of their version.
+        With a lag, `old` is the policy with the weights of the version that made the rollouts.
         """
         with self._clock("scoring"):
             if not self._staleness:
@@ -218,17 +218,17 @@ class Run:
         self._metrics.of_update(done.sums, done.grad_norm, done.learning_rate)
 
     def sync_reference(self, step: int) -> None:
-        """Let a `synced` reference follow the policy, every `sync_every` steps; others stay where they are."""
+        """Update a `synced` reference every `sync_every` steps; other references do not move."""
         self.learner.sync_reference(step)
 
     def sync_weights(self, step: int) -> None:
-        """From here on rollouts are made with the updated weights."""
+        """Load the updated weights into the engine: later rollouts are made with them."""
         with self._clock("sync"):
             self._engine.load_weights(self.learner, step)
             self._engine.trained(step)
 
     def log(self, step: int) -> None:
-        """Write the step's metrics and show them."""
+        """Write the step's metrics and display them."""
         if (counters := self._engine.take_counters()) is not None:
             self._metrics.of_cluster(counters, self._staleness)
         if self._saver.num_failed:
@@ -240,7 +240,7 @@ class Run:
         self._progress.update(step, self._metrics.headline())
 
     def evaluate_if_due(self, step: int) -> None:
-        """Evaluate on the held-out problems during training, if the recipe asks for it."""
+        """Evaluate on the held-out problems during training, every `evaluation.every` steps."""
         every = self.recipe.evaluation.every
         if every and step % every == 0 and step < self.recipe.num_steps:
             self.evaluate(step)
@@ -251,7 +251,7 @@ class Run:
             return None
         if (known := self.evaluation_at(step)) is not None:
             return known
-        # Reported beforehand: for half a minute nothing else moves on the screen.
+        # Reported beforehand: the evaluation prints nothing for half a minute.
         self._report(f"evaluating {len(self._held_out)} held-out problems at step {step} ...")
         tasks = [prompt.task for prompt in self._held_out] * (self.recipe.evaluation.num_samples + 1)
         with self._watchdog.phase("evaluation", self._grader.patience(tasks)):
@@ -266,11 +266,11 @@ class Run:
         return Evaluation.from_row(rows[0]) if rows else None
 
     def commit_if_due(self, step: int) -> None:
-        """Write a checkpoint: from here on, a crash loses nothing of this step. See `CheckpointSaver.save_if_due`.
+        """Write a checkpoint: a later crash loses nothing of this step. See `CheckpointSaver.save_if_due`.
 
         Raises:
-            SaveError: several in a row cannot be written, or the last one.
-            FencedError: another process has the run by now.
+            SaveError: several in a row cannot be written, or the final one.
+            FencedError: another process has taken over the run.
         """
         with self._watchdog.phase("checkpoint", PATIENCE_WITH_FILES):
             facts = {"exactness": _exactness(self.policy), "lag": self._engine.lag}
@@ -279,16 +279,16 @@ class Run:
     # --- rollouts and verdicts ----------------------------------------------------------------------------------------
 
     def _whole_groups(self, step: int, found: dict[str, Rollout]) -> tuple[list[Prompt], list[Rollout]]:
-        """The prompts all of whose completions were made, and these completions, group by group."""
+        """Prompts whose completions were all made, and their completions, group by group."""
         asked = list(zip(self._schedule.prompts_of(step), self._schedule.uids_of(step), strict=True))
         whole = [(prompt, uids) for prompt, uids in asked if all(uid in found for uid in uids)]
         if len(whole) < len(asked):
             lost = ", ".join(prompt.task.uid for prompt, uids in asked if any(uid not in found for uid in uids))
-            self._report(f"step {step}: no rollouts of {lost}, see events.jsonl; they are left out")
+            self._report(f"step {step}: no rollouts of {lost}, which are left out; see events.jsonl")
         if not whole:
             raise RolloutError(
-                f"step {step} has no prompt all of whose completions could be made; events.jsonl says what ended the "
-                "workers. Look at the memory they have; lower rollout.batch_size"
+                f"in step {step} no prompt has all of its completions; events.jsonl records how the workers ended. "
+                "Check the memory of their hosts; lower rollout.batch_size"
             )
         return [prompt for prompt, _ in whole], [found[uid] for _, uids in whole for uid in uids]
 
@@ -321,7 +321,7 @@ class Run:
         ]
 
     def _forget(self, step: int) -> None:
-        """Release the judged completions of the step, and count what the sandbox's cache did for them."""
+        """Release the judged completions of the step, and count the sandbox's cache hits for them."""
         asked = [uid for uids in self._schedule.uids_of(step) for uid in uids]
         self._grader.forget(asked)
         self._schedule.forget(asked)
@@ -343,7 +343,7 @@ class Run:
             self._metrics.add({"mismatch/fell_back": 1.0})
 
     def _watch_policy_drift(self, old: torch.Tensor, present: torch.Tensor, batch: TrainBatch) -> None:
-        """Log how far the policy has moved from the one that rolled out; too far, no more rollouts run ahead."""
+        """Log the drift from the policy that rolled out; above the limit rollouts stop running ahead."""
         drift = policy_drift(old, present, batch.valid, self.recipe.loss.max_log_ratio)
         self._metrics.of_policy_drift(drift)
         if self._checks.policy_drift(drift, lag=self._engine.lag):
@@ -385,7 +385,7 @@ class Run:
 
 
 def open_run(recipe: Recipe, resume: str = "never") -> Run:
-    """Open everything a run needs, checking the user's input before anything is written.
+    """Open the resources of a run. The user's input is checked before anything is written.
 
     Raises:
         CoupledError: recipe, dataset, checkpoint or reward function is not usable.
@@ -416,6 +416,6 @@ def open_run(recipe: Recipe, resume: str = "never") -> Run:
 
 
 def _exactness(policy: Policy) -> str:
-    """The promise of a resumed run. E2: every bit the same. E1: the same prompts in the same order, none twice."""
+    """Exactness of a resumed run. E2: every bit the same. E1: the same prompts in the same order, none twice."""
     is_exact = policy.device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
     return "E2" if is_exact else "E1"

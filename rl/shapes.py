@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 else:
     try:
         from jaxtyping import Bool, Float, Int
-    except ImportError:  # images that ship torch alone: annotations then name the tensor type only
+    except ImportError:  # images that ship torch alone: annotations name only the tensor type there
 
         class _Unchecked:
             def __class_getitem__(cls, item: tuple[Any, str]) -> Any:

@@ -1,7 +1,7 @@
 """Coupled-GRPO, top to bottom.
 
-For each step: roll out a group of completions per prompt, execute every program, compare each reward with its
-group's, score the completions under complementary mask pairs, and take a few clipped steps on the same draws.
+Each step: roll out a group of completions per prompt, execute every program, compare each reward with the rewards of
+its group, score the completions under complementary mask pairs, and take a few clipped steps on the same draws.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from coupled.rl.run import open_run
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainResult:
-    """Where the run is, and what it gained on held-out problems (None when the recipe has none)."""
+    """Folder of the run, last checkpoint, and held-out results before and after (None without held-out problems)."""
 
     path: Path
     checkpoint: Path
@@ -29,11 +29,11 @@ def train(recipe: Recipe, resume: str = "never") -> TrainResult:
     """Post-train a diffusion language model with coupled-GRPO.
 
     Args:
-        recipe: everything the run depends on.
+        recipe: all settings of the run.
         resume: `never` starts a new run folder, `auto` continues the newest of this recipe, a path continues that one.
 
     Raises:
-        CoupledError: the user's input is not usable; what was computed is kept.
+        CoupledError: the user's input is not usable; results computed so far are kept.
     """
     with open_run(recipe, resume) as run:
         run.check_parity()
@@ -42,7 +42,7 @@ def train(recipe: Recipe, resume: str = "never") -> TrainResult:
             groups = run.informative(step, run.rollouts(step))
             if groups:
                 batch = run.collate(groups)
-                # Drawn once, and shared by old, reference and new: their difference is the policy's, not the masks'.
+                # Drawn once, and shared by old, reference and new: scores then differ by policy, not by masks.
                 draws = [
                     draw_masks(batch, recipe.estimator, (recipe.seed, "mask", step, inner))
                     for inner in range(recipe.num_updates)

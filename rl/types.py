@@ -3,14 +3,14 @@
 prompt      token ids the model reads; never masked
 canvas      the fixed number of positions after the prompt that start as MASK and are denoised
 completion  the canvas up to and including its first end token
-rollout     one completion with how it came about: commit step, log-prob and entropy of every token
+rollout     one completion with the commit step, log-probability and entropy of every token
 group       the rollouts of one prompt; advantages are relative to it
 valid (V)   canvas positions of the completion: what is scored, masked and trained
 mask ratio  t, the expected share of V that is masked
-MaskPair    two masks over V: the ratio-t one and, for the coupled estimator, its complement in V
+MaskPair    two masks over V: one of ratio t and, for the coupled estimator, its complement in V
 view        the completion with some positions masked, and which of those are scored from it
 MaskDraw    the views that make one estimate of a completion's log-probabilities, and how they are summed
-policy      the model being trained; `old` is the policy that rolled out, `reference` what KL pulls towards
+policy      the model being trained; `old` is the policy that rolled out, `reference` the one that KL pulls towards
 """
 
 from __future__ import annotations
@@ -58,15 +58,15 @@ class Rollout:
     weight_version: int
     sampler_hash: str
     kl_bound: float = 0.0
-    """Nats, summed over the steps: Σ H - max H of what a step committed at once bounds the KL divergence from
-    committing it one after the other [EB-Sampler]. 0 at one token a step."""
+    """Nats, summed over the steps: Σ H - max H over the tokens that a step committed at once bounds the KL divergence
+    from committing them one by one [EB-Sampler]. 0 at one token a step."""
     fill_bound: float = 0.0
     """Probability, summed over the positions that `end_fill` filled, of any other token; bounds the total variation."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Group:
-    """The rollouts of one prompt and what the judge said of each."""
+    """The rollouts of one prompt, with the judge's verdict on each."""
 
     prompt: Prompt
     rollouts: tuple[Rollout, ...]
@@ -75,13 +75,13 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TrainBatch:
-    """What the learner sees of a step. Prompts are padded on the left, so that all canvases line up."""
+    """One step's rollouts as tensors. Prompts are padded on the left, so that all canvases line up."""
 
     uids: tuple[str, ...]
     ids: Int[Tensor, "B S"]
     """Prompt, then the canvas as the sampler left it."""
     pad_lengths: Int[Tensor, " B"]
-    """How many leading positions of each row are padding."""
+    """Leading positions of each row that are padding."""
     valid: Bool[Tensor, "B C"]
     advantages: Float[Tensor, " B"]
     is_scored: Bool[Tensor, " B"]
@@ -134,13 +134,13 @@ class View:
     """
 
     hidden: Bool[Tensor, "B C"]
-    """MASK in the input; also positions beyond the end token, where the estimator says so."""
+    """MASK in the input; also positions beyond the end token, where the estimator hides them."""
     scored: Bool[Tensor, "B C"]
     """Valid positions among the hidden ones."""
     divisor: Float[Tensor, " B"]
-    """What the log-probabilities are divided by: where a token is scored by chance, the chance."""
+    """Divisor of the log-probabilities: the probability that a token is scored, where that is random."""
     is_shared: bool = False
-    """Completions of one prompt often have this input in common: each distinct one is computed once."""
+    """True if completions of one prompt often have this input in common: each distinct input is computed once."""
 
     @staticmethod
     def of_mask(mask: Bool[Tensor, "B C"], divisor: Float[Tensor, " B"]) -> View:
@@ -171,9 +171,9 @@ class MaskDraw:
     forwards: tuple[tuple[View, ...], ...]
     """Views of one inner tuple are computed in one forward pass."""
     total: int
-    """The sum over the views is divided by this."""
+    """Divisor of the sum over the views."""
     is_sequence: bool = False
-    """The estimate is of the completion as a whole, E; each of its L tokens is then given E/L."""
+    """True if the estimate E is of the completion as a whole; each of its L tokens then gets E/L."""
     hidden_prompt: Bool[Tensor, "B P"] | None = None
     """Prompt positions that are MASK in every view, padding included in the count; None: all are visible."""
 

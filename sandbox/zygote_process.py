@@ -80,7 +80,7 @@ class ZygoteProcess:
         self._base = ""
         try:
             self.hello = self._start(uid, packages, preload)
-            """What took effect: uid, namespaces, has_proc, shown, notes."""
+            """The confinement that took effect: uid, namespaces, has_proc, shown, notes."""
         except BaseException:
             self.stop()
             raise

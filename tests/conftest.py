@@ -62,14 +62,20 @@ HEAD_ROWS = 48
 MakePolicy = Callable[..., Policy]
 
 
+RANK_TESTS = ("test_rank_", "test_likelihood_ranks", "test_ray_ranks")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep together what shares something costly: a Ray, or what a module opens once for its tests."""
+    """Keep on one test process what shares something costly: a Ray, ranks, or what a module opens once for its tests."""
     for item in items:
+        file = item.path.name
         if item.get_closest_marker("ray") is not None:
             item.add_marker(pytest.mark.xdist_group("ray"))
+        elif file.startswith(RANK_TESTS):
+            item.add_marker(pytest.mark.xdist_group("ranks"))
         elif any(f.scope == "module" for fs in item._fixtureinfo.name2fixturedefs.values() for f in fs):  # type: ignore[attr-defined]
-            item.add_marker(pytest.mark.xdist_group(item.location[0]))
+            item.add_marker(pytest.mark.xdist_group(file))
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:

@@ -27,7 +27,7 @@ MIN_TRAIN_COMPOSITIONS = 4  # an operation of the test split occurs in at least 
 MIDDLE_SHARE = {0: 0.15, 1: 0.35, 2: 0.50}  # of the train split, by number of middle operations
 SINGLE_SHARE = 0.1  # of the other splits, with one middle operation; the rest has two
 FAMILY_SHARE = {"list": 0.45, "string": 0.30, "number": 0.25}
-FOLDED_FROM, LOOP_FROM = 0.60, 0.80  # about 65 % stay sequential, as not every task has each style
+FOLDED_FROM, LOOP_FROM = 0.60, 0.80  # about 65 % stay sequential, because not every task has each style
 MAX_INT, MAX_REPR, MAX_LINES, MAX_CHARS, MAX_LINE = 9999, 40, 7, 100, 68
 NUM_CANDIDATES, MAX_FAILURES = 100, 6
 VOWELS = "'aeiouAEIOU'"
@@ -93,7 +93,7 @@ class Op:
     cond: str = ""  # a filter: which elements stay; in a terminal: when its loop takes the step
     body: tuple[str, ...] = ()  # a terminal that reads better as statements than as one expression
     loop: tuple[str, str, str] = ("", "", "")  # a terminal as a loop: start, step of element {e}, result
-    over: str = ""  # what that loop runs over, where it is not the value's own elements
+    over: str = ""  # iterable of that loop, where it is not the value's own elements
     needs: str = ""  # condition on the value so far; inputs that break it are not used as tests
     group: str = ""  # two middle operations of one group are never combined (sort, reverse)
     k: tuple[Any, ...] = ()
@@ -108,7 +108,7 @@ class Family:
     name: str
     var: str
     element: str
-    empty: str  # what an accumulating loop starts from
+    empty: str  # initial value of an accumulating loop
     append: str
     comprehension: str
     middles: tuple[Op, ...]

@@ -4,5 +4,5 @@ rows     rows of JSONL, Parquet, folders of either, and hub datasets
 parquet  Parquet files
 tasks    rows as tasks with tests
 prompts  tasks as prompts of tokens
-order    which rows a step takes: a function of the step alone
+order    the rows of a step, as a function of the step alone
 """

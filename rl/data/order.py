@@ -11,9 +11,9 @@ def epoch_order(num_rows: int, *, seed: int, epoch: int, stream: str) -> list[in
 
 
 def rows_of_step(num_rows: int, *, step: int, per_step: int, seed: int, stream: str) -> list[int]:
-    """Indices of the rows step `step` (from 0) takes; no row is skipped or repeated within an epoch.
+    """Indices of the rows of step `step` (from 0); no row is skipped or repeated within an epoch.
 
-    Example: with 5 rows and 2 a step, step 2 takes the last row of epoch 0 and the first of epoch 1.
+    Example: with 5 rows and 2 a step, step 2 has the last row of epoch 0 and the first row of epoch 1.
     """
     first = step * per_step
     wanted = range(first, first + per_step)

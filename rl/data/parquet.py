@@ -12,7 +12,7 @@ BATCH_ROWS = 1024
 
 
 def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write rows, whole or not at all."""
+    """Write rows to a file, which appears complete or not at all."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -22,7 +22,7 @@ def write_parquet(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def read_parquet(path: Path, first: int = 0) -> Iterator[dict[str, Any]]:
-    """Rows from number `first` on, a row group at a time; groups before it are not read.
+    """Rows from number `first` on, a row group at a time; earlier row groups are not read.
 
     Raises:
         DataError: not a Parquet file, or a corrupt one.
@@ -54,9 +54,9 @@ def count_rows(path: Path) -> int:
 
 
 def read_chosen(path: Path, rows: Sequence[int]) -> list[dict[str, Any]]:
-    """Some rows of a file, in its order, whatever its size: no more than a batch is in memory.
+    """The rows with the given numbers, in file order. At most one batch is in memory, whatever the size of the file.
 
-    Example: `read_chosen(path, [0, 5])`. A file of an earlier version may lack columns.
+    Example: `read_chosen(path, [0, 5])`. Files of earlier versions may lack columns.
     """
     import pyarrow.parquet as pq
 

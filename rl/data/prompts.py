@@ -13,10 +13,10 @@ from coupled.rl.types import Prompt
 
 
 def encode_prompts(tasks: Sequence[Task], tokenizer: Any, max_tokens: int) -> list[Prompt]:
-    """Tokenise tasks through the tokenizer's chat template; empty prompts and those over `max_tokens` are dropped.
+    """Tokenise tasks through the tokenizer's chat template; empty prompts and prompts over `max_tokens` are dropped.
 
     Raises:
-        DataError: nothing is left.
+        DataError: no prompt is left.
     """
     texts = [render_prompt(task.prompt, tokenizer) for task in tasks]
     encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
@@ -34,7 +34,7 @@ def encode_prompts(tasks: Sequence[Task], tokenizer: Any, max_tokens: int) -> li
 
 
 def render_prompt(text: str, tokenizer: Any) -> str:
-    """The user's text as the model was taught to read it."""
+    """The text as the user's turn of the chat template; unchanged if there is no template."""
     if not tokenizer.chat_template:
         return text
     message = [{"role": "user", "content": text}]
@@ -54,8 +54,8 @@ def held_out_prompts(recipe: Recipe, tokenizer: Any, prompts: Sequence[Prompt]) 
     seen = {p.token_ids for p in prompts} & {p.token_ids for p in held_out}
     if seen:
         raise DataError(
-            f"{len(seen)} held-out prompts are also training prompts, so the gain would be measured on what was "
-            "trained on; take them out of data.eval_path or data.path"
+            f"{len(seen)} held-out prompts are also training prompts, so the gain would be measured on "
+            "training data; take them out of data.eval_path or data.path"
         )
     return held_out
 
@@ -64,7 +64,7 @@ def refuse_too_long(prompts: Sequence[Prompt], canvas: int, max_positions: int |
     """Check that every prompt and its canvas fit into the model's positions; None stands for no limit.
 
     Raises:
-        RecipeError: the longest does not.
+        RecipeError: the longest prompt does not.
     """
     longest = max(len(p.token_ids) for p in prompts)
     if max_positions is not None and longest + canvas > max_positions:

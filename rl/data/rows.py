@@ -1,6 +1,6 @@
 """Dataset rows for the stages before RL, one at a time: JSONL, Parquet, a folder of either, or a hub dataset.
 
-What cannot be read is a `Bad` row with its reason, in its place: the reader counts it, and goes on.
+An unreadable row is replaced by a `Bad` row with the reason, which the reader counts and skips.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from coupled.rl.errors import DataError, nearest
 
 @dataclass(frozen=True, slots=True)
 class Bad:
-    """A row, or the rest of a shard, that cannot be used. Example: `Bad("not UTF-8")`."""
+    """An unusable row, or the unusable rest of a shard. Example: `Bad("not UTF-8")`."""
 
     reason: str
 
@@ -32,7 +32,7 @@ def read_rows(path: str, *, split: str = "train", first: int = 0) -> Iterator[Ro
     """Rows from number `first` on, in the order of the files and within them. Blank lines are not rows.
 
     Raises:
-        DataError: there is no such file, or a hub dataset that cannot be streamed.
+        DataError: the file does not exist, or the hub dataset cannot be streamed.
     """
     place = Path(path)
     if place.is_dir():
@@ -96,14 +96,14 @@ def _parsed(text: bytes) -> Any:
 
 
 SUFFIXES = (".jsonl", ".json", ".parquet", ".gz")
-"""Of files; any other path is a dataset of the hub."""
+"""Suffixes of data files; any other path is a dataset of the hub."""
 
 
 def load_rows(path: str, *, split: str = "train") -> list[dict[str, Any]]:
     """All rows of a dataset, through the `datasets` library.
 
     Raises:
-        DataError: no such file, not a dataset, or not a single row.
+        DataError: the file does not exist, is not a dataset, or has no rows.
     """
     import datasets
 
@@ -126,7 +126,7 @@ def load_rows(path: str, *, split: str = "train") -> list[dict[str, Any]]:
 
 
 def stream_hub(path: str, *, split: str, first: int) -> Iterator[dict[str, Any]]:
-    """Rows of a hub dataset from number `first` on, downloaded as they are asked for.
+    """Rows of a hub dataset from number `first` on, downloaded on demand.
 
     Raises:
         DataError: not a dataset, or no network.
@@ -140,7 +140,7 @@ def stream_hub(path: str, *, split: str, first: int) -> Iterator[dict[str, Any]]
 
 
 def refuse_missing(file: Path) -> None:
-    """Raises a DataError that names the nearest file when there is none."""
+    """Raise a DataError that names the nearest file name if the file does not exist."""
     if not file.is_file():
         folder = file.parent if file.parent.is_dir() else Path()
         raise DataError(f"no dataset at {file}; {nearest(file.name, [p.name for p in folder.iterdir()])}")

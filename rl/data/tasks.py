@@ -1,8 +1,8 @@
-"""Datasets: rows of a JSONL file, a Parquet file or a hub dataset → tasks, prompts and token batches.
+"""Tasks from the rows of a JSONL file, a Parquet file or a hub dataset.
 
-The columns that are understood: prompt, hidden_tests, visible_tests, entry_point, setup, solution, uid, style.
-Rows of HumanEval+, MBPP+, HumanEval and BigCodeBench are recognised by theirs when hidden_tests is not mapped.
-`data.columns` maps them to what the file calls them. Every other column is handed to user reward functions.
+Columns with a meaning: prompt, hidden_tests, visible_tests, entry_point, setup, solution, uid, style. `data.columns`
+maps them to the names in the file. All other columns are passed to the user's reward functions. Rows of HumanEval+,
+MBPP+, HumanEval and BigCodeBench are recognised by their columns when hidden_tests is not mapped.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def to_task(
     """One dataset row as a Task. The first `num_visible` tests are shown in the prompt and not scored.
 
     Raises:
-        DataError: a column that is needed is absent or of the wrong type.
+        DataError: a required column is absent or of the wrong type.
     """
     known = known_task(row) if "hidden_tests" not in columns and "hidden_tests" not in row else None
     if known is not None:
@@ -63,11 +63,11 @@ def load_tasks(
 ) -> list[Task]:
     """The tasks of `data.path` (or of `path`, with the same columns).
 
-    A task with tests that cannot be judged (or, without `allow_weak`, not without trusting the program) is left out,
-    and said so.
+    A task is left out, with a warning, if its tests cannot be judged, or can be judged only by trusting the program and
+    `allow_weak` is not set.
 
     Raises:
-        DataError: unreadable, a row lacks a column, two tasks share a uid, or no task can be judged.
+        DataError: the data is unreadable, a row lacks a column, two tasks share a uid, or no task can be judged.
     """
     source = data.path if path is None else path
     rows = load_rows(source, split=data.split)

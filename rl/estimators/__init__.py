@@ -30,7 +30,7 @@ class EstimatorModule:
 
     draw: Callable[[TrainBatch, Estimator, tuple[Key, ...]], MaskDraw]
     cost: Callable[[Estimator, int, int], ScoringCost]
-    """Of the settings, the canvas (positions) and the steps in which a rollout commits it."""
+    """Arguments: the settings, the canvas in positions, and the steps in which a rollout commits it."""
 
 
 ESTIMATORS: dict[str, EstimatorModule] = {
@@ -43,9 +43,9 @@ ESTIMATORS: dict[str, EstimatorModule] = {
     "trajectory": EstimatorModule(draw=trajectory.draw, cost=trajectory.cost),
     "ar_order": EstimatorModule(draw=ar_order.draw, cost=ar_order.cost),
 }
-"""By the name in the recipe."""
+"""Recipe name → estimator."""
 
 
 def scoring_cost(estimator: Estimator, canvas: int, steps: int) -> ScoringCost:
-    """Masked inputs that an estimate takes; `steps` are those in which a rollout commits the `canvas` positions."""
+    """Masked inputs of an estimate; `steps`: steps in which a rollout commits the `canvas` positions."""
     return ESTIMATORS[estimator.name].cost(estimator, canvas, steps)

@@ -1,4 +1,4 @@
-"""What an estimate costs: the masked inputs that it scores a completion through."""
+"""Cost of an estimate: the masked inputs of a completion."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ class ScoringCost:
     """
 
     own_views: int
-    """Inputs that differ between completions: one row of a forward pass each."""
+    """Inputs that differ between completions: each is one row of a forward pass."""
     shared_views: int
     """Fully masked inputs: completions of one prompt whose inputs are equal share one row of a forward pass."""
     scored: int | float
-    """Positions that are scored in all views together, in the mean over the random draws."""
+    """Mean number of scored positions in all views together, over the random draws."""
 
     @property
     def views(self) -> int:
-        """Masked inputs of a completion, as if nothing was shared."""
+        """Masked inputs of a completion, without sharing."""
         return self.own_views + self.shared_views

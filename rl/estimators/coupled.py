@@ -1,4 +1,4 @@
-"""The coupled estimate [DiffuCoder eq. 4], and the decoupled one it is compared with.
+"""The coupled estimate [DiffuCoder eq. 4], and the decoupled estimate for comparison.
 
 A pair has ratios t and 1 - t. Coupled: the second mask is the complement of the first in V, so each pair scores each
 token exactly once. Decoupled: an independent mask. With λ pairs
@@ -24,7 +24,7 @@ from coupled.rl.types import MaskDraw, MaskPair, TrainBatch, View
 
 
 def draw(batch: TrainBatch, config: Estimator, key: tuple[Key, ...]) -> MaskDraw:
-    """λ pairs, t ~ U(lo, hi) per sample and pair, and the fully masked pass where the weights have one."""
+    """λ pairs, t ~ U(lo, hi) per sample and pair, and the fully masked pass if the weights include one."""
     return of_pairs(draw_pairs(batch, config, key), batch, config.weights)
 
 
@@ -67,7 +67,7 @@ def _draw_pair(batch: TrainBatch, config: Estimator, key: tuple[Key, ...]) -> Ma
         stream = generator(*key, uid)
         t = low + (high - low) * stream.random()
         numbers, other_numbers = stream.random(canvas), stream.random(canvas)
-        # A completion of one token cannot be shared out: its pair stays Bernoulli.
+        # A completion of one token cannot be divided: its pair stays Bernoulli.
         if config.draw == "exact_count" and (length := int(valid.sum())) >= 2:
             size = nearest_count(t, length, most=length - 1)
             t = size / length

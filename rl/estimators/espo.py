@@ -2,10 +2,10 @@
 
     E = ½ · [ (L+1)/x · Σ_{k∈M} ℓ_k(M) + (L+1)/(L-x) · Σ_{k∈V∖M} ℓ_k(V∖M) ],   x ~ U{0 … L}, |M| = x
 
-averaged over λ = `num_pairs` draws. A half whose mask is empty counts 0, and L+1 rather than L in the weight makes up
+averaged over λ = `num_pairs` draws. A half with an empty mask counts 0, and L+1 instead of L in the weight compensates
 for it: each half is an unbiased estimate of the ELBO, and with L = |V| finite its variance is finite too.
 
-The ratio is that of the length-normalised scores, exp((E - E_old)/L), one for all tokens of a completion.
+All tokens of a completion have one ratio, of length-normalised scores: exp((E - E_old)/L).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from coupled.rl.types import MaskDraw, TrainBatch, View
 
 
 def draw(batch: TrainBatch, config: Estimator, key: tuple[Key, ...]) -> MaskDraw:
-    """λ masks with their complements; `mask_ratio`, `weights` and `draw` play no part."""
+    """λ masks with their complements; `mask_ratio`, `weights` and `draw` are not read."""
     forwards = tuple(halves(_draw_mask(batch, (*key, pair)), batch.valid) for pair in range(config.num_pairs))
     return MaskDraw(forwards=forwards, total=2 * config.num_pairs, is_sequence=True)
 
@@ -33,13 +33,13 @@ def cost(config: Estimator, canvas: int, steps: int) -> ScoringCost:
 
 
 def halves(mask: Bool[Tensor, "B C"], valid: Bool[Tensor, "B C"]) -> tuple[View, View]:
-    """M and V∖M, divided by x/(L+1) and (L-x)/(L+1): the chance that a token is in a mask that is not empty."""
+    """M and V∖M, divided by x/(L+1) and (L-x)/(L+1): the probability that a token is in a non-empty mask."""
     return _half(mask & valid, valid), _half(valid & ~mask, valid)
 
 
 def _half(mask: Bool[Tensor, "B C"], valid: Bool[Tensor, "B C"]) -> View:
     size, length = mask.sum(-1).double(), valid.sum(-1)
-    # An empty half divides nothing; 1 keeps 0/0 away.
+    # An empty half scores nothing; 1 avoids 0/0.
     return View.of_mask(mask, torch.where(size > 0, size / (length + 1), 1.0))
 
 

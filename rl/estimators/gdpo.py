@@ -3,11 +3,11 @@
     E = Σ_n w_n · L/|M_n| · Σ_{k∈M_n} ℓ_k(M_n)
 
 with the Gauss-Legendre nodes t_n of (0, 1) and their weights w_n: for 3 nodes .1127, .5, .8873 and 5/18, 8/18, 5/18.
-Only the masks are random, not t, which is where most of the variance of an ELBO comes from. One score for a completion;
-the ratio is exp((E - E_old)/L).
+Only the masks are random, not t, which is where most of the variance of an ELBO comes from. A completion has one
+score; its ratio is exp((E - E_old)/L).
 
 |M_n| = ⌈t_n · L⌉: every mask has a token, and with many nodes each size has the weight 1/L that it has in the ELBO.
-With few, E is a biased estimate of it.
+With few nodes E is a biased estimate of the ELBO.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from coupled.rl.types import MaskDraw, TrainBatch, View
 
 
 def draw(batch: TrainBatch, config: Estimator, key: tuple[Key, ...]) -> MaskDraw:
-    """`num_nodes` masks; `mask_ratio`, `weights`, `draw` and `num_pairs` play no part."""
+    """`num_nodes` masks; `mask_ratio`, `weights`, `draw` and `num_pairs` are not read."""
     nodes = zip(*gauss_legendre(config.num_nodes), strict=True)
     forwards = tuple((_draw_view(batch, t, w, (*key, index)),) for index, (t, w) in enumerate(nodes))
     return MaskDraw(forwards=forwards, total=1, is_sequence=True)

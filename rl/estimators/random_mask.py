@@ -1,6 +1,6 @@
 """Independent random masks: `s_k = 1/n · Σ_j 1[k∈M_j]/t_j · ℓ_k(M_j)`, each mask with a t ~ U(lo, hi) of its own.
 
-n = 2 · `num_pairs`, as many masked inputs as λ pairs have. In expectation the ELBO's share of token k when t ~ U(0, 1).
+n = 2 · `num_pairs`, as many masked inputs as λ pairs have. E[s_k] is token k's share of the ELBO when t ~ U(0, 1).
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def estimate_logp(
 ) -> Float[Tensor, "B C"]:
     """s_k of every valid token, in nats; 0 elsewhere. Differentiable; fp32. Their sum is the completion's score.
 
-    `temperature` divides the logits. With the rollout's, the scored policy is the one that was sampled from: scored at
+    `temperature` divides the logits. With the rollout's temperature, the scored policy is the sampled one. At
     1, a token that is likely at 1 but not at the rollout's temperature would hardly be reinforced.
 
     An estimate E of the completion as a whole is spread evenly, s_k = E/L: the ratio of every token is then
@@ -64,10 +64,10 @@ def backward_by_view(
     *,
     skips_empty_views: bool = True,
 ) -> None:
-    """Add Σ_k slope_k · ∂s_k/∂θ to the gradients, one view at a time: no two of them are in memory together.
+    """Add Σ_k slope_k · ∂s_k/∂θ to the gradients, one view at a time: no two views are in memory together.
 
     A loss is not linear in s, but s is linear in the views. So with slope = ∂loss/∂s, taken at the s of a pass without
-    gradients, each view adds its own share to ∂loss/∂θ, however many there are. `skips_empty_views`: as for
+    gradients, each view adds its own share to ∂loss/∂θ, whatever their number. `skips_empty_views`: as for
     `estimate_logp`.
     """
     forwards: tuple[tuple[View, ...], ...] = tuple((view,) for view in draw.views)
@@ -153,7 +153,7 @@ def without_tail(batch: TrainBatch, draw: MaskDraw, mask_id: int) -> tuple[Train
     """
     tail = batch.canvas_length - batch.valid.sum(-1)
     ids = batch.ids
-    if draw.hidden_prompt is not None:  # the prompt is about to move
+    if draw.hidden_prompt is not None:  # the prompt moves below
         ids = _with_hidden_prompt(ids, draw.hidden_prompt, batch, mask_id)
     moved = replace(
         batch,
@@ -240,7 +240,7 @@ def _with_hidden_prompt(
 
 
 def _without_shared_padding(batch: TrainBatch) -> TrainBatch:
-    """Cut the leading columns before the canvas that are padding in every row: they cost time and change nothing."""
+    """Cut the leading columns before the canvas that are padding in every row: they do not change scores."""
     shared = min(int(batch.pad_lengths.min()), batch.ids.shape[1] - batch.canvas_length)
     if shared == 0:
         return batch

@@ -1,4 +1,4 @@
-"""Subsets of the valid positions, from numbers that a keyed stream drew."""
+"""Subsets of the valid positions, from the numbers of a keyed stream."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def bernoulli(numbers: np.ndarray, ratio: float, valid: np.ndarray) -> np.ndarra
 
 
 def exact_count(numbers: np.ndarray, size: int, valid: np.ndarray) -> np.ndarray:
-    """A uniform subset of `size` valid positions: those with the smallest numbers. Bool [C].
+    """A uniform subset: the `size` valid positions with the smallest numbers. Bool [C].
 
     Example: numbers [.3, .1, .9, .2], size 2, all valid → [0, 1, 0, 1].
     """

@@ -4,7 +4,7 @@ The sampler committed token k at step τ_k, when exactly the tokens with τ < τ
 
     s_k = log p(y_k | c, {y_i : τ_i < τ_k}),   so that Σ_k s_k is the log-probability of the steps that were taken
 
-One forward pass per step. `shrink` = n groups n consecutive steps into one, ⌊τ/n⌋, at the price of hiding a little too
+One forward pass per step. `shrink` = n groups n consecutive steps into one, ⌊τ/n⌋, and hides slightly too
 much. `num_sampled_steps` = S scores S of a completion's T (grouped) steps, drawn uniformly without replacement, each
 divided by S/T, the probability that it is drawn: the sum over tokens stays unbiased.
 
@@ -24,10 +24,10 @@ from coupled.rl.types import MaskDraw, TrainBatch, View
 
 
 def draw(batch: TrainBatch, config: Estimator, key: tuple[Key, ...]) -> MaskDraw:
-    """One view per step; the v-th view holds the v-th step of each row, so rows with fewer steps cost nothing more.
+    """One view per step; the v-th view holds the v-th step of each row, so rows with fewer steps add no cost.
 
     Raises:
-        ValueError: the batch does not say when its tokens were committed.
+        ValueError: the batch has no commit steps.
     """
     if batch.commit_step is None:
         raise ValueError(

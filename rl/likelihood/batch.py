@@ -1,4 +1,4 @@
-"""Rows of a likelihood-training step: which samples share a row, and the tensors they become.
+"""Rows of a likelihood-training step: samples that share a row, as tensors.
 
 Shapes: B rows, S positions of a row, C trailing ones that may carry loss (the canvas, or all of a packed row).
 """
@@ -27,9 +27,9 @@ class LikelihoodBatch:
 
     ids: Int[Tensor, "B S"]
     layout: Layout
-    """Which sample of its row a position is of, and where in it."""
+    """The sample that each position of a row belongs to, and its place in the sample."""
     carries_loss: Bool[Tensor, "B C"]
-    """Of the last C positions: those that are learned, hence masked where the objective masks."""
+    """The positions, among the last C, that are learned, and therefore masked where the objective masks."""
 
     def rows(self, index: slice) -> LikelihoodBatch:
         return LikelihoodBatch(
@@ -40,7 +40,7 @@ class LikelihoodBatch:
 
 
 class RowMaker:
-    """Takes samples from a source and makes rows of them. `cursor` is how far the finished rows reach."""
+    """Makes rows from the samples of a source. `cursor` is the place in the source after the finished rows."""
 
     def __init__(self, source: Source, fit: Fit, seed: int, end_id: int, cursor: Cursor) -> None:
         self._fit = fit
@@ -61,23 +61,23 @@ class RowMaker:
             self._take(after)
             return (self._with_ends(example, before, self._fit.canvas - len(example.response_ids)),)
         row: list[Example] = []
-        room = self._length(number)
-        while room > 0:
+        space = self._length(number)
+        while space > 0:
             example, before, after = self._peek()
-            if not example.prompt_ids:  # plain text is cut wherever the row ends, and goes on in the next
-                piece = example.response_ids[before.offset : before.offset + room]
+            if not example.prompt_ids:  # plain text is cut where the row ends, and continues in the next row
+                piece = example.response_ids[before.offset : before.offset + space]
                 row.append(Example(prompt_ids=(), response_ids=piece))
-                room -= len(piece)
+                space -= len(piece)
                 reached = before.offset + len(piece)
                 is_done = reached == len(example.response_ids)
                 self._take(after) if is_done else self._keep(example, replace(before, offset=reached), after)
                 continue
-            if len(example) > room and row:
+            if len(example) > space and row:
                 break
-            # A row that is to be short still takes one whole sample, which no row but a full one might have room for.
-            full = self._with_ends(example, before, max(room, self._fit.context * (not row)) - len(example))
+            # A short row still takes one whole sample, which might fit into no other row than a full one.
+            full = self._with_ends(example, before, max(space, self._fit.context * (not row)) - len(example))
             row.append(full)
-            room -= len(full)
+            space -= len(full)
             self._take(after)
         return tuple(row)
 
@@ -89,16 +89,16 @@ class RowMaker:
         draws = generator(self._seed, "fit-length", number)
         return int(draws.integers(1, context + 1)) if draws.random() < share else context
 
-    def _with_ends(self, example: Example, at: Cursor, room: int) -> Example:
-        """With as many end tokens as are drawn for this sample in this epoch, if there is room [Stable-DiffCoder §4.1].
+    def _with_ends(self, example: Example, at: Cursor, space: int) -> Example:
+        """The sample with as many end tokens as are drawn for it in this epoch and fit [Stable-DiffCoder §4.1].
 
-        A block model learns from them to fill the block in which a response ends.
+        From them a block model learns to fill the block in which a response ends.
         """
         low, high = self._fit.end_tokens
         if high == 1:
             return example
         wanted = int(generator(self._seed, "fit-ends", at.epoch, at.row).integers(low, high + 1))
-        more = (self._end_id,) * min(wanted - 1, room)
+        more = (self._end_id,) * min(wanted - 1, space)
         return replace(example, response_ids=(*example.response_ids, *more))
 
     def _peek(self) -> tuple[Example, Cursor, Cursor]:
@@ -114,7 +114,7 @@ class RowMaker:
 
 
 def collate(rows: Sequence[PackedRow], policy: Policy, fit: Fit) -> LikelihoodBatch:
-    """Token ids of rows, as the objective wants them laid out."""
+    """Token ids of rows, in the layout of the objective."""
     needs_first = fit.objective == "autoregressive" or policy.family.shift == 1
     if fit.context or fit.objective == "block_diffusion":
         batch = _packed(rows, policy.pad_id, needs_first)
@@ -128,9 +128,9 @@ def collate(rows: Sequence[PackedRow], policy: Policy, fit: Fit) -> LikelihoodBa
 
 
 def _one_sample_each(examples: Sequence[Example], pad_id: int, fit: Fit) -> LikelihoodBatch:
-    """Prompts end where the canvas begins; responses are filled with pad tokens, which diffusion learns, too.
+    """Prompts end where the canvas begins; responses are filled with pad tokens, which diffusion also learns.
 
-    The sampler starts from a canvas of fixed length, so what follows the end token must be learned. Next-token
+    The sampler starts from a canvas of fixed length, so the positions after the end token must be learned. Next-token
     prediction needs no positions beyond the longest response.
     """
     is_filled = fit.objective != "autoregressive"
@@ -148,7 +148,7 @@ def _one_sample_each(examples: Sequence[Example], pad_id: int, fit: Fit) -> Like
 
 def _packed(rows: Sequence[PackedRow], pad_id: int, is_first_given: bool) -> LikelihoodBatch:
     """Samples one after another, padding on the right. Where position p is predicted from p - 1, a sample's first token
-    cannot be predicted at all: it is given."""
+    has no position to be predicted from, and carries no loss."""
     width = max(sum(len(example) for example in row) for row in rows)
     ids = torch.full((len(rows), width), pad_id)
     carries_loss = torch.zeros(ids.shape, dtype=torch.bool)

@@ -1,7 +1,7 @@
-"""The forward process of masked diffusion: which positions are masked, and what their losses are divided by.
+"""The forward process of masked diffusion: masked positions, and the divisors of their losses.
 
-Sources: LLaDA; DiffuCoder eq. 1; for blocks BD3-LM and Stable-DiffCoder §3.3. A *unit* is what shares one mask ratio
-t: a sample, or a block of one. Positions of no unit have -1 and are never masked.
+Sources: LLaDA; DiffuCoder eq. 1; for blocks BD3-LM and Stable-DiffCoder §3.3. A *unit* shares one mask
+ratio t: it is a sample, or a block of a sample. Positions outside of all units have -1 and are never masked.
 
 Shapes: B rows, C positions that may be masked, U units.
 """
@@ -19,7 +19,7 @@ NO_UNIT = -1
 
 
 def stratified_ratios(num: int, low: float, high: float, *key: Key) -> Float[Tensor, " U"]:
-    """Mask ratios t ~ U(low, high), one a unit, spread evenly over all of them.
+    """Mask ratios t ~ U(low, high), one per unit, spread evenly over the units.
 
     `t_i = low + (high - low) · frac(u + i / U)`: each t is uniform, and together they cover the range, which lowers
     the variance of the batch loss.
@@ -30,7 +30,7 @@ def stratified_ratios(num: int, low: float, high: float, *key: Key) -> Float[Ten
 
 
 def shuffled(ratios: Float[Tensor, " U"], *key: Key) -> Float[Tensor, " U"]:
-    """The same ratios in another order: neighbouring blocks of a row must not have neighbouring ratios."""
+    """The same ratios in another order: without it, neighbouring blocks of a row would have similar ratios."""
     return ratios[torch.from_numpy(generator(*key).permutation(len(ratios)))]
 
 
@@ -53,10 +53,10 @@ def clipped_mask(
 ) -> tuple[Bool[Tensor, "B C"], Float[Tensor, "B C"]]:
     """Masks with at least one position in every unit, and u_blk = min(1, max(t, 1/B)) of each position.
 
-    Positions are masked independently with u_blk; where that masks none of a unit, one of its positions, chosen
-    uniformly, is masked [Stable-DiffCoder §3.3]. Without the two a block of B has no mask with probability 1/(B+1)
-    when t ~ U(0, 1), and teaches nothing. The position with the smallest draw is the one: it is masked anyway if any
-    is, and when none is, each position is equally likely to have it.
+    Positions are masked independently with u_blk; in a unit without a mask, one position, chosen uniformly, is masked
+    [Stable-DiffCoder §3.3]. Without these two rules a block of B has no mask with probability 1/(B+1) when t ~ U(0, 1),
+    and no loss. The position with the smallest draw is chosen: it is masked anyway if any position is, and otherwise
+    each position is equally likely to have the smallest draw.
     """
     clipped = ratio.clamp(min=1 / block_length, max=1.0)
     draws = torch.from_numpy(uniform(tuple(units.shape), *key)).to(units.device)
@@ -68,7 +68,7 @@ def clipped_mask(
 
 
 def forced_marginal(clipped: Float[Tensor, "B C"], units: Int[Tensor, "B C"]) -> Float[Tensor, "B C"]:
-    """The chance that `clipped_mask` masks a position: `u + (1 - u)^n / n`, n being the positions of its unit."""
+    """Probability that `clipped_mask` masks a position: `u + (1 - u)^n / n` for a unit of n positions."""
     valid = units != NO_UNIT
     sizes = torch.bincount(units[valid], minlength=int(units.max()) + 1)[units.clamp(min=0)]
     return torch.where(valid, clipped + (1 - clipped) ** sizes / sizes, clipped)
@@ -79,7 +79,7 @@ def diffusion_loss(
 ) -> Float[Tensor, ""]:
     """Masked-diffusion bound `-Σ_{k masked} log p(y_k | rest) / w_k / num_positions`, in nats per position.
 
-    Source: method page §2, with w_k = t; an unbiased estimate of the negative ELBO when t ~ U(0, 1) and w_k is the
-    chance that k is masked.
+    Source: docs/method.md, likelihood training, with w_k = t; an unbiased estimate of the negative ELBO when t ~ U(0, 1)
+    and w_k is the probability that k is masked.
     """
     return -((logp * masked) / divisor).sum() / num_positions

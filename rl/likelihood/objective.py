@@ -1,4 +1,4 @@
-"""What likelihood training minimises: one batch, its noise, its loss.
+"""The objectives of likelihood training: the noise and the loss of one batch.
 
 | objective          | sees                                              | masks                | divides by   |
 |--------------------|---------------------------------------------------|----------------------|--------------|
@@ -41,14 +41,14 @@ from coupled.rl.recipe.likelihood import Fit
 from coupled.rl.shapes import Bool, Float, Int
 
 NOISE_WARMUP_START = 0.001
-"""The cap of t at step 0 of a noise warm-up: the smallest t that is drawn without one."""
+"""The cap of t at step 0 of a noise warm-up; equals the smallest t that is drawn without a warm-up."""
 
 
 def settle(fit: Fit, family: Family) -> Fit:
-    """The settings with what the recipe leaves to the model: the objective that fits its attention, and its blocks.
+    """The settings, with objective and block length taken from the model's attention where the recipe leaves them open.
 
     Raises:
-        RecipeError: other settings are not of that objective.
+        RecipeError: other settings do not fit that objective.
     """
     has_blocks = family.block_length not in (None, 1)
     values = fit.model_dump()
@@ -59,12 +59,14 @@ def settle(fit: Fit, family: Family) -> Fit:
     try:
         return Fit.model_validate(values)
     except ValidationError as error:
-        said = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
-        raise RecipeError(f"{said}, which the model's attention decides where the recipe does not") from error
+        message = str(error.errors()[0]["msg"]).removeprefix("Value error, ")
+        raise RecipeError(
+            f"{message}, which follows from the model's attention where the recipe leaves it open"
+        ) from error
 
 
 def block_length_of(fit: Fit) -> int | None:
-    """How a model attends that was trained with an objective: by blocks, by blocks of 1 (causally), or fully (None)."""
+    """Block length of the attention that an objective trains: 1 for causal attention, None for full attention."""
     assert fit.objective is not None, "settle() comes first"
     if fit.objective == "block_diffusion":
         return fit.block_length
@@ -73,7 +75,7 @@ def block_length_of(fit: Fit) -> int | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Noise:
-    """Which positions are masked, and what their losses are divided by. Drawn for a whole batch, before it is split."""
+    """Masked positions and the divisors of their losses, drawn for a whole batch before it is split."""
 
     masked: Bool[Tensor, "B C"]
     divisor: Float[Tensor, "B C"]
@@ -83,7 +85,7 @@ class Noise:
 
 
 def draw_noise(batch: LikelihoodBatch, fit: Fit, seed: int, step: int) -> Noise:
-    """The masks of step `step` (from 0): a function of the seed and the step. Next-token prediction scores everything.
+    """The masks of step `step` (from 0), a function of seed and step. Next-token prediction scores all positions.
 
     While the noise warms up, t ~ U(0, u_max(step)) and the loss is not divided; afterwards t ~ U(mask_ratio) and it is
     [Stable-DiffCoder eq. 10].
@@ -109,7 +111,7 @@ def draw_noise(batch: LikelihoodBatch, fit: Fit, seed: int, step: int) -> Noise:
 
 
 def units_of(batch: LikelihoodBatch, fit: Fit) -> Int[Tensor, "B C"]:
-    """Numbers of the units that share a mask ratio: samples, or blocks of samples. -1 where there is no loss."""
+    """Numbers of the units that share a mask ratio: samples, or blocks of samples. -1 at positions without loss."""
     valid, canvas = batch.carries_loss, batch.carries_loss.shape[1]
     row = torch.arange(len(batch.ids), device=valid.device)[:, None].expand(valid.shape)
     layout = batch.layout.columns(slice(-canvas, None))
@@ -125,7 +127,7 @@ def units_of(batch: LikelihoodBatch, fit: Fit) -> Int[Tensor, "B C"]:
 def fit_loss(
     policy: Policy, batch: LikelihoodBatch, noise: Noise, fit: Fit, num_positions: int, *, seed: int, step: int
 ) -> Float[Tensor, ""]:
-    """The objective of some rows, in nats per position; parts of a batch add up to the whole of it.
+    """The loss of some rows, in nats per position; the losses of the parts of a batch add up.
 
     Args:
         num_positions: positions of the whole batch that carry loss.
@@ -148,7 +150,7 @@ def fit_loss(
 
 
 def attention_of_step(batch: LikelihoodBatch, fit: Fit, seed: int, step: int) -> Bool[Tensor, "B Q S"]:
-    """Who attends to whom in one stream: positions of the same sample, all of them or those to the left.
+    """Attention mask of one stream: positions of the same sample, all or only the ones to the left.
 
     While attention is annealed, each position to the right is read with a probability that rises from 0 to 1
     [DiffuLLaMA, attention-mask annealing].

@@ -1,4 +1,4 @@
-"""Training samples of the stages before RL: from rows to token ids, in an order that can be resumed anywhere."""
+"""Training samples of the stages before RL: rows as token ids, in an order that can be resumed at any row."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from coupled.rl.recipe.data import Data
 from coupled.rl.recipe.likelihood import Fit
 
 RESPONSE = "```python\n{solution}\n```"
-"""How a solution is answered; the format reward asks for the same fence."""
+"""The response for a solution; the format reward requires the same fence."""
 LAYOUTS = (("messages",), ("prompt", "response"), ("prompt", "solution"), ("text",))
-"""Columns that make a sample; the first that a dataset has is taken."""
+"""Sets of columns that make a sample; the first set that a row has is used."""
 MAX_CHARACTERS = 10_000_000
-"""Of one text. Longer ones are not documents, and tokenising them takes minutes."""
+"""Limit of one text. Longer texts are not documents, and tokenising them takes minutes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,33 +39,33 @@ class Example:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cursor:
-    """How far a run has read. Kept in checkpoints; what follows it is what an uninterrupted run reads next."""
+    """A run's place in its data, kept in checkpoints, from which a resumed run reads on."""
 
     epoch: int = 0
     row: int = 0
-    """Places of the epoch's order that are done with, skipped ones included."""
+    """Places of the epoch's order that have been read, skipped ones included."""
     offset: int = 0
-    """Tokens of the next text that went into an earlier row."""
+    """Tokens of the next text that are part of an earlier row."""
     skipped: Mapping[str, int] = field(default_factory=dict)
     """Reason → rows left out so far."""
 
     def past(self, reason: str | None = None) -> Cursor:
-        """The next row of the epoch, having counted this one if it is skipped for a reason."""
+        """The cursor at the next row of the epoch; a reason counts this row as skipped."""
         counted = dict(self.skipped) if reason is None else {**self.skipped, reason: self.skipped.get(reason, 0) + 1}
         return replace(self, row=self.row + 1, offset=0, skipped=counted)
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Samples without end, epoch after epoch."""
+    """An endless stream of samples, epoch after epoch."""
 
     def read(self, cursor: Cursor) -> Iterator[tuple[Example, Cursor, Cursor]]:
-        """From a cursor on: each sample with the cursor that reads it again and the one that reads what follows."""
+        """Samples from a cursor on, each with the cursor before it and the cursor after it."""
         ...
 
 
 class Encoder:
-    """Rows → samples as the recipe cuts them. What does not fit is a `Bad` with its reason."""
+    """Encodes rows as samples, within the lengths of the recipe. Rows that do not fit become `Bad` with a reason."""
 
     def __init__(self, data: Data, fit: Fit, policy: Policy) -> None:
         self._data = data
@@ -78,10 +78,10 @@ class Encoder:
             )
 
     def encode(self, rows: list[Row]) -> list[Example | Bad]:
-        """One result a row.
+        """One result per row.
 
         Raises:
-            DataError: the recipe or the tokenizer lacks what rows of this kind need.
+            DataError: the recipe or the tokenizer lacks a setting that rows of this kind need.
         """
         texts = [row if isinstance(row, Bad) else self._texts(row) for row in rows]
         good = [text for text in texts if not isinstance(text, Bad)]
@@ -126,13 +126,13 @@ class Encoder:
                 return Bad(f"a text of more than {MAX_CHARACTERS} characters")
         if layout == ("text",):
             if not self._fit.context:
-                raise DataError("plain text is packed into rows; give their length, for example fit.context=512")
+                raise DataError("plain text is packed into rows; set their length, for example fit.context=512")
             return "", str(values["text"])
         answer = values["response"] if "response" in values else RESPONSE.format(solution=values["solution"])
         return render_prompt(str(values["prompt"]), self._tokenizer), str(answer)
 
     def _of_chat(self, messages: Any) -> tuple[str, str] | Bad:
-        """Everything before the last message is the prompt; the assistant's last message is what is learned."""
+        """Everything before the last message is the prompt; the assistant's last message is the response."""
         is_chat = isinstance(messages, list) and all(
             isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
             for m in messages
@@ -156,7 +156,7 @@ class Encoder:
 
 
 class Loaded:
-    """All rows in memory, in a new order every epoch. Rows that cannot be used are counted once, when loaded."""
+    """All rows in memory, in a new order every epoch. Unusable rows are counted once, when loaded."""
 
     def __init__(self, data: Data, seed: int, encoder: Encoder) -> None:
         encoded = encoder.encode(list(read_rows(data.path, split=data.split)))
@@ -181,7 +181,7 @@ def _order(num: int, seed: int, epoch: int) -> list[int]:
 
 
 class Streamed:
-    """Rows as they are needed, shuffled within windows of `data.window` rows."""
+    """Rows read on demand, shuffled within windows of `data.window` rows."""
 
     def __init__(self, data: Data, seed: int, encoder: Encoder) -> None:
         self._data = data
@@ -214,7 +214,7 @@ def open_source(data: Data, fit: Fit, seed: int, policy: Policy) -> Source:
     """The samples to train on: in memory, or streamed where `data.window` is not 0.
 
     Raises:
-        DataError: nothing to train on.
+        DataError: the dataset has no usable row.
     """
     encoder = Encoder(data, fit, policy)
     if not data.window:
@@ -225,5 +225,5 @@ def open_source(data: Data, fit: Fit, seed: int, policy: Policy) -> Source:
 
 
 def told(skipped: Mapping[str, int]) -> str:
-    """Example: `12 × a response over fit.canvas = 40, 1 × not UTF-8`."""
+    """Reasons with their counts. Example: `12 × a response over fit.canvas = 40, 1 × not UTF-8`."""
     return ", ".join(f"{count} × {reason}" for reason, count in sorted(skipped.items()))

@@ -288,7 +288,7 @@ def supported() -> str:
             "supported families (model.family):",
             *lines,
             f"autoregressive models that can be opened as diffusion models, to be adapted: {adapted}.",
-            "docs/families.md says how to add a family.",
+            "docs/families.md describes how to add a family.",
         )
     )
 

@@ -37,9 +37,9 @@ from coupled.rl.model.weights import DIFFUSION_FILE
 
 ADAPTER_CONFIG = "adapter_config.json"
 REMOTE_CODE_WARNING = (
-    "model.trust_remote_code: running the code that lies in {path}. What it costs: the code may do anything that you "
-    "may; it works with few versions of transformers, and with some it loads and computes something else; and nothing "
-    "here has checked that it masks padding. Leave it out where the family is supported"
+    "model.trust_remote_code: running the code in {path}. The code may do anything that you may do; it works with few "
+    "versions of transformers, and with some it loads and computes something else; and its masking of padding has not "
+    "been checked. Leave the setting out if the family is supported"
 )
 
 
@@ -229,8 +229,8 @@ def _compare_sizes(folder: Path, model: nn.Module) -> None:
     distinct = sum(t.numel() for t in {t.data_ptr(): t for t in state.values()}.values())
     if not distinct <= in_files <= in_model:
         raise CheckpointError(
-            f"the files of {folder} hold {in_files} numbers and the model {in_model}: some weights went nowhere, or "
-            "two of them into one place; is model.family right for this checkpoint?"
+            f"the files of {folder} hold {in_files} numbers and the model {in_model}: some weights were not loaded, or "
+            "two were loaded into one place; is model.family right for this checkpoint?"
         )
 
 
@@ -315,7 +315,7 @@ def _ids_of(tokens: tuple[str, ...], tokenizer: Any) -> list[int]:
     vocabulary = tokenizer.get_vocab()
     unknown = [token for token in tokens if token not in vocabulary]
     if unknown:
-        raise CheckpointError(f"model.end_tokens must be tokens of the checkpoint; {unknown[0]!r} is none")
+        raise CheckpointError(f"model.end_tokens must be tokens of the checkpoint; {unknown[0]!r} is not one")
     return [vocabulary[token] for token in tokens]
 
 
@@ -325,7 +325,7 @@ def _settle_mask_token(token: str, tokenizer: Any, model: Any, family: Family) -
         if not family.is_autoregressive:
             raise CheckpointError(
                 f"model.mask_token {token!r} is not in the checkpoint's vocabulary, and a {family.name} model has been "
-                "trained with one that is; leave model.mask_token out"
+                "trained with a mask token of its vocabulary; leave model.mask_token out"
             )
         tokenizer.add_special_tokens({"mask_token": token})
         new = tokenizer.mask_token_id

@@ -27,7 +27,7 @@ class Policy:
 
     Args:
         model: a transformers causal-LM class whose body is `model.model` and whose head is `model.lm_head`.
-        tokenizer: must know a mask token and at least one end token.
+        tokenizer: must have a mask token and at least one end token.
         family: logit shift, attention and architecture.
         compute_dtype: float32, or bfloat16 for autocast in the forward pass. Log-softmax is fp32 in either case.
 

@@ -1,7 +1,7 @@
-"""The reference policy that the KL penalty pulls towards: four kinds, one value.
+"""The reference policy that the KL penalty pulls towards, of one of four kinds.
 
 none         the loss has no reference, or takes the rollout policy
-adapter_off  the base of an adapted policy, which is there when the adapters are turned off: no copy
+adapter_off  the base of an adapted policy, with the adapters turned off: no copy
 frozen       a copy of the policy as it was at the start
 moving       a copy that follows the policy by `mix`
 """

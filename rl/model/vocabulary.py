@@ -120,7 +120,7 @@ def _recomputed_logp(
     temperature: float,
     num_rows: int,
 ) -> Float[Tensor, " M"]:
-    """Whatever the head is: the plain operations, for some rows at a time and again in the backward pass."""
+    """The plain operations for any head, for some rows at a time and again in the backward pass."""
     places, parts = [], []
     for rows, mine in _chunks(len(hidden), num_rows, line):
         arguments = (head, hidden[rows], line[mine] - rows.start, targets[mine], temperature)

@@ -1,4 +1,4 @@
-"""Monitoring: how a run shows that it is alive and what it measures.
+"""Monitoring: metrics, progress and checks of a run.
 
 metrics   the numbers of a step
 progress  progress display of a terminal or a log

@@ -16,16 +16,16 @@ from coupled.rl.shapes import Bool, Float
 from coupled.rl.types import Group
 
 MAX_BLIND_STEPS = 3
-"""Steps in a row without a single score before the run ends: nothing is learned from them."""
+"""Steps in a row without a single score that end the run, because nothing is learned from them."""
 MAX_DRIFTED_STEPS = 2
 """Steps in a row of too large a policy drift before rollouts stop running ahead."""
 
 
 class RunChecks:
-    """Counts what goes wrong in successive steps, reports it, and decides when the run must change or end.
+    """Counts and reports faults of successive steps, and decides when the run must change or end.
 
     Args:
-        report: shows a line to the user.
+        report: prints a line for the user.
         resume: the value of `resume` that continues the run, for messages.
     """
 
@@ -40,7 +40,7 @@ class RunChecks:
         self._num_drifted = 0
 
     def scores(self, step: int, groups: Sequence[Group]) -> None:
-        """Report completions that have no score for a fault of the sandbox, and why.
+        """Report completions that have no score because of a fault of the sandbox, with the reason.
 
         Raises:
             RolloutError: no completion of `MAX_BLIND_STEPS` steps in a row has a score.
@@ -58,7 +58,7 @@ class RunChecks:
         if self._num_blind >= MAX_BLIND_STEPS:
             raise RolloutError(
                 f"in {self._num_blind} steps running, to step {step}, not one completion has a score, so nothing is "
-                "learned. Look at the reward functions and the sandbox: `coupled doctor`, `coupled sandbox run`; then "
+                "learned. Check the reward functions and the sandbox: `coupled doctor`, `coupled sandbox run`; then "
                 f"continue with resume={self._resume}"
             )
 
@@ -71,7 +71,7 @@ class RunChecks:
         """Report a mismatch beyond the tolerance. True: roll out exactly from the next step on.
 
         Raises:
-            RolloutError: there is one, and `rollout.on_mismatch` is stop.
+            RolloutError: there is a mismatch, and `rollout.on_mismatch` is stop.
         """
         on_mismatch = self._recipe.rollout.on_mismatch
         if not found.is_beyond(TOLERANCE):

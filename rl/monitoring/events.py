@@ -1,4 +1,4 @@
-"""The log events.jsonl: what happened to batches and workers, in order."""
+"""The log events.jsonl: events of batches and workers, in order."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ RESULTS = ("rolled", "scored")
 
 
 class EventLog:
-    """Holds events until its folder is known (`bind`), and appends them from then on.
+    """Holds events until its folder is known (`bind`), and then appends them to the file.
 
-    Events that cannot be written, because the disk is full, are left out: a run does not end for its log.
+    Events that cannot be written, because the disk is full, are left out: a failing log does not end a run.
     """
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class EventLog:
                 self._file.flush()
 
     def close(self) -> None:
-        """Write nothing more."""
+        """Close the file."""
         with self._lock, contextlib.suppress(OSError):
             if self._file is not None:
                 self._file.close()

@@ -1,4 +1,4 @@
-"""The numbers of a step. Each is of the batch that was optimised; a name's unit is in its comment."""
+"""Metrics of a step, computed over the batch that was optimised. Comments give the units."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from coupled.sandbox import CacheStatistics
 
 
 class StepMetrics:
-    """Collects the numbers of a step's parts; `row` is the row to log."""
+    """Collects the metrics of a step's parts; `row` is the row to log."""
 
     def __init__(self) -> None:
         self._row: dict[str, float] = {}
@@ -44,7 +44,7 @@ class StepMetrics:
         judged = [v for v in verdicts if v.status is not Status.INFRA]
         passed = [v.total > 0 and v.passed == v.total for v in judged]
         self._row["pass_rate"] = float(np.mean(passed)) if judged else float("nan")
-        # Share of them that their own programs could have forged.
+        # Share of verdicts that the programs could have forged.
         self._row["weak_verdicts"] = float(np.mean([v.tier == "T2" for v in judged])) if judged else float("nan")
         self._row["unscored"] = float(len(verdicts) - len(scored))  # completions without a verdict
         lengths = np.array([r.completion_length for r in rollouts])
@@ -61,33 +61,33 @@ class StepMetrics:
         self._tokens = int(lengths.sum())
 
     def of_bounds(self, groups: Sequence[Group]) -> None:
-        """Bounds on the cost of committing several tokens at once, per completion; only logged where it is a mode."""
+        """Bounds on the cost of committing several tokens at once, per completion; logged only in bounded modes."""
         rollouts = [r for g in groups for r in g.rollouts]
         self._row["kl_bound"] = float(np.mean([r.kl_bound for r in rollouts]))  # nats
         self._row["fill_bound"] = float(np.mean([r.fill_bound for r in rollouts]))  # probability
 
     def add(self, row: dict[str, float]) -> None:
-        """Numbers that their source has named."""
+        """Metrics that their source has named."""
         self._row |= row
 
     def of_cache(self, before: CacheStatistics, after: CacheStatistics) -> None:
         """Use of the sandbox's cache during the step."""
         num_jobs = after.num_jobs - before.num_jobs
-        # Share of the programs that were not run, because the same program had been.
+        # Share of the programs that were not run again.
         self._row["cache/hit_rate"] = (after.num_hits - before.num_hits) / num_jobs if num_jobs else 0.0
 
     def of_filter(self, found: GroupFilter) -> None:
-        """Groups that are rolled out and not trained on; only logged where a filter is asked for."""
+        """Groups that are rolled out and not trained on; logged only with a filter."""
         self._row["dropped_groups"] = float((~found.is_kept).sum())
         self._row["dropped_groups/too_hard"] = float(found.is_too_hard.sum())
         self._row["dropped_groups/too_easy"] = float(found.is_too_easy.sum())
 
     def of_advantages(self, advantages: Float[Tensor, "P G"]) -> None:
-        """Share of groups that teach nothing: all their advantages are 0."""
+        """Share of groups whose advantages are all 0."""
         self._row["zero_advantage_groups"] = float((advantages.abs().amax(-1) == 0).float().mean())
 
     def of_update(self, sums: dict[str, float], grad_norm: float, rate: float) -> None:
-        """Sums of an update's micro-batches, divided by its tokens here."""
+        """Sums over an update's micro-batches; divided here by the tokens of the update."""
         tokens = max(1.0, sums.get("tokens", 0.0))
         of_ratios = {"ratio": "ratio", "clip_low": "clip_fraction_low", "clip_high": "clip_fraction_high"}
         update = {
@@ -103,11 +103,11 @@ class StepMetrics:
         self._updates.append(update)
 
     def of_cluster(self, counters: Counters, staleness: int) -> None:
-        """Work of the coordinator; only where workers are outside of this process."""
-        self._row["cluster/staleness"] = float(staleness)  # training steps the rollouts' weights were behind
-        self._row["cluster/redispatched"] = float(counters.num_redispatched)  # batches tried again
-        self._row["cluster/hedged"] = float(counters.num_hedged)  # batches given to a second worker meanwhile
-        self._row["cluster/duplicates"] = float(counters.num_duplicates)  # results that came second, and were dropped
+        """Work of the coordinator; logged only if workers are outside of this process."""
+        self._row["cluster/staleness"] = float(staleness)  # training steps by which the rollouts' weights were behind
+        self._row["cluster/redispatched"] = float(counters.num_redispatched)  # batches retried
+        self._row["cluster/hedged"] = float(counters.num_hedged)  # batches also given to a second worker
+        self._row["cluster/duplicates"] = float(counters.num_duplicates)  # results that came second and were dropped
         self._row["cluster/quarantined"] = float(counters.num_quarantined)  # batches that ended three workers
         self._row["cluster/lost_workers"] = float(counters.num_lost_workers)
         present = counters.present_seconds.get("roll", 0.0)
@@ -115,11 +115,11 @@ class StepMetrics:
         self._row["cluster/rollout_idle"] = 1 - busy / present if present else 0.0  # share of the workers' time
 
     def of_failed_saves(self, number: int) -> None:
-        """Checkpoints in a row that could not be written; absent while they can."""
+        """Failed saves in a row; absent after a successful save."""
         self._row["failed_saves"] = float(number)
 
     def of_policy_drift(self, drift: float) -> None:
-        """KL of the policy to the one that rolled out, nats per token; only where that is an earlier one."""
+        """KL of the policy to the one that rolled out, nats per token; logged only if rollouts ran ahead."""
         self._row["cluster/policy_drift"] = drift
 
     def row(self) -> dict[str, float]:
@@ -132,7 +132,7 @@ class StepMetrics:
         if "cluster/rollout_idle" in row and total:
             row["cluster/trainer_idle"] = self._seconds.get("rollout", 0.0) / total  # share of the step
         row["time/step_seconds"] = total
-        # In none of the parts: collating, logging. Evaluations and checkpoints come after the row.
+        # Collating and logging are in none of the parts. Evaluations and checkpoints come after the row.
         row["time/other_seconds"] = max(0.0, time.perf_counter() - self._started - total)
         row["tokens_per_second"] = self._tokens / total if total else 0.0  # completion tokens trained on
         if torch.cuda.is_available():
@@ -153,4 +153,4 @@ class StepMetrics:
 
 
 DETERMINISTIC_EXCEPT = ("time/", "memory/", "cache/", "cluster/", "tokens_per_second")
-"""Metrics that start with one of these depend on the machine or the process; all others are those of a resumed run."""
+"""Metrics that start with one of these depend on the machine or the process; all others are equal in a resumed run."""

@@ -1,4 +1,4 @@
-"""The progress display: a live line on a terminal, one plain line every so often in a log."""
+"""The progress display: a live line on a terminal, a plain line every few seconds in a log."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Objective: from judged groups to a gradient. The fourth part of a step.
+"""Objective: judged groups become a gradient. The fourth part of a step.
 
 advantage  advantages relative to the group, and which groups carry information
 batch      judged groups as one batch of tensors, and its micro-batches

@@ -1,4 +1,4 @@
-"""From judged groups to one batch of tensors, and from a batch to micro-batches."""
+"""Judged groups as one batch of tensors, and the micro-batches of a batch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def rewards_of(groups: Sequence[Group]) -> Float[Tensor, "P G"]:
 
 
 def passes_of(groups: Sequence[Group]) -> Float[Tensor, "P G"]:
-    """1 where a completion passes all hidden tests, 0 where not; NaN where none were judged."""
+    """1 where a completion passes all hidden tests, 0 where it fails one; NaN where no test was judged."""
     rows = [[float("nan") if v.total == 0 else float(v.passed == v.total) for v in g.verdicts] for g in groups]
     return torch.tensor(rows, dtype=torch.float32)
 
@@ -30,7 +30,7 @@ def passes_of(groups: Sequence[Group]) -> Float[Tensor, "P G"]:
 def collate(groups: Sequence[Group], advantages: Float[Tensor, "P G"], policy: Policy) -> TrainBatch:
     """One row per rollout, prompts padded on the left, groups ordered by prompt length.
 
-    The order lets micro-batches hold prompts of like length, which saves padding; sums do not depend on it.
+    The order puts prompts of similar length into the same micro-batch, which saves padding; sums do not depend on it.
     """
     order = sorted(range(len(groups)), key=lambda i: len(groups[i].prompt.token_ids))
     rollouts = [r for i in order for r in groups[i].rollouts]
@@ -41,11 +41,11 @@ def collate(groups: Sequence[Group], advantages: Float[Tensor, "P G"], policy: P
     valid = torch.zeros((len(rollouts), canvas), dtype=torch.bool)
     for row, rollout in enumerate(rollouts):
         ids[row, longest - len(rollout.prompt_ids) : longest] = torch.tensor(rollout.prompt_ids)
-        ids[row, longest:] = torch.tensor(rollout.canvas_ids)  # copied: arrays that come from Ray are read-only
+        ids[row, longest:] = torch.tensor(rollout.canvas_ids)  # copied: arrays from Ray are read-only
         commit_step[row] = torch.tensor(rollout.commit_step)
         valid[row, : rollout.completion_length] = True
     if (block_length := policy.family.block_length) is not None:
-        # Scoring reads all blocks at once, each after the finished ones before it: the step in the block counts.
+        # Scoring reads all blocks at once, each after finished earlier blocks, so it needs the step within the block.
         commit_step = torch.where(commit_step >= 0, commit_step % block_length, -1)
     is_scored = torch.tensor([v.score is not None for i in order for v in groups[i].verdicts])
     device = policy.device
@@ -67,14 +67,13 @@ def micro_batches(num_rows: int, size: int) -> Iterator[slice]:
 
 
 def refuse_identical_groups(groups: Sequence[Group]) -> None:
-    """Completions that are all alike although the policy was unsure mean that the sampler ignores its random numbers.
+    """Refuse groups of identical completions that had low probabilities: the sampler ignores its random numbers.
 
-    A sharp policy may well repeat itself. What may not happen is that every group repeats itself although its
-    completion had a small probability p: that has probability of about Π p^(G-1) over the groups, and below e^-20 it
-    is not chance.
+    A sharp policy may repeat itself. That every group repeats one completion of probability p has a probability of
+    about Π p^(G-1) over the groups; below e^-20 it is not chance.
 
     Raises:
-        RolloutError: every group holds one completion G times, against those odds.
+        RolloutError: every group holds one completion G times, at odds below e^-20.
     """
     if any(len({tuple(r.canvas_ids.tolist()) for r in g.rollouts}) > 1 for g in groups):
         return
@@ -83,5 +82,5 @@ def refuse_identical_groups(groups: Sequence[Group]) -> None:
         raise RolloutError(
             f"each of {len(groups)} groups holds one completion {len(groups[0].rollouts)} times over, although the "
             f"odds against that are e^{surprise:.0f} at this temperature, so every advantage is 0. The rollout engine "
-            "ignores its random numbers: use one that samples (rollout.workers=inline does)"
+            "ignores its random numbers: use an engine that samples (rollout.workers=inline does)"
         )

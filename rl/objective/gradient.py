@@ -25,9 +25,9 @@ def add_gradient(
     is_silent: bool = False,
     skips_empty_views: bool = True,
 ) -> LossOutput:
-    """Add the share of these rows to the gradient of the loss of the whole batch, whose `denominator` is given.
+    """Add these rows' share of the gradient of the loss of the whole batch, which is divided by `denominator`.
 
-    `is_silent`: make the same passes and add nothing, for the sake of ranks that wait for this one's share of a layer.
+    `is_silent`: make the same passes and add nothing; other ranks need this rank's share of every layer.
     `skips_empty_views`: as for `estimate_logp`.
 
     With `has_two_passes` the scores are first estimated without gradients, the loss is differentiated at

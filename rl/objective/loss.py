@@ -19,10 +19,10 @@ def kl_estimate(
     k2:  r² / 2           biased; never negative
     k3:  exp(r) - r - 1   unbiased; never negative
 
-    As penalties they pull differently. On policy the gradient of k2 is that of KL(π ‖ π_ref), the gradient of k3 that
-    of KL(π_ref ‖ π), and the gradient of k1 is zero on average: k1 measures and does not pull.
+    As penalties they differ. On policy k2 has the gradient of KL(π ‖ π_ref), k3 the gradient of KL(π_ref ‖ π), and the
+    gradient of k1 is zero on average: k1 measures and does not pull.
 
-    The clamp matters: one token whose log-probability falls by 10 nats would weigh 22 000 under k3.
+    The clamp bounds k3: without it, one token whose log-probability falls by 10 nats would weigh 22 000.
     """
     log_ratio = (reference - new).clamp(-max_log_ratio, max_log_ratio)
     if kind == "k1":
@@ -53,11 +53,11 @@ def policy_log_ratio(
 
 
 def loss_denominator(valid: Bool[Tensor, "B C"], norm: str) -> int:
-    """What the summed loss of a *whole* batch is divided by, so that gradients of its parts add up to the joint one.
+    """Divisor of the summed loss of a *whole* batch, with which gradients of its parts add up to the joint gradient.
 
     token:     T, the valid tokens: all tokens count alike [DAPO; the default]
     sequence:  N, the completions that carry loss; each sums its own mean, so all completions count alike [GRPO]
-    fixed:     N · C with C the canvas: a constant, so that length does not change what a token weighs [Dr. GRPO]
+    fixed:     N · C with C the canvas: a constant, so that the weight of a token does not depend on length [Dr. GRPO]
     """
     num_rows = int(valid.any(-1).sum())
     sizes = {"token": int(valid.sum()), "sequence": num_rows, "fixed": num_rows * valid.shape[-1]}
@@ -78,14 +78,14 @@ def coupled_grpo_loss(
     """`1/T · Σ_i Σ_{k∈V_i} [ -min(ρ_k A_i, clip(ρ_k, 1-ε_low, 1+ε_high) A_i) + β · KL_k ]`, ρ_k = exp(s_k - s_k^old).
 
     Where A_i < 0 it is multiplied by `negative_weight`. s bounds the log-likelihood from below: raising it raises the
-    likelihood, lowering it may only loosen the bound, so what it says against a completion is worth less [SPG].
-    There, too, `dual_clip` c bounds the term: max(min(…), c · A_i) [Ye et al. 2020], for min(…) has no lower bound.
+    likelihood, while lowering it may only loosen the bound, so a negative advantage is weaker evidence [SPG]. There
+    `dual_clip` c also bounds the term: max(min(…), c · A_i) [Ye et al. 2020], because min(…) has no lower bound.
 
-    With `objective: likelihood` the first term is `-A_i · s_k`: there is no ratio, nothing is clipped, and `old` plays
-    no part in it [wd1, whose A_i is `advantage: softmax`]. At θ = θ_old its gradient is that of the clipped term.
+    With `objective: likelihood` the first term is `-A_i · s_k`: there is no ratio, nothing is clipped, and `old` is
+    not read [wd1, whose A_i is `advantage: softmax`]. At θ = θ_old its gradient equals the clipped term's.
 
     T is the `denominator` of the whole batch (`loss_denominator`); with `norm: sequence` the sum over k is a mean.
-    The sums in the result are over the rows given here; those of tokens are counts, whatever the norm.
+    The sums in the result are over the given rows; sums over tokens are not normalised, whatever the norm.
     """
     advantage = torch.where(advantages < 0, config.negative_weight * advantages, advantages)[:, None]
     sums: dict[str, float] = {}
@@ -113,7 +113,7 @@ def _clipped(
     valid: Bool[Tensor, "B C"],
     config: Loss,
 ) -> tuple[Float[Tensor, "B C"], dict[str, float]]:
-    """The clipped term of each token, and the sums of what was clipped."""
+    """The clipped term of each token, and the sums for the metrics of clipping."""
     log_ratio = policy_log_ratio(new, old, valid, config.ratio).clamp(-config.max_log_ratio, config.max_log_ratio)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
@@ -131,6 +131,6 @@ def _clipped(
 
 
 def add_sums(total: dict[str, float], part: dict[str, float]) -> None:
-    """Add the sums of a micro-batch to those of the batch, in place."""
+    """Add the sums of a micro-batch to the batch's sums, in place."""
     for name, value in part.items():
         total[name] = total.get(name, 0.0) + value

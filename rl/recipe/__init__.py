@@ -1,6 +1,6 @@
-"""The recipe: everything a run depends on.
+"""The recipe: all settings of a run.
 
-schema      the recipe of each stage, and the rules between sections
+schema      the recipe of each stage, and the rules that connect sections
 section     the base of the sections
 model       model, adapter
 data        data

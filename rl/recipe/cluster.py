@@ -1,4 +1,4 @@
-"""The sections of where a run computes and what it keeps: `cluster`, `checkpoint`."""
+"""The sections `cluster` and `checkpoint`: processes of a run, and the checkpoints that it keeps."""
 
 from __future__ import annotations
 
@@ -10,35 +10,35 @@ from coupled.rl.recipe.section import Positive, Section
 
 
 class Checkpoint(Section):
-    """When checkpoints are written, and how many are kept."""
+    """Frequency and number of checkpoints."""
 
-    every: Positive = Field(default=1, description="steps between checkpoints; a crash loses at most these")
+    every: Positive = Field(default=1, description="steps between checkpoints, and the most that a crash loses")
     keep: Positive = Field(default=2, description="newest checkpoints kept")
 
 
 class Cluster(Section):
-    """The processes of a run: ranks that train, and workers outside of them, which may run ahead."""
+    """The processes of a run: ranks that train, and workers beside them, which may run ahead."""
 
     trainer_ranks: Positive = Field(
         default=1,
-        description="processes that share the updates and the inline rollouts, one a GPU; adapters are replicated, and "
-        "all weights (model.adapter=null) are sharded over them",
+        description="processes that share the updates and the inline rollouts, one per GPU; adapters are replicated, "
+        "and all weights (model.adapter=null) are sharded over them",
     )
     trainer_timeout_seconds: float = Field(
         default=1800.0,
         gt=0,
-        description="the ranks wait for each other this long at most; loading and the slowest share of a step must "
-        "fit in",
+        description="longest wait of a rank for the others; must exceed the time for loading and for the slowest share "
+        "of a step",
     )
     trainer_workers: Literal["process", "ray"] = Field(
         default="process",
-        description="where the ranks besides the first run, which is the run's own process. process: processes of this "
-        "host; ray: actors, here or on a cluster (cluster.address)",
+        description="home of all ranks but the first, which is the run's own process. process: processes of this "
+        "host; ray: actors on this host or on a cluster (cluster.address)",
     )
     address: str | None = Field(
         default=None,
         pattern=r"^(auto|[^/:]+:\d+)$",
-        description="ip:port of a running Ray cluster, or auto; none starts Ray on this host",
+        description="ip:port of a running Ray cluster, or auto; none: the run starts Ray on this host",
     )
     lag: int = Field(
         default=0,
@@ -49,11 +49,11 @@ class Cluster(Section):
     max_policy_drift: float = Field(
         default=0.1,
         gt=0,
-        description="lag falls to 0 when the policy has moved from the one that rolled out by more than this (KL, nats "
-        "per token) in two steps running",
+        description="the lag falls to 0 when the policy has drifted from the one that rolled out by more than this "
+        "(KL, nats per token) in two steps in a row",
     )
     min_workers: Positive = Field(
-        default=1, description="rollout workers without which the run ends, to be resumed; others may come and go"
+        default=1, description="rollout workers below which the run ends and can be resumed; others may come and go"
     )
     gpus_per_worker: float = Field(default=0.0, ge=0, description="share of GPUs that each Ray rollout actor reserves")
     health: Literal["patient", "fast"] = Field(

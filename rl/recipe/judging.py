@@ -13,7 +13,7 @@ class Reward(Section):
     """One reward function and its weight."""
 
     name: str | None = Field(default=None, description="a built-in reward: code or format")
-    path: str | None = Field(default=None, description="file.py:function of your own, with TRL's signature")
+    path: str | None = Field(default=None, description="file.py:function, a function of the user with TRL's signature")
     weight: float = Field(default=1.0, description="factor in the sum")
 
     @model_validator(mode="after")
@@ -31,34 +31,35 @@ class Rewards(Section):
         min_length=1,
         description="summed with their weights; the default is the published reward",
     )
-    timeout_seconds: float = Field(default=60.0, gt=0, description="a reward function of yours may take this long")
+    timeout_seconds: float = Field(default=60.0, gt=0, description="time limit of a user's reward function")
     on_error: Literal["stop", "mask"] = Field(
         default="stop",
-        description="when a reward function of yours raises, hangs, crashes or returns what is not a score: stop ends "
-        "the run, to be resumed; mask leaves the completions that it fails on out of the update, and reports them",
+        description="if a user's reward function raises, hangs, crashes or returns something other than a score: stop "
+        "ends the run, which can be resumed; mask leaves the completions that it fails on out of the update and "
+        "reports them",
     )
     allow_weak: bool = Field(
         default=False,
-        description="judge tests that must share the program's process (tier T2); a program can forge those",
+        description="accept tests that share the program's process (tier T2); a program can forge their verdicts",
     )
 
 
 class Sandbox(Section):
-    """Where programs run, and their limits."""
+    """Isolation and limits of the programs."""
 
     tier: Literal["auto", "namespaces", "landlock", "process", "remote"] = Field(
         default="auto",
-        description="isolation of the programs: auto takes namespaces or else landlock, whichever passes "
-        "its self-check here, or refuses; process only limits them and does not contain a hostile program; remote: a "
-        "SandboxFusion server at url",
+        description="isolation of the programs: auto: namespaces, or else landlock, if its self-check "
+        "passes on this machine; otherwise an error. process: limits only, which do not contain a hostile program; "
+        "remote: a SandboxFusion server at url",
     )
     url: str | None = Field(
-        default=None, pattern=r"^https?://", description="base address of the server, with tier remote; else none"
+        default=None, pattern=r"^https?://", description="base address of the server; for tier remote only"
     )
     workers: Literal["inline", "ray"] = Field(
         default="inline", description="inline: jails under this process; ray: a supervisor with jails on every node"
     )
-    num_workers: Positive = Field(default=2, description="programs run at the same time, on each node")
+    num_workers: Positive = Field(default=2, description="programs that run at the same time on each node")
     cpu_seconds: Positive = Field(default=2, description="CPU time a program may use, whole seconds")
     wall_seconds: float = Field(default=6.0, gt=0, description="wall-clock time a program may take")
     memory_mb: Positive = Field(default=512, description="address space a program may add, in MiB")

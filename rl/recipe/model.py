@@ -21,42 +21,42 @@ class Adapter(Section):
 
 
 class Model(Section):
-    """The checkpoint or fresh weights to train, and the precision to compute in."""
+    """The checkpoint or fresh weights to train, and the precision of the computation."""
 
     path: str = Field(description="checkpoint folder (relative to the recipe file), or a hub name 'owner/name'")
     init: Literal["checkpoint", "random"] = Field(
         default="checkpoint",
         description="'random' reads only config.json and the tokenizer, and draws the weights",
     )
-    family: str | None = Field(default=None, description="model family; none reads it from the checkpoint")
+    family: str | None = Field(default=None, description="model family; none: the checkpoint's")
     shift: Annotated[int, Field(ge=0, le=1)] | None = Field(
-        default=None, description="logit shift, 0 or 1; none takes the family's"
+        default=None, description="logit shift, 0 or 1; none: the family's"
     )
     block_length: Annotated[int, Field(ge=0)] | None = Field(
         default=None,
-        description="attention in blocks of so many positions, or 0 for attention to the whole sequence; none takes "
-        "the family's",
+        description="positions of a block of attention; 0: attention to the whole sequence; none: the family's",
     )
     mask_token: str | None = Field(
         default=None,
-        description="the token that means MASK; a new one is added to an autoregressive model; none takes the "
-        "checkpoint's",
+        description="the token that means MASK; a new one is added to an autoregressive model; none: the checkpoint's",
     )
     end_tokens: tuple[str, ...] = Field(
-        default=(), description="tokens that end a completion; none takes the checkpoint's and the family's"
+        default=(), description="tokens that end a completion; none: the checkpoint's and the family's"
     )
     trust_remote_code: bool = Field(
-        default=False, description="run the modelling code in the checkpoint's folder; families never need it"
+        default=False, description="run the modelling code in the checkpoint's folder; model families do not need it"
     )
-    adapter: Adapter | None = Field(default=None, description="none trains all weights")
+    adapter: Adapter | None = Field(default=None, description="LoRA adapters; none: train all weights")
     compute_dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="bfloat16 runs the forward pass under autocast; log-softmax stays fp32"
+        default="float32", description="bfloat16: the forward pass runs under autocast; log-softmax stays fp32"
     )
     weights_dtype: Literal["float32", "bfloat16"] = Field(
         default="float32",
-        description="precision of the weights under an adapter; bfloat16 halves the memory they take",
+        description="precision of the weights under an adapter; bfloat16 halves their memory",
     )
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto takes a GPU when there is one")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="auto: a GPU if there is one, else the CPU"
+    )
 
     @model_validator(mode="after")
     def _adapter_has_a_base(self) -> Model:
@@ -72,7 +72,7 @@ class Model(Section):
             )
         if self.weights_dtype != "float32" and self.adapter is None:
             raise ValueError(
-                "weights that are trained must be float32, for bfloat16 rounds small updates away; got "
+                "weights that are trained must be float32, because bfloat16 rounds small updates away; got "
                 f"model.weights_dtype={self.weights_dtype!r} without model.adapter. Use model.compute_dtype=bfloat16 "
                 "for speed, or train an adapter"
             )

@@ -1,4 +1,4 @@
-"""Reading, overriding, validating and writing recipes. Every complaint names the key, the rule and the remedy."""
+"""Reading, overriding, validating and writing recipes. Every error names the key, the rule and the remedy."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PATH_FIELDS = (("model", "path"), ("data", "path"), ("data", "eval_path"))
 def load_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> AnyRecipe:
     """Read a recipe file, apply `key=value` overrides, and validate.
 
-    Relative paths in the file count from the file's folder; those in overrides from the working folder.
+    Paths in the file are relative to the file's folder, paths in overrides to the working folder.
 
     Raises:
         RecipeError: the file is missing or not YAML, a key is unknown, or a value breaks a rule.
@@ -32,15 +32,15 @@ def load_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> AnyRecipe:
 
 
 def load_sampling_recipe(path: Path | str, overrides: tuple[str, ...] = ()) -> Recipe:
-    """Like `load_recipe`, for the use of a checkpoint: see `sampling_recipe`."""
+    """Like `load_recipe`, for sampling from a checkpoint: see `sampling_recipe`."""
     file, values = _read_file(path)
     return sampling_recipe(values, overrides, source=str(file))
 
 
 def sampling_recipe(values: Any, overrides: tuple[str, ...], source: str, *, is_saved: bool = False) -> Recipe:
-    """The recipe by which a checkpoint is sampled, evaluated and analysed: that of the RL stage.
+    """The RL recipe with which a checkpoint is sampled, evaluated and analysed.
 
-    A recipe of another stage gives the sections that both have, and defaults take the place of the others.
+    A recipe of another stage gives the sections that both stages have; the other sections have their defaults.
 
     Raises:
         RecipeError: see `validate`.
@@ -57,11 +57,11 @@ def sampling_recipe(values: Any, overrides: tuple[str, ...], source: str, *, is_
 
 
 def validate(values: Any, source: str, *, is_saved: bool = False) -> AnyRecipe:
-    """Build a recipe of plain values, turning every complaint into one readable RecipeError.
+    """Build a recipe from plain values; all broken rules are reported in one RecipeError.
 
     Args:
-        is_saved: the values are those of a run folder, perhaps of an earlier release, where recipes named the sections
-            of all stages, and fields that are gone: these are dropped where the run computes the same without them.
+        is_saved: the values come from a run folder, perhaps of an earlier release, where recipes named the sections of
+            all stages and fields that no longer exist. These are dropped where the run computes the same without them.
 
     Raises:
         RecipeError: a key is unknown or of another stage, or a value breaks a rule.
@@ -72,7 +72,7 @@ def validate(values: Any, source: str, *, is_saved: bool = False) -> AnyRecipe:
         del values[key]
         if not is_saved:
             homes = "rl" if stage != "rl" else "sft and pretrain"
-            lines.append(f"{key}: a recipe of stage {stage} has no such field, it belongs to {homes}; leave it out")
+            lines.append(f"{key}: a recipe of stage {stage} has no such field; it belongs to {homes}. Leave it out")
     try:
         recipe = recipe_class(stage).model_validate(values)
     except ValidationError as error:
@@ -113,7 +113,7 @@ def json_schema() -> str:
     """JSON schema of recipe files, for editors: `recipes/schema.json`. A union by `stage`."""
     union: Any = Annotated[AnyRecipe, Field(discriminator="stage")]
     schema = TypeAdapter(union).json_schema()
-    del schema["discriminator"]  # a word of OpenAPI; editors go by the stage that each part requires
+    del schema["discriminator"]  # an OpenAPI keyword; editors use the stage that each part requires
     schema["title"] = "coupled recipe"
     return json.dumps(schema, indent=1, sort_keys=True) + "\n"
 
@@ -127,7 +127,7 @@ _OTHER = {
 
 
 def _read_file(path: Path | str) -> tuple[Path, dict[str, Any]]:
-    """A recipe file, found by its path or the name of a shipped one, with its paths resolved."""
+    """Path and values of a recipe file, given by path or by the name of a shipped recipe. Paths in it are resolved."""
     file = Path(path)
     if not file.is_file():
         shipped = Path(__file__).parents[2] / "recipes"
@@ -194,7 +194,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         if not isinstance(node, dict):
             raise RecipeError(f"{key}: {parent} is a value, not a section; it has no fields to override")
     if key.strip() == "rollout.preset":
-        # A saved recipe names every field, and those would win over the preset that is asked for now.
+        # A saved recipe names every field, and they would override the requested preset.
         for field in OF_PRESETS:
             node.pop(field, None)
     try:
@@ -204,9 +204,11 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _complaints(error: ValidationError, recipe: type[RunRecipe]) -> list[str]:
-    items = sorted(error.errors(), key=lambda item: item["loc"] != ("stage",))  # which decides the other fields
+    items = sorted(
+        error.errors(), key=lambda item: item["loc"] != ("stage",)
+    )  # the stage decides which fields are known
     places = [item["loc"] for item in items]
-    # A part that failed also makes its list too short; only the failure itself is of use.
+    # An invalid item also makes its list too short; only the error of the item is reported.
     return [
         _complaint(item, recipe)
         for item in items

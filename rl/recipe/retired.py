@@ -1,4 +1,4 @@
-"""Fields that recipes once had: an error with the remedy in a recipe file, translated in the recipe of an old run."""
+"""Fields of recipes of earlier releases: refused with a remedy in recipe files, translated in recipes of old runs."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retired:
-    """A field that is gone, and the meaning that it had."""
+    """A field that no longer exists, and its meaning."""
 
     remedy: str
-    """What to write now, or the behaviour now."""
+    """Replacement of the field, or the present behaviour."""
     default: Any = None
-    """A saved recipe with this value is still the same run."""
+    """Value with which a saved recipe still describes the same run."""
     renamed: str = ""
-    """The field that has the meaning now."""
+    """Name of the field that now has this meaning; empty: none."""
     translated: tuple[tuple[Any, str, Any], ...] = ()
-    """Values that another field expresses now: (old value, field, new value)."""
+    """Values that another field now expresses: (old value, field, new value)."""
     has_effect: bool = True
-    """Whether another value than the default computes something else."""
+    """Whether values other than the default change what a run computes."""
 
 
 RETIRED: dict[str, Retired] = {
@@ -54,15 +54,15 @@ RETIRED: dict[str, Retired] = {
     ),
     "fit.noise_warmup_start": Retired(default=0.001, remedy="the cap rises from 0.001; leave it out"),
 }
-"""Old field → what became of it."""
+"""Old field → its replacement."""
 
 
 def without_retired(values: dict[str, Any], *, is_saved: bool) -> tuple[dict[str, Any], list[str]]:
-    """The values of a recipe without the fields that are gone, and a complaint for each that must not be dropped.
+    """A recipe's values without retired fields, and an error line for each field that must not be dropped.
 
     Args:
-        is_saved: the values are those of a run folder, which names every field. Renamed fields are moved there, and
-            fields are dropped where the run computes the same without them.
+        is_saved: the values come from a run folder, whose recipe names every field. Renamed fields are moved, and other
+            retired fields are dropped where the run computes the same without them.
     """
     kept, complaints = copy.deepcopy(values), []
     for place, old in RETIRED.items():
@@ -80,11 +80,11 @@ def without_retired(values: dict[str, Any], *, is_saved: bool) -> tuple[dict[str
         elif value != old.default and old.has_effect:
             complaints.append(
                 f"{place}: no longer a field, and the run was made with {value!r}: {old.remedy}. This release computes "
-                "something else; continue the run with the release that began it"
+                "something else; continue the run with the release that started it"
             )
     rollout = kept.get("rollout")
     if isinstance(rollout, dict) and rollout.get("monitor") == {}:
-        del rollout["monitor"]  # the section of fields that are gone
+        del rollout["monitor"]  # a section without remaining fields
     return kept, complaints
 
 

@@ -1,9 +1,9 @@
-"""The recipe: everything a run depends on, validated before anything starts.
+"""The recipe: all settings of a run, validated before it starts.
 
-Every field states its unit, its range and the meaning of 0 or none. An unknown key is an error that names the nearest
-known one. Defaults are the vetted settings; a recipe file lists only what differs.
+The description of a field states its unit, its range and the meaning of 0 or none. An unknown key is an error that
+names the nearest known one. Defaults are the vetted settings; a recipe file lists only the fields that differ.
 
-A recipe has the sections of its stage: `Recipe` those of `rl`, `LikelihoodRecipe` those of `sft` and `pretrain`.
+A recipe has the sections of its stage: `Recipe` for `rl`, `LikelihoodRecipe` for `sft` and `pretrain`.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from coupled.rl.recipe.section import Fraction, Positive, Section
 
 
 class RunRecipe(Section):
-    """The fields that runs of all stages have."""
+    """Fields of the recipes of all stages."""
 
     name: str = Field(default="run", pattern=r"^[A-Za-z0-9._-]+$", description="first part of the run's folder name")
-    seed: int = Field(default=0, ge=0, description="the root of every random draw")
+    seed: int = Field(default=0, ge=0, description="seed of all random draws")
     num_steps: Positive = Field(default=100, description="optimizer steps (sft, pretrain) or rollout steps (rl)")
     num_threads: int = Field(
         default=0,
         ge=0,
-        description="torch threads of each process; 0 leaves torch's choice, shared among trainer_ranks",
+        description="torch threads of each process; 0: torch's default, divided among trainer_ranks",
     )
-    output_dir: str = Field(default="runs", description="folder that run folders are made in")
+    output_dir: str = Field(default="runs", description="parent of the run folders")
     model: Model
     data: Data
     optimizer: Optimizer = Optimizer()
@@ -63,8 +63,8 @@ class Recipe(RunRecipe):
     )
     group_filter: Literal["none", "zero_std", "accuracy"] = Field(
         default="none",
-        description="groups left out of the batch: none; those whose rewards are all equal; those whose share of "
-        "passing completions is not inside accuracy_range. Nothing is rolled out in their place",
+        description="groups left out of the batch: none; groups whose rewards are all equal; groups whose share of "
+        "passing completions is not inside accuracy_range. They are not replaced",
     )
     accuracy_range: tuple[Fraction, Fraction] = Field(
         default=(0.0, 1.0),
@@ -86,7 +86,7 @@ class Recipe(RunRecipe):
             )
         if self.cluster.lag and self.rollout.workers == "inline":
             raise ValueError(
-                f"cluster.lag={self.cluster.lag} needs rollout workers that go on while this process trains: set "
+                f"cluster.lag={self.cluster.lag} needs rollout workers that run while this process trains: set "
                 "rollout.workers to process or ray, or cluster.lag to 0"
             )
         if self.rollout.workers != "inline" and self.cluster.min_workers > self.rollout.num_workers:
@@ -113,15 +113,15 @@ class LikelihoodRecipe(RunRecipe):
 
     @property
     def fit_micro_batch_size(self) -> int:
-        """`fit.micro_batch_size`, or where that is 0 a rank's share of the rows of a step, rounded up."""
+        """`fit.micro_batch_size`; if that is 0, a rank's share of the rows of a step, rounded up."""
         return self.fit.micro_batch_size or -(-self.fit.batch_size // self.cluster.trainer_ranks)
 
 
 AnyRecipe = Recipe | LikelihoodRecipe
-"""By `stage`."""
+"""The recipe of any stage; `stage` distinguishes them."""
 STAGES = ("rl", "sft", "pretrain")
 
 
 def recipe_class(stage: object) -> type[Recipe] | type[LikelihoodRecipe]:
-    """The recipe of a stage; the RL recipe for a stage that does not exist."""
+    """The class of the recipes of a stage; an unknown stage gets the RL recipe, whose validation refuses it."""
     return LikelihoodRecipe if stage in ("sft", "pretrain") else Recipe

@@ -107,7 +107,7 @@ class CachedStates:
 
 
 def _columns_of(cache: DynamicCache, kept: Bool[Tensor, " S"]) -> DynamicCache:
-    """A cache of some of the columns."""
+    """A cache that holds only the columns `kept`."""
     found = DynamicCache()
     if bool(kept.any()):
         for number, layer in enumerate(cache.layers):

@@ -1,10 +1,10 @@
 """Rollout by iterative denoising, the whole canvas at once: from MASK everywhere, commit the surest positions first.
 
-Each step computes the hidden states of the canvases (`canvas_states`), reads off how sure every masked position is,
+Each step computes the hidden states of the canvases (`canvas_states`), measures the confidence of masked positions,
 chooses positions and draws their tokens (`readout`), by the sampler's plan (`sampler`).
 
 Shapes: B rows, R of them in a step, C canvas positions, S prompt + canvas, N masked positions, M chosen ones. Source:
-method page §6.
+docs/method.md, rollout.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ class Line:
 
 
 def counts_of_block(masked: Int[Tensor, " R"], num_steps: int, step: int) -> Int[Tensor, " R"]:
-    """Positions to commit at a step: masked ones shared evenly over the steps, the first steps getting one more.
+    """Positions to commit at a step: masked positions are shared evenly over the steps, with one more in the first.
 
     Example: 3 masked in 2 steps → 2, then 1.
     """
@@ -138,7 +138,7 @@ def denoise_blocks(
         if len(live) == 0:
             break
         if cache.get_seq_length() == 0:
-            cache = DynamicCache()  # one that holds nothing does not forget how many rows it was used with
+            cache = DynamicCache()  # an empty cache still has the number of rows that it was used with
         cache.batch_select_indices(stays.nonzero()[:, 0])
         before = _commit_block(policy, line, cache, live, columns)
         rows.forwards[live] += 1

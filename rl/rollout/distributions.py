@@ -1,4 +1,4 @@
-"""Distributions over the vocabulary: what is left out, which token a uniform number stands for, and entropy.
+"""Distributions over the vocabulary: filters, the token that a uniform number selects, and entropy.
 
 Shapes: N rows, V vocabulary.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 from coupled.rl.shapes import Float, Int
 
 FEW = 128
-"""A nucleus is first looked for among so many of the likeliest tokens."""
+"""Number of likeliest tokens among which a nucleus is searched first."""
 FORBIDDEN = -1e30
 """Finite, so that a probability of zero times it is zero."""
 
@@ -38,7 +38,7 @@ def nucleus(logits: Float[Tensor, "N V"], top_p: float) -> Float[Tensor, "N V"]:
 def least_kept(probability: Float[Tensor, "N V"], top_p: float) -> Float[Tensor, " N"]:
     """The smallest probability in the nucleus: the least p with mass{p' > p} ≤ top_p.
 
-    Mostly it is among the few likeliest tokens. Where it is not, it is enclosed by bisection and then stepped to.
+    It is usually among the few likeliest tokens. Otherwise bisection encloses it, and a search by steps finds it.
     """
     few = min(FEW, probability.shape[-1])
     best = probability.topk(few, dim=-1).values
@@ -58,7 +58,7 @@ def _enclose(probability: Float[Tensor, "N V"], kept: Float[Tensor, " N"], top_p
         middle = (low + high) / 2
         is_kept = _mass_above(probability, middle) <= top_p
         low, high = torch.where(is_kept, low, middle), torch.where(is_kept, middle, high)
-    # From here on through the probabilities that there are, of which few or none lie between.
+    # From here on the probabilities themselves are visited, of which few or none lie between.
     high = _next_below(probability, torch.nextafter(high, torch.full_like(high, 2.0)))
     while True:
         lower = _next_below(probability, high)

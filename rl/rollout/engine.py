@@ -53,7 +53,7 @@ class EngineSnapshot:
 
 
 class RolloutEngine(Protocol):
-    """Makes rollouts under the weights it was last given."""
+    """Makes rollouts under the weights that were loaded last."""
 
     def generate(self, requests: list[Request], sampler: Sampler, *, seed: int) -> list[Rollout]:
         """One rollout per request, in the order of the requests."""
@@ -89,8 +89,8 @@ class StepEngine(RolloutEngine, Protocol):
     ) -> None:
         """Prepare steps `num_trained` + 1 … `num_steps`.
 
-        `sampler` is called for every step that begins, for a run may fall back to exact rollouts. `on_rolled` gets the
-        rollouts of each training batch once, as soon as they are made; it must return at once.
+        `sampler` is called for every step that begins, because a run may fall back to exact rollouts. `on_rolled`
+        gets the rollouts of each training batch once, as soon as they are made; it must return at once.
         """
         ...
 
@@ -119,7 +119,7 @@ class StepEngine(RolloutEngine, Protocol):
         ...
 
     def oldest(self) -> str:
-        """The batch that is waited for and its worker, in a line; empty where no worker is outside this process."""
+        """The oldest unfinished batch and its worker, in a line; empty if no worker is outside this process."""
         ...
 
     def take_counters(self) -> Counters | None:
@@ -128,8 +128,8 @@ class StepEngine(RolloutEngine, Protocol):
 
 
 class InlineEngine:
-    """Rolls out in this process, or on the trainer's ranks, with the weights of this moment: a step when it is asked
-    for, so never ahead of training.
+    """Rolls out in this process, or on the trainer's ranks, with the present weights. A step is rolled out on request,
+    never ahead of training.
 
     Args:
         denoise: makes the rollouts of a call.
@@ -153,7 +153,7 @@ class InlineEngine:
         self._version = version
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing: the engine holds no resources."""
 
     def begin(
         self,
@@ -179,19 +179,19 @@ class InlineEngine:
         return made
 
     def trained(self, step: int) -> None:
-        """The next step begins when its rollouts are asked for."""
+        """Does nothing: the next step begins when its rollouts are requested."""
 
     def state_of(self, version: int) -> dict[str, Tensor]:
         raise LookupError(f"version {version} is not kept: rollouts of this process have the present weights")
 
     def fall_back(self) -> None:
-        """Rollouts are on-policy."""
+        """Does nothing: rollouts are always on-policy."""
 
     def snapshot(self) -> EngineSnapshot:
         return EngineSnapshot()
 
     def restore(self, snapshot: EngineSnapshot) -> None:
-        """Steps under way are rolled out anew, with the present weights."""
+        """Does nothing: steps under way are rolled out anew, with the present weights."""
 
     def oldest(self) -> str:
         return ""
@@ -217,7 +217,7 @@ def roll_out(
     weight_version: int = 0,
     on_step: Callable[[int, np.ndarray], None] | None = None,
 ) -> list[Rollout]:
-    """Denoise one batch in the way of the policy's family: the whole canvas at once, or block after block.
+    """Denoise one batch as the policy's family requires: the whole canvas at once, or block after block.
 
     `on_step` receives the number of every step and the canvases [B, C] after it.
     """
@@ -226,7 +226,7 @@ def roll_out(
 
 
 FEWEST_ROWS = 8
-"""A batch of fewer rows goes on with longer prompts, and pads the shorter ones."""
+"""A batch with fewer rows is continued with longer prompts, and its shorter prompts are padded."""
 
 
 def request_batches(requests: list[Request], batch_size: int | None) -> list[list[Request]]:
@@ -235,7 +235,7 @@ def request_batches(requests: list[Request], batch_size: int | None) -> list[lis
 
 
 def request_chunks(requests: list[Request], batch_size: int) -> list[list[Request]]:
-    """Requests ordered by prompt length and cut into batches, where it is possible of equal length: without padding.
+    """Requests ordered by prompt length and cut into batches, of one length and without padding where possible.
 
     A batch ends when it is full, and when the length changes after `FEWEST_ROWS` rows. All engines cut alike, so the
     matrix shapes, and with them the rounding, do not depend on the process that computes a batch. A batch of the result

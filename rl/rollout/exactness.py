@@ -1,7 +1,7 @@
-"""What bounded and approximate rollouts cost: the same prompts decoded a second time, exactly, and compared.
+"""Error of bounded and approximate rollouts: the same prompts are decoded a second time, exactly, and compared.
 
-The exact rollouts have the same random numbers, so that where nothing is approximated they are the same tokens. The
-nucleus and the temperature stay as they are: they are a choice of the distribution, not an error in it.
+The exact rollouts have the same random numbers, so that their tokens are the same where nothing is approximated. The
+nucleus and the temperature stay as they are: they define the distribution and are no error in it.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from coupled.rl.recipe.rollout import Sampler
 from coupled.rl.types import Group, Rollout
 
 NUM_COMPARED = 4
-"""Prompts of a step whose groups are decoded twice: few enough to cost little beside the step."""
+"""Prompts of a step whose groups are decoded twice: few, so that the cost is small beside the step."""
 TOLERANCE = 0.1
 """Accepted difference of the mean rewards, in units of the reward; beyond it, and beyond chance, it is a mismatch."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mismatch:
-    """Rollouts less their exact counterparts, in the mean.
+    """Mean differences between rollouts and their exact counterparts.
 
     Example: reward -0.3 ± 0.05, length +2.5 tokens, entropy -0.02 nats, 61 % of the positions alike.
     """
 
     reward: float
-    """Units of the reward; nan when nothing was scored."""
+    """Difference of the mean rewards, in units of the reward; nan when nothing was scored."""
     reward_error: float
-    """Standard error of that, over pairs of completions."""
+    """Standard error of `reward`, over pairs of completions."""
     completion_length: float
-    """Tokens."""
+    """Difference of the mean lengths, in tokens."""
     entropy: float
-    """Nats per token, when committed."""
+    """Difference of the mean entropies at commit, in nats per token."""
     token_agreement: float
     """Share of the positions of the longer completion that hold the same token in both."""
 
@@ -45,7 +45,7 @@ class Mismatch:
         return abs(self.reward) > max(tolerance, 2 * self.reward_error)
 
     def row(self) -> dict[str, float]:
-        """As metrics."""
+        """The differences as metrics."""
         return {
             "mismatch/reward": self.reward,
             "mismatch/reward_error": self.reward_error,
@@ -62,12 +62,12 @@ class Mismatch:
 
 
 def exact_counterpart(sampler: Sampler) -> Sampler:
-    """The published loop to the end of the canvas, for the same distribution."""
+    """The sampler of the published loop, to the end of the canvas, for the same distribution."""
     return sampler.exact().changed(has_early_exit=False)
 
 
 def compare(made: Sequence[Group], exact: Sequence[Group]) -> Mismatch:
-    """Groups beside those of the same requests that were decoded exactly."""
+    """Differences between groups and the exactly decoded groups of the same requests."""
     ours = [rollout for group in made for rollout in group.rollouts]
     theirs = [rollout for group in exact for rollout in group.rollouts]
     assert [r.uid for r in ours] == [r.uid for r in theirs], "the same requests"

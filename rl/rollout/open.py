@@ -13,8 +13,7 @@ from coupled.rl.rollout.engine import Denoise, InlineEngine, StepEngine
 from coupled.rl.rollout.workers import ClusterEngine, FileCarrier, ObjectCarrier, RolloutWorker
 
 REMEDY = (
-    "Free what is held, add hosts, or lower cluster.min_workers or cluster.gpus_per_worker; then continue with "
-    "resume=auto"
+    "Free resources, add hosts, or lower cluster.min_workers or cluster.gpus_per_worker; then continue with resume=auto"
 )
 
 
@@ -25,10 +24,10 @@ def open_engine(recipe: Recipe, denoise: Denoise, folder: Path, emit: EventSink 
         denoise: the trainer's `generate`, the rollouts of `rollout.workers: inline`.
 
     Raises:
-        CoupledError: fewer than `cluster.min_workers` start, or there is no cluster where the recipe says.
+        CoupledError: fewer than `cluster.min_workers` start, or there is no cluster at the recipe's address.
     """
     if recipe.rollout.workers == "inline":
-        # Several ranks cut the requests of a step themselves, each the same way, and share out the batches.
+        # Several ranks cut the requests of a step themselves, each the same way, and divide the batches.
         batch_size = recipe.rollout.batch_size if recipe.cluster.trainer_ranks == 1 else None
         return InlineEngine(denoise, batch_size, emit)
     return _open_cluster_engine(recipe, folder, emit)

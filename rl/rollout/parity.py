@@ -118,7 +118,7 @@ def check_parity(
         batch_size: rows per forward pass.
 
     Raises:
-        RolloutError: it is not. The message names the setting that explains the difference.
+        RolloutError: the difference exceeds the tolerance. The message names the setting that explains it.
     """
     replay = replay_of(policy, prompts, rollouts)
     is_exact = policy.compute_dtype == torch.float32
@@ -193,7 +193,7 @@ class _Diagnosis:
         """The explanation of the difference, and the remedy."""
         tried = (self._mask_token(rollouts), self._padding(), self._found_temperature(), self._shift())
         return next(
-            (f"What explains it is {reason}" for reason in tried if reason is not None),
+            (f"The cause is {reason}" for reason in tried if reason is not None),
             "Neither the mask token, nor padding, nor the temperature, nor the shift explains it alone. The rollout "
             "engine may hold other weights than the trainer, or compute in another precision: try "
             "rollout.workers=inline, and model.compute_dtype=float32",
@@ -227,14 +227,14 @@ class _Diagnosis:
         if self._agree(alone, replay.recorded):
             return (
                 "the padding: each row scored alone, without padding, has the log-probabilities it was drawn with. "
-                "Padding must never be attended, and positions count from the first real token: mend what scoring "
-                "makes of pad_lengths"
+                "Padding must never be attended, and positions count from the first real token: fix the use of "
+                "pad_lengths in scoring"
             )
         attended = replace(replay, pad_lengths=torch.zeros_like(replay.pad_lengths))
         if self._agree(self._plain(policy, attended, temperature), self._wanted):
             return (
                 f"the padding: {self._sides('all positions', 'the real ones', 'attended to')}. Padding must never be "
-                "attended, and positions count from the first real token: mend that side, or use rollout.workers=inline"
+                "attended, and positions count from the first real token: fix that side, or use rollout.workers=inline"
             )
         return None
 
@@ -244,7 +244,7 @@ class _Diagnosis:
             return None
         return (
             f"the temperature: {self._sides(f'{found:.4g}', f'{self._temperature:g}')}. Leave estimator.temperature "
-            "unset, so that both read rollout.temperature; if it is, mend what divides the logits"
+            "unset, so that both read rollout.temperature; if it is, fix the division of the logits"
         )
 
     def _shift(self) -> str | None:
@@ -253,8 +253,8 @@ class _Diagnosis:
             other = self._policy.replaced(family=replace(family, shift=shift))
             if self._agree(self._plain(other, self._replay, self._temperature), self._wanted):
                 return (
-                    f"the logit shift: {self._sides(str(shift), str(family.shift))}. Set model.shift to what the "
-                    "checkpoint was trained with, for both sides"
+                    f"the logit shift: {self._sides(str(shift), str(family.shift))}. Set model.shift to the "
+                    "shift that the checkpoint was trained with, for both sides"
                 )
         return None
 

@@ -1,10 +1,10 @@
-"""A few numbers of each row of logits, from few passes over them: by torch, or by one Triton kernel on a GPU.
+"""Statistics of each row of logits, from few passes over them: by torch, or by one Triton kernel on a GPU.
 
 With z the tempered logits without forbidden tokens and p = softmax z,
 
-    H = -Σ p log p = -log p₁ - Σ p (z - z₁)        p₁, p₂: of the likeliest tokens, z₁ the greatest logit
+    H = -Σ p log p = -log p₁ - Σ p (z - z₁)        p₁, p₂: the two greatest probabilities; z₁: the greatest logit
 
-so that log-probabilities of the vocabulary are never written down.
+so that log-probabilities of the vocabulary are never stored.
 
 Shapes: N rows, V vocabulary, D hidden size.
 """
@@ -23,13 +23,13 @@ from coupled.rl.rollout.row_statistics_torch import Choice, RowStatistics, draw_
 from coupled.rl.shapes import Float, Int
 
 AGREES = 1e-4
-"""What sums in another order may come to, in nats."""
+"""Accepted difference between sums in different orders, in nats."""
 
 
 def measure_states(
     head: OutputHead, hidden: Float[Tensor, "N D"], temperature: float, *, has_margin: bool, has_token: bool
 ) -> tuple[RowStatistics, Float[Tensor, "N V"] | None]:
-    """The statistics of hidden states, and the logits that `measure` leaves; none where the kernel left none."""
+    """The statistics of hidden states, and the logits as `measure` leaves them; None if the kernel made them."""
     if is_fused(hidden):
         from coupled.rl.rollout.row_statistics_triton import fused_statistics
 
@@ -60,7 +60,7 @@ def is_fused(hidden: Tensor) -> bool:
 
 @cache
 def _has_kernel(device: torch.device) -> bool:
-    """Whether there is a kernel, and it says of a few rows what torch says. Warns, once, when it does not."""
+    """Whether there is a kernel that agrees with torch on a few rows. Warns once if it does not."""
     if importlib.util.find_spec("triton") is None:
         return False
     try:
@@ -68,7 +68,7 @@ def _has_kernel(device: torch.device) -> bool:
 
         difference = largest_difference(device)
         why = f"it differs from torch by {difference:.2g}" if difference > AGREES else ""
-    except Exception as error:  # whatever a compiler or a driver makes of it
+    except Exception as error:  # compilers and drivers raise many types
         why = f"{type(error).__name__}: {error}"
     if why:
         warnings.warn(f"the Triton kernel for row statistics is not used on {device}: {why}", stacklevel=2)

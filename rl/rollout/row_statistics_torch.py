@@ -19,14 +19,14 @@ from coupled.rl.shapes import Float, Int
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RowStatistics:
-    """What N rows say, in nats."""
+    """Statistics of N rows of logits; entropies in nats."""
 
     entropy: Float[Tensor, " N"]
     best_probability: Float[Tensor, " N"]
     margin: Float[Tensor, " N"] | None = None
-    """p₁ - p₂, where asked for."""
+    """p₁ - p₂, if requested."""
     best_token: Int[Tensor, " N"] | None = None
-    """The likeliest token, where asked for; of equally likely ones the first."""
+    """The likeliest token, if requested; the first of equally likely ones."""
 
     @staticmethod
     def joined(parts: list[RowStatistics]) -> RowStatistics:
@@ -49,14 +49,14 @@ class Choice:
 
 
 def _joined(parts: Sequence[Any]) -> dict[str, Any]:
-    """The columns of records, each one after the other."""
+    """The columns of records, concatenated."""
     columns = {f.name: [getattr(part, f.name) for part in parts] for f in fields(parts[0])}
     return {name: None if column[0] is None else torch.cat(column) for name, column in columns.items()}
 
 
 def tempered(head: OutputHead, hidden: Float[Tensor, "N D"], temperature: float) -> Float[Tensor, "N V"]:
     """Logits at a temperature (0: as they are), at least fp32; tokens that may not be drawn have `FORBIDDEN`."""
-    # They are nobody else's, so that they may be changed in place.
+    # The logits are new, so they may be changed in place.
     logits = project(head, hidden)
     if temperature not in (0, 1):
         logits.div_(temperature)
@@ -65,7 +65,7 @@ def tempered(head: OutputHead, hidden: Float[Tensor, "N D"], temperature: float)
 
 
 def measure(logits: Float[Tensor, "N V"], *, has_margin: bool, has_token: bool) -> RowStatistics:
-    """The statistics of tempered logits, which are left less the greatest of their row."""
+    """The statistics of tempered logits. In place, the greatest logit of each row is subtracted from the row."""
     top = logits.amax(-1)
     second = logits.topk(2, dim=-1).values[:, 1] if has_margin else top
     token = logits.argmax(-1) if has_token else None
@@ -86,8 +86,8 @@ def draw_logits(
     draws: Float[Tensor, " N"],
     given: Int[Tensor, " N"] | None = None,
 ) -> Choice:
-    """A token for each row of tempered logits, which may be filtered and off by a constant of the row; at temperature 0
-    the likeliest. Those given that are not -1 are taken instead."""
+    """A token for each row of tempered logits, which may be filtered and shifted by a constant per row; at temperature
+    0 the likeliest token. Given tokens other than -1 are used instead."""
     logp = torch.log_softmax(logits, dim=-1)
     if given is None or bool((given < 0).any()):
         drawn = logp.argmax(-1) if temperature == 0 else draw_tokens(logp, draws)

@@ -37,7 +37,7 @@ NOWHERE = tl.constexpr(2**31 - 1)
 
 
 def fused_statistics(head: OutputHead, logits: Float[Tensor, "N V"], temperature: float) -> RowStatistics:
-    """The statistics of raw logits, which are left as they are."""
+    """The statistics of raw logits, which are not changed."""
     size, device = len(logits), logits.device
     entropy, best, margin = torch.empty((3, size), dtype=torch.float32, device=device)
     token = torch.empty(size, dtype=torch.int64, device=device)
@@ -55,7 +55,7 @@ def fused_choice(
     draws: Float[Tensor, " N"],
     given: Int[Tensor, " N"] | None = None,
 ) -> Choice:
-    """A token for each row of raw logits; at temperature 0 the likeliest. Those given that are not -1 are taken."""
+    """A token for each row of raw logits; at temperature 0 the likeliest. Given tokens other than -1 are used."""
     size, device = len(logits), logits.device
     if given is None:
         given = torch.full((size,), -1, dtype=torch.int64, device=device)
@@ -77,7 +77,7 @@ def fused_choice(
 
 
 def largest_difference(device: torch.device) -> float:
-    """How far the kernels are from torch on a few random rows of three blocks and a bit; infinite for other tokens."""
+    """Largest difference between the kernels and torch on a few random rows; infinite if a token differs."""
     num_tokens, num_rows = 3 * BLOCK + 5, 6
     spread = 10 * torch.arange(1, num_rows + 1)[:, None]
     logits = (torch.from_numpy(uniform((num_rows, num_tokens), 0, "row statistics")).float() * spread).to(device)

@@ -11,7 +11,7 @@ from coupled.rl.recipe.rollout import Sampler
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """One completion to make. `uid` names its random stream."""
+    """A requested completion. `uid` names its random stream."""
 
     uid: str
     prompt_ids: tuple[int, ...]
@@ -26,16 +26,16 @@ class Step:
     block: slice
     """Canvas positions that may be committed."""
     count: int
-    """Positions that are committed in every row."""
+    """Number of positions that are committed in every row."""
     is_refresh: bool
-    """With a cache: everything is computed anew."""
+    """With a cache: the step computes all keys and values anew."""
 
 
 def unmask_counts(canvas: int, num_steps: int) -> list[int]:
-    """How many positions each step commits: the schedule of Dream's reference sampler.
+    """Number of positions that each step commits: the schedule of Dream's reference sampler.
 
-    With `t = linspace(1, 1e-3, steps + 1)`, step i commits `⌊m · (1 - t_{i+1} / t_i)⌋` of the m that are masked, and
-    the last step all the rest. 256 in 256 steps gives [0, 1, …, 1, 2]; 256 in 128 gives [1, 2, …, 2, 3].
+    With `t = linspace(1, 1e-3, steps + 1)`, step i commits `⌊m · (1 - t_{i+1} / t_i)⌋` of the m masked positions, and
+    the last step commits the rest. 256 in 256 steps gives [0, 1, …, 1, 2]; 256 in 128 gives [1, 2, …, 2, 3].
     """
     times = torch.linspace(1, 1e-3, num_steps + 1)
     left, counts = canvas, []
@@ -48,7 +48,7 @@ def unmask_counts(canvas: int, num_steps: int) -> list[int]:
 
 
 def steps_per_block(sampler: Sampler, block_length: int) -> int:
-    """`denoising_steps` are those of the whole canvas, shared out: 256 positions in 128 steps, blocks of 4 → 2."""
+    """A block's share of the canvas's `denoising_steps`. Example: 256 positions in 128 steps, blocks of 4 → 2."""
     return max(1, min(block_length, -(-sampler.denoising_steps * block_length // sampler.canvas)))
 
 
@@ -56,7 +56,7 @@ def plan_steps(sampler: Sampler) -> list[Step]:
     """The steps that commit anything, in order.
 
     The whole canvas at once follows Dream's schedule, and blocks follow LLaDA's: the positions of a block are shared
-    evenly over its steps, the first ones getting one more. What commits nothing is left out, but keeps its number.
+    evenly over its steps, with one more in the first steps. Steps that commit nothing are left out; numbers have gaps.
     """
     canvas, size = sampler.canvas, sampler.block_length or sampler.canvas
     plan: list[Step] = []

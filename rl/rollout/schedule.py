@@ -1,4 +1,4 @@
-"""The prompts of every training step and the completions that are asked for."""
+"""The prompts and the requested completions of every training step."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class PromptSchedule:
         self._group_size = group_size
         self._seed = seed
         self._tasks: dict[str, Task] = {}
-        """uid → task of the completions that are asked for."""
+        """uid → task of the requested completions."""
 
     def prompts_of(self, step: int) -> list[Prompt]:
         """The prompts of step `step` (from 1)."""
@@ -50,7 +50,7 @@ class PromptSchedule:
         return requests
 
     def tasks_of(self, uids: Sequence[str]) -> list[Task]:
-        """The tasks of completions that were asked for."""
+        """The tasks of requested completions."""
         return [self._tasks[uid] for uid in uids]
 
     def forget(self, uids: Collection[str]) -> None:

@@ -1,8 +1,9 @@
 """The rollout engine on workers outside of the run's process: batches of requests as units of processes or Ray actors.
 
-Batches and random numbers do not depend on the worker, so that rollouts equal those of one process bit for bit. Weights
-belong to the driver, which puts them into the object store as NumPy arrays that Ray reads without copying, or into a
-file. A worker returns the digest of the weights it loaded, and gets no work unless they are the weights that were sent.
+Batches and random numbers do not depend on the worker, so that rollouts are bit-identical to rollouts in one process.
+Weights belong to the driver, which puts them into the object store as NumPy arrays that Ray reads without copying, or
+into a file. A worker returns the digest of the weights it loaded, and gets no work unless these are the weights that
+were sent.
 """
 
 from __future__ import annotations
@@ -136,17 +137,17 @@ class ObjectCarrier:
         return self._ray.put({name: SentTensor.of(tensor) for name, tensor in state.items()})
 
     def drop(self, version: int) -> None:
-        """The store drops an object when no handle names it."""
+        """Does nothing: the store drops an object when no handle refers to it."""
 
 
 class ClusterEngine:
     """Rolls out batches on a pool of workers, up to `lag` training steps ahead of the trainer.
 
     Args:
-        batch_size: requests that a worker gets at a time; None gives it all of them.
+        batch_size: requests per call of a worker; None: all of them.
         lag: training steps that rollouts may run ahead.
         on_close: called once the workers have ended.
-        room: describes the resources that are there and needed, for the error of too few workers.
+        room: describes required and available resources, for the error of too few workers.
     """
 
     def __init__(
@@ -199,7 +200,7 @@ class ClusterEngine:
         """One rollout per request under the newest weights, in the order of the requests.
 
         Raises:
-            RolloutError: a batch ended every worker that it was given to.
+            RolloutError: a batch ended every worker that received it.
             ClusterError: too few workers are left, or nothing moves.
         """
         self._num_calls += 1
@@ -211,10 +212,10 @@ class ClusterEngine:
         return [made[r.uid] for r in requests]
 
     def load_weights(self, policy: HasWeights, version: int) -> None:
-        """Roll out with the policy's present weights from now on; earlier versions stay where they are needed."""
+        """Roll out with the policy's present weights from now on; earlier versions are kept while they are needed."""
         self._version = version
         state = policy.trainable_state()
-        if self._keeps_states:  # `old` may be scored under them later: a copy, for the policy's tensors go on changing
+        if self._keeps_states:  # copied, because `old` may be scored under them later and the policy's tensors change
             self._states[version] = {name: tensor.clone() for name, tensor in state.items()}
         self._publish(version, self._carrier.send(state, version), digest_of(state))
 
@@ -258,17 +259,17 @@ class ClusterEngine:
         num_steps: int,
         on_rolled: Callable[[list[Rollout]], None] = lambda made: None,
     ) -> None:
-        """Begin the steps after `num_trained`, those of a restored snapshot with their weights. See `StepEngine`."""
+        """Begin the steps after `num_trained`; steps of a restored snapshot keep their weights. See `StepEngine`."""
         self._on_rolled = on_rolled
         self._make = lambda step: self._batches(requests_of(step), sampler(), seed)
         self._last = num_steps
         self._runtime.ask(lambda c: c.begin(num_trained, self._under_way, self._units_of, num_steps))
 
     def rollouts(self, step: int) -> dict[str, Rollout]:
-        """The rollouts of a training step by uid; those of quarantined batches are not among them.
+        """The rollouts of a training step by uid, without quarantined batches.
 
         Raises:
-            RolloutError: not one is left.
+            RolloutError: all batches of the step are quarantined.
         """
         self._runtime.ask(lambda c: c.issue(self._units_of, self._last))
         entries = self._runtime.collect(self._runtime.ask(lambda c: c.ledger.keys_of(step)))
@@ -305,7 +306,7 @@ class ClusterEngine:
         self._runtime.ask(lambda c: c.admission.fall_back())
 
     def oldest(self) -> str:
-        """The batch that is waited for, and its worker."""
+        """The oldest unfinished batch and its worker."""
         return self._runtime.ask(lambda c: c.oldest())
 
     def take_counters(self) -> Counters:
@@ -353,7 +354,7 @@ def _made(entries: Sequence[Entry], *, is_all_needed: bool = True) -> dict[str, 
     if lost and (is_all_needed or len(lost) == len(entries)):
         requests = [request for entry in lost for request in entry.unit.work.requests]
         raise RolloutError(
-            f"{len(requests)} completions (first {requests[0].uid}) could not be made: {lost[0].reason}. Look at the "
-            "memory the workers have; lower rollout.batch_size"
+            f"{len(requests)} completions (first {requests[0].uid}) could not be made: {lost[0].reason}. Check the "
+            "memory of the workers' hosts; lower rollout.batch_size"
         )
     return {rollout.uid: rollout for entry in entries if entry not in lost for rollout in entry.payload}

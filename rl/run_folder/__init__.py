@@ -1,4 +1,4 @@
-"""The run folder: the files of a run, and what a crash leaves of them.
+"""The run folder: the files of a run, written so that a crash leaves them consistent.
 
 folder       creation, resumption, commits of checkpoints, logs
 saver        commits checkpoints that are due; failed ones are retried

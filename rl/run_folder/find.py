@@ -11,10 +11,10 @@ from coupled.rl.run_folder.folder import committed_checkpoints, read_run_values
 
 
 def find_checkpoint(path: Path) -> Path:
-    """A checkpoint folder as it is; of a run folder, its newest checkpoint.
+    """The path itself if it is a checkpoint folder, or the newest checkpoint of a run folder.
 
     Raises:
-        CheckpointError: neither.
+        CheckpointError: the path is neither.
     """
     if (path / "config.json").is_file() or (path / "adapter_config.json").is_file():
         return path
@@ -25,14 +25,14 @@ def find_checkpoint(path: Path) -> Path:
 
 
 def recipe_for(checkpoint: Path, recipe: str | None, overrides: tuple[str, ...]) -> Recipe:
-    """The recipe to use a checkpoint with: the one named, or that of the run it lies in.
+    """The recipe to use a checkpoint with: the named one, or the recipe of the run that contains the checkpoint.
 
     Raises:
-        RecipeError: neither is there.
+        RecipeError: no recipe is named, and the checkpoint is not in a run folder.
     """
     if recipe is not None:
         return load_sampling_recipe(recipe, overrides)
     run = checkpoint.resolve().parent.parent
     if not (run / "recipe.yaml").is_file():
-        raise RecipeError(f"{checkpoint} does not lie in a run folder; say how to sample from it with --recipe FILE")
+        raise RecipeError(f"{checkpoint} is not in a run folder; name the recipe to sample with: --recipe FILE")
     return sampling_recipe(read_run_values(run), overrides, str(run / "recipe.yaml"), is_saved=True)

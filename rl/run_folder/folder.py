@@ -63,20 +63,20 @@ class RunFolder:
         return None
 
     def commit(self, step: int, write: Callable[[Path], None], facts: Mapping[str, Any] | None = None) -> Path:
-        """Write checkpoint `step` (steps finished) so that it exists whole or not at all, then drop the oldest.
+        """Write checkpoint `step` (steps finished), which exists whole or not at all; then drop the oldest.
 
         `facts` go into its manifest.
 
         Raises:
-            SaveError: the disk is full or not writable; earlier checkpoints are whole.
-            FencedError: another process has the run by now.
+            SaveError: the disk is full or not writable; earlier checkpoints are intact.
+            FencedError: another process has taken over the run.
         """
         final = self.checkpoints / f"step_{step:06d}"
         partial = self.checkpoints / f".partial-{final.name}.g{self._generation}"
         self._refuse_if_fenced()
         try:
             self.checkpoints.mkdir(exist_ok=True)
-            for left in self.checkpoints.glob(".partial-*"):  # of a crash, or of a step that could not be written
+            for left in self.checkpoints.glob(".partial-*"):  # left by a crash, or by a failed save
                 shutil.rmtree(left, ignore_errors=True)
             partial.mkdir()
             write(partial)
@@ -104,10 +104,10 @@ class RunFolder:
     def log(self, row: Mapping[str, Any], *, file: str = "metrics.jsonl") -> None:
         """Append one row, whole, and mirror its numbers to TensorBoard.
 
-        Rows that a full disk does not take are kept, and written with the next row.
+        Rows that cannot be written, because the disk is full, are kept and written with the next row.
 
         Raises:
-            FencedError: another process has the run by now, and logs this step itself.
+            FencedError: another process has taken over the run, and logs this step itself.
         """
         self._refuse_if_fenced()
         self._unwritten.setdefault(file, []).append(json.dumps(row) + "\n")
@@ -143,7 +143,7 @@ class RunFolder:
         return read_rows(path) if path.is_file() else []
 
     def forget_after(self, step: int) -> None:
-        """Drop what was logged for steps beyond the checkpoint a run resumes from: they will be done again."""
+        """Drop the log rows of steps after the checkpoint that a run resumes from, because these steps are repeated."""
         for file in ("metrics.jsonl", "evaluation.jsonl"):
             if (self.path / file).is_file():
                 kept = [row for row in self.rows(file) if row["step"] <= step]
@@ -161,13 +161,13 @@ class RunFolder:
         if self._generation and newest > self._generation:
             raise FencedError(
                 f"process {newest} has taken over {self.path} since this one, process {self._generation}, opened it; "
-                "this one stops and writes nothing more. Only one process may train a run: start another with "
-                "resume=never"
+                "this process stops and writes nothing more. Only one process may train a run: start another run "
+                "with resume=never"
             )
 
 
 def run_folders(recipe: RunRecipe) -> list[Path]:
-    """The numbered folders of a recipe's name, `output_dir/name-001` first. Not those of `name-other`."""
+    """The numbered folders of a recipe's name, `output_dir/name-001` first, without folders of `name-other`."""
     start = len(recipe.name) + 1
     found = Path(recipe.output_dir).glob(f"{recipe.name}-*")
     return sorted((p for p in found if re.fullmatch(r"\d+", p.name[start:])), key=lambda p: int(p.name[start:]))
@@ -177,7 +177,7 @@ def open_run_folder(recipe: RunRecipe, resume: str = "never") -> RunFolder:
     """A new numbered folder `output_dir/name-001`, or with `resume` an existing one.
 
     Args:
-        resume: `never`; `auto` takes the newest folder of this recipe's name, or a new one when there is none;
+        resume: `never`; `auto` takes the newest folder of this recipe's name, or a new one if there is none;
             anything else is the path of a run folder.
 
     Raises:
@@ -185,7 +185,7 @@ def open_run_folder(recipe: RunRecipe, resume: str = "never") -> RunFolder:
     """
     parent, earlier = Path(recipe.output_dir), run_folders(recipe)
     if resume == "auto":
-        # A folder without its recipe was made in the moment of a crash and holds nothing.
+        # A folder without its recipe comes from a crash at the start, and holds nothing.
         whole = [p for p in earlier if (p / "recipe.yaml").is_file()]
         chosen = whole[-1] if whole else None
     elif resume == "never":
@@ -204,7 +204,7 @@ def open_run_folder(recipe: RunRecipe, resume: str = "never") -> RunFolder:
         try:
             path.mkdir(parents=True)
             break
-        except FileExistsError:  # another run took the number in the same moment
+        except FileExistsError:  # another run took the number at the same time
             number += 1
     atomic_write(path / "recipe.yaml", dump_recipe(recipe))
     _record_environment(path)
@@ -239,7 +239,7 @@ def read_run_values(run: Path) -> Any:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """Rows of a JSONL file; a last line without its newline was cut off by a crash and is left out."""
+    """Rows of a JSONL file; a last line without a newline was cut off by a crash and is left out."""
     lines = path.read_text().splitlines(keepends=True)
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
@@ -277,7 +277,7 @@ def _claim(run: Path) -> int:
     while True:
         generation = _newest_generation(run) + 1
         try:
-            # O_EXCL: of two processes that come at the same moment, one gets the number.
+            # O_EXCL: only one of two simultaneous processes gets the number.
             os.close(os.open(run / FENCE / f"generation_{generation:06d}", os.O_CREAT | os.O_EXCL | os.O_WRONLY))
             return generation
         except FileExistsError:
@@ -285,7 +285,7 @@ def _claim(run: Path) -> int:
 
 
 def _newest_generation(run: Path) -> int:
-    """The newest process that opened the run, from 1; 0 for none."""
+    """Generation of the newest process that opened the run, from 1; 0 for none."""
     found = (CLAIMED.fullmatch(path.name) for path in (run / FENCE).glob("*"))
     return max((int(match[1]) for match in found if match), default=0)
 

@@ -1,4 +1,4 @@
-"""Provenance of a run: commit, command, machine and versions, so that its numbers can be placed."""
+"""Provenance of a run: commit, command, machine and versions, so that its numbers can be reproduced."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ PACKAGES = (
     "ray",
     "tensorboard",
 )
-"""Libraries whose versions matter."""
+"""Libraries whose versions are recorded."""
 
 
 def describe_provenance() -> dict[str, Any]:
-    """Plain values, for environment.jsonl. `commit` is None where the package is not in a git checkout, or git is not
-    there; `has_uncommitted`: its files differ from that commit."""
+    """Plain values, for environment.jsonl. `commit` is None if the package is not in a git checkout or git is not
+    installed; `has_uncommitted`: the files differ from that commit."""
     commit, has_uncommitted = _commit(Path(__file__).resolve().parents[2])
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -1,4 +1,4 @@
-"""Every completion with its verdict, one Parquet file per step, for looking at and for learning from."""
+"""Every completion with its verdict, one Parquet file per step, for reading and for further training."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from coupled.rl.data.parquet import write_parquet
 from coupled.rl.types import Group, Rollout
 
 NUM_TESTS = 100
-"""So many tests of a task are written with their text; the verdict on each test is always written."""
+"""Limit on the tests of a task that are written with their text; the verdict on each test is always written."""
 TEST_LENGTH = 400
 """Characters of a test's text that are written: the inputs of some benchmarks are megabytes."""
 
 
 def write_rollouts(run: Path, step: int, made: Sequence[Group] | Sequence[Rollout]) -> Path:
-    """Write `rollouts/step_NNNNNN.parquet`, whole or not at all.
+    """Write `rollouts/step_NNNNNN.parquet`, which appears complete or not at all.
 
-    Rollouts that no judge has seen go to `step_NNNNNN.unscored.parquet`.
+    Rollouts without verdicts go to `step_NNNNNN.unscored.parquet`.
     """
     groups = [item for item in made if isinstance(item, Group)]
     rows = [_row(r) | _verdict_row(g, i) for g in groups for i, r in enumerate(g.rollouts)]

@@ -1,4 +1,4 @@
-"""Checkpoints of a run, of either stage: when one is due, and which failures to write one end the run."""
+"""Saving of checkpoints in either stage: when one is due, and which failed saves end the run."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from coupled.rl.errors import SaveError
 from coupled.rl.run_folder.folder import RunFolder
 
 MAX_FAILED_SAVES = 5
-"""Checkpoints in a row that cannot be written before the run ends: what it computes would be lost."""
+"""Failed saves in a row that end the run, because its results would be lost."""
 
 
 class CheckpointSaver:
-    """Commits checkpoints. A failed one is reported and retried after the next step, for training can go on.
+    """Commits checkpoints. A failed save is reported and retried after the next step; training continues.
 
     Args:
         every: steps between checkpoints; the last step always has one.
@@ -37,12 +37,12 @@ class CheckpointSaver:
         self._emit = emit
         self._report = report
         self.num_failed = 0
-        """Checkpoints in a row that could not be written."""
+        """Failed saves in a row."""
 
     def restore(self, read: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
-        """The state that `read` gives of the newest whole checkpoint; `{"step": 0}` of a new run.
+        """The state that `read` returns for the newest intact checkpoint; `{"step": 0}` for a new run.
 
-        Logged rows of later steps are dropped, for these steps are done again.
+        Log rows of later steps are dropped, because these steps are repeated.
         """
         latest = self._folder.latest()
         state = {"step": 0} if latest is None else read(latest)
@@ -50,15 +50,15 @@ class CheckpointSaver:
         return state
 
     def save_if_due(self, step: int, write: Callable[[Path], None], facts: Mapping[str, Any] | None = None) -> None:
-        """Commit the checkpoint of step `step` (steps finished) if it is due, or if the latest one failed.
+        """Commit the checkpoint of step `step` (steps finished) if it is due, or if the previous save failed.
 
         Args:
             write: writes the checkpoint's files into an empty folder; not called when none is due.
-            facts: go into the manifest.
+            facts: further entries of the manifest.
 
         Raises:
-            SaveError: `MAX_FAILED_SAVES` in a row could not be written, or the last one.
-            FencedError: another process has the run by now.
+            SaveError: `MAX_FAILED_SAVES` saves in a row have failed, or the save of the final step.
+            FencedError: another process has taken over the run.
         """
         is_last = step == self._num_steps
         if not (is_last or step % self._every == 0 or self.num_failed):

@@ -23,7 +23,7 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """The first rank is the run's own process: it alone logs, and writes what is not sharded."""
+        """The first rank is the run's own process: it alone logs and writes unsharded files."""
         return self.index == 0
 
     def share(self, items: Sequence[Item]) -> list[Item]:

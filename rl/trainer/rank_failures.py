@@ -29,9 +29,9 @@ from coupled.rl.trainer.rank_protocol import RankHandle, RankReport, done_key, e
 
 POLL_SECONDS = 0.05
 GRACE_SECONDS = 10.0
-"""Limit on the time that ranks take to leave on request, and that a failed rank takes to be seen as ended."""
+"""Limit on the time until ranks leave on request, and until a failed rank is seen to have ended."""
 SETTLE_SECONDS = 1.0
-"""Time to look, among ranks that ended, for one that did not end because of another."""
+"""Time to search, among ranks that ended, for one that did not end because of another rank."""
 
 CONNECTION_ERRORS = (
     dist.DistNetworkError,
@@ -57,7 +57,7 @@ def is_of_connections(error: BaseException) -> bool:
 
 
 def was_raised_in_distributed(error: BaseException) -> bool:
-    """True if torch.distributed is among the innermost frames of the traceback, those of torch itself."""
+    """True if torch.distributed is among the innermost frames of the traceback, before any frame outside of torch."""
     for frame, _ in reversed(list(traceback.walk_tb(error.__traceback__))):
         file = frame.f_code.co_filename
         if not file.startswith(TORCH):
@@ -112,7 +112,7 @@ class RankFailures:
             if is_lost:
                 raise RankLostError(
                     f"the trainer's ranks lost each other in {method!r}, and all of them still run: {error}. If the "
-                    "network is whole, continue with resume=auto"
+                    "network works, continue with resume=auto"
                 ) from error
             raise
 

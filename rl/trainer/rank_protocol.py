@@ -104,7 +104,8 @@ def ready(learner: Learner, ranks: Ranks) -> Learner:
     if len(set(found)) > 1:
         odd = [rank for rank, mine in enumerate(found) if mine != found[0]]
         raise RankError(
-            f"all ranks of the trainer must begin with the same adapters; those of rank {', '.join(map(str, odd))} "
-            "differ from the first's. Install the same torch and peft everywhere, and give all the same checkpoint"
+            f"all ranks of the trainer must begin with the same adapters; adapters of rank "
+            f"{', '.join(map(str, odd))} differ from the first rank's. Install the same torch and peft everywhere, "
+            "and give all ranks the same checkpoint"
         )
     return learner

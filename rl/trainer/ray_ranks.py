@@ -119,7 +119,7 @@ def open_ray_rank_group(recipe: AnyRecipe, policy: Policy, folder: Path) -> Rank
 
     Raises:
         RecipeError: a Ray of this host alone lacks capacity for the ranks.
-        ClusterError: the cluster has not enough capacity in time.
+        ClusterError: the cluster lacks capacity within the time limit.
         RankError: a rank did not come up.
     """
     device = pick_device(recipe.model.device)
@@ -183,7 +183,7 @@ def use_reserved_gpu(policy: Policy, transport: Transport, place: Bundle) -> Non
     try:
         while not transport.wait([call], max(0.0, deadline - time.monotonic())):
             if time.monotonic() > deadline:
-                raise ClusterError(f"no actor has started on this host in {GPU_SECONDS:.0f} s; look at `ray status`")
+                raise ClusterError(f"no actor has started on this host in {GPU_SECONDS:.0f} s; check `ray status`")
         (gpu,) = transport.result(call)
     finally:
         transport.kill(reporter)

@@ -383,7 +383,7 @@ def _private_root(here: Confinement, base: str, packages: list[str]) -> None:
         _show(path, f"{base}{PACKAGES}/{os.path.basename(path)}")
     for path in ("/tmp", "/proc", "/dev/shm"):
         os.makedirs(base + path, mode=0o755, exist_ok=True)
-    # A program that has a /dev/shm, which are those of `compat`, finds the names of its loopback there.
+    # Programs of profile `compat` have a /dev/shm, and find the names of their loopback there.
     os.makedirs(f"{base}/etc", mode=0o755, exist_ok=True)
     os.symlink(_HOSTS, f"{base}/etc/hosts")
     try:

@@ -38,13 +38,13 @@ class InlineTransport:
         return call.value
 
     def kill(self, worker: Any) -> None:
-        """Nothing to end."""
+        """Does nothing."""
 
     def now(self) -> float:
         return time.monotonic()
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing."""
 
 
 def cluster_engine(policy: Policy, folder: Path, *, lag: int = 0, batch_size: int = 4) -> ClusterEngine:

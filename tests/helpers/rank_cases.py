@@ -49,15 +49,15 @@ SAMPLER = Sampler(canvas=6, denoising_steps=6, temperature=1.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What is trained, and from where."""
+    """A training case: recipe, start and outputs."""
 
     recipe: dict[str, Any]
     num_ranks: tuple[int, ...] = (2, 4)
     lengths: tuple[tuple[int, ...], tuple[int, ...]] = NINE
     resumes: Path | None = None
-    """A checkpoint after step 2, to go on from."""
+    """A checkpoint after step 2 to resume from."""
     writes: Path | None = None
-    """Where to write a checkpoint after step 2."""
+    """Folder for a checkpoint after step 2."""
     num_requests: int = 5
     """Rollouts before and after; with 1 only the first rank makes passes without gradients."""
 
@@ -69,7 +69,7 @@ def batch_and_draws(case: Case, recipe: Recipe, step: int) -> tuple[TrainBatch, 
 
 
 def run_case(case: Case, ranks: Ranks = ALONE) -> dict[str, Any]:
-    """Three steps; losses, norms, weights, and what else there is to compare."""
+    """Three steps; losses, norms, weights and other results to compare."""
     recipe = recipe_class(case.recipe["stage"]).model_validate(case.recipe)
     return _rl_case(case, recipe, ranks) if recipe.stage == "rl" else _fit_case(case, recipe, ranks)
 
@@ -168,7 +168,7 @@ def assert_same(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 def assert_goes_on(found: dict[str, Any], whole: dict[str, Any]) -> None:
-    """The third step after a resumption is that of the run that was never interrupted."""
+    """The third step after a resumption equals the third step of the uninterrupted run."""
     num_done = len(whole["losses"]) * 2 // NUM_STEPS
     assert len(found["losses"]) == len(whole["losses"]) - num_done
     joined = {part: whole[part][:num_done] + found[part] for part in ("losses", "norms")}
@@ -176,7 +176,7 @@ def assert_goes_on(found: dict[str, Any], whole: dict[str, Any]) -> None:
 
 
 def run_together(cases: dict[str, Case], folder: Path) -> dict[str, dict[str, Any]]:
-    """What several ranks give, by `name-ranks`: four processes go through all cases, so that they start once."""
+    """Results of several ranks, by `name-ranks`: four processes go through all cases, so that they start once."""
     torch.save(cases, folder / "cases.pt")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -62,7 +62,7 @@ def make_rollout(step: int, place: int, text: str, commit_step: Sequence[int] = 
 
 
 def make_verdict(num_passed: int | None) -> Verdict:
-    """Of the two tests; None: the sandbox failed."""
+    """A verdict on two tests; `passed` None: the sandbox failed."""
     if num_passed is None:
         return Verdict(score=None, parts={}, status=Status.INFRA, outcome="sandbox_error")
     return Verdict(

@@ -1,4 +1,4 @@
-"""A run on simulated workers, and everything that must be true of it whatever happens to them."""
+"""A run on simulated workers, and the invariants that must hold under all faults."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAX_CLOCK = 1e6
 
 @dataclass
 class Roller:
-    """Rolls out under the weights it was given; says which those were."""
+    """Rolls out under the loaded weights, and returns their version."""
 
     version: int = -1
 
@@ -51,13 +51,13 @@ class Scorer:
 
 
 def score_of(sample: str) -> float:
-    """Never 0: a 0 can only be an invention."""
+    """A score that is never 0: a 0 would be invented."""
     return 1.0 + len(sample)
 
 
 @dataclass
 class Learner:
-    """What a step was trained on."""
+    """The weight versions and results of a trained step."""
 
     step: int
     versions: list[int]
@@ -178,8 +178,8 @@ class Run:
                 if isinstance(score, Masked):
                     assert sample in self.faults.poison or f"{STRIKES} workers" in score.reason
                 else:
-                    assert sample not in self.faults.poison, "nobody could have scored it"
-                    assert score == score_of(sample), "a score is what a scorer said, never an invention"
+                    assert sample not in self.faults.poison, "no worker could have scored it"
+                    assert score == score_of(sample), "a score comes from a scorer and is never invented"
 
 
 def units_of(step: int, version: int) -> list[Unit]:
@@ -191,7 +191,7 @@ def units_of(step: int, version: int) -> list[Unit]:
 
 
 def check(run: Run) -> None:
-    """Run it, and check what must be true of every run."""
+    """Run the schedule, and check the invariants of every run."""
     run.go()
     assert [each.step for each in run.trained] == list(range(1, run.num_steps + 1)), "no step is skipped or repeated"
     wanted = [f"prompt-{step}-{slot}" for step in range(1, run.num_steps + 1) for slot in range(NUM_SLOTS)]
@@ -205,7 +205,7 @@ def check(run: Run) -> None:
         {key: count for (key, event, _), count in run.commits.items() if event == name}
         for name in ("rolled", "handed over")
     )
-    assert rolled == handed, "whoever waits for rollouts hears of each once"
+    assert rolled == handed, "each rollout is handed over once"
     check_capacity(run)
 
 
@@ -264,7 +264,7 @@ def random_run(seed: int) -> Run:
 
 
 def check_all(seeds: range) -> Counter[str]:
-    """Check many; returns in how many of them what happened."""
+    """Check many schedules; returns the number of schedules in which each event happened."""
     seen: Counter[str] = Counter()
     for seed in seeds:
         run = random_run(seed)

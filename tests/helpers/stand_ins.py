@@ -1,4 +1,4 @@
-"""A worker that does as it is told, for tests of transports."""
+"""A worker that executes the given commands, for tests of transports."""
 
 from __future__ import annotations
 

@@ -155,7 +155,7 @@ def test_the_next_stage_switches_attention_again(autoregressive: Path, tmp_path:
     model = {"family": None, "mask_token": None}
     second = fit(recipe_for(tmp_path, first, model=model, objective="block_diffusion", block_length=2))
     assert load_policy(second).family.block_length == 2
-    with pytest.raises(RecipeError, match=r"goes with fit\.objective=masked_diffusion; got 'block_diffusion'"):
+    with pytest.raises(RecipeError, match=r"needs fit\.objective=masked_diffusion; got 'block_diffusion'"):
         fit(recipe_for(tmp_path, second, model=model, attention_anneal_steps=1))
     third = load_policy(
         fit(recipe_for(tmp_path, second, model=model, objective="masked_diffusion", attention_anneal_steps=1))

@@ -86,10 +86,10 @@ def test_training_lowers_the_loss_and_an_interrupted_run_ends_with_the_same_weig
         assert rows[-1]["loss"] < rows[0]["loss"]  # type: ignore[operator]
     commit = RunFolder.commit
 
-    def interrupted(self: RunFolder, step: int, write: object) -> Path:
+    def interrupted(self: RunFolder, step: int, write: object, *facts: object) -> Path:
         if step == 3:
             raise KeyboardInterrupt
-        return commit(self, step, write)  # type: ignore[arg-type]
+        return commit(self, step, write, *facts)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patched:
         patched.setattr(RunFolder, "commit", interrupted)
@@ -116,10 +116,10 @@ def test_a_resumed_run_reads_on_where_the_last_checkpoint_stopped(
     whole, seen[:] = list(seen), []
     commit = RunFolder.commit
 
-    def interrupted(self: RunFolder, step: int, write: object) -> Path:
+    def interrupted(self: RunFolder, step: int, write: object, *facts: object) -> Path:
         if step == 3:
             raise KeyboardInterrupt
-        return commit(self, step, write)  # type: ignore[arg-type]
+        return commit(self, step, write, *facts)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patched:
         patched.setattr(RunFolder, "commit", interrupted)

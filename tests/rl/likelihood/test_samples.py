@@ -139,7 +139,7 @@ def test_the_longest_sample_that_fits_is_taken(tiny_policy: MakePolicy) -> None:
 
 
 def test_plain_text_needs_rows_to_be_packed_into(tiny_policy: MakePolicy) -> None:
-    with pytest.raises(DataError, match="plain text is packed into rows; give their length"):
+    with pytest.raises(DataError, match="plain text is packed into rows; set their length"):
         encode(tiny_policy(), [{"text": "abc"}])
 
 

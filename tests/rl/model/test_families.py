@@ -165,7 +165,7 @@ def test_what_the_recipe_says_wins(opened: Open) -> None:
     assert opened("dream", shift=0).family.shift == 0
     assert opened("dream", mask_token="w7").mask_id == 7
     assert opened("dream", end_tokens=("w3", "w9")).end_ids == (3, 9)
-    with pytest.raises(CheckpointError, match="'nope' is none"):
+    with pytest.raises(CheckpointError, match="'nope' is not one"):
         opened("dream", end_tokens=("nope",))
     with pytest.raises(CheckpointError, match=r"'<new>' is not in the checkpoint's vocabulary"):
         opened("dream", mask_token="<new>")
@@ -405,7 +405,7 @@ def test_code_of_a_checkpoint_runs_only_when_trusted_and_says_what_that_costs(
     assert "trust_remote_code" not in capsys.readouterr().err
     policy = load_policy(folder, family="dream", trust_remote_code=True)
     assert mark.exists()
-    assert "What it costs: the code may do anything that you may" in capsys.readouterr().err
+    assert "The code may do anything that you may do" in capsys.readouterr().err
     assert type(policy.model).__name__ == "OddModel"
     ids = tensors_of("dream")["input_ids"]
     logits = raw_logits(expected, ids, at_rest(ids))

@@ -198,7 +198,7 @@ def test_rows_that_are_not_cut_into_micro_batches_are_one_for_each_rank(micro: i
         ({"num_steps": "many"}, "got 'many'"),
         (
             {"estimator": {"mask_ratio": [0.2, 0.9]}},
-            "lo + hi = 1, so that t and 1 - t have the same law; got (0.2, 0.9)",
+            "lo + hi = 1, so that t and 1 - t have the same distribution; got (0.2, 0.9)",
         ),
         ({"estimator": {"mask_ratio": [0.8, 0.2]}}, "got (0.8, 0.2)"),
         ({"estimator": {"mask_ratio": [0.0, 1.0]}}, "inside (0, 1)"),
@@ -452,12 +452,12 @@ def test_a_field_of_rl_in_another_stage_is_refused_with_its_home(stage: str, fie
     value = dump_recipe(validate(MINIMAL, source="x"))
     text = refused(MINIMAL | {"stage": stage, field: yaml.safe_load(value)[field]})
     assert text.splitlines()[1:] == [
-        f"  {field}: a recipe of stage {stage} has no such field, it belongs to rl; leave it out"
+        f"  {field}: a recipe of stage {stage} has no such field; it belongs to rl. Leave it out"
     ]
 
 
 def test_a_field_of_likelihood_training_in_an_rl_recipe_is_refused_with_its_home(write: Write) -> None:
-    line = "fit: a recipe of stage rl has no such field, it belongs to sft and pretrain; leave it out"
+    line = "fit: a recipe of stage rl has no such field; it belongs to sft and pretrain. Leave it out"
     assert line in refused(MINIMAL | {"fit": {"canvas": 64}})
     with pytest.raises(RecipeError, match="fit: a recipe of stage rl has no such field"):
         load_recipe(write(MINIMAL), ("fit.canvas=64",))

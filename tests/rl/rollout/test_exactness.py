@@ -162,7 +162,7 @@ def test_a_fast_run_logs_its_bounds_and_its_distance_from_exact_rollouts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run_module, "NUM_COMPARED", 1)
-    monkeypatch.setattr(checks, "TOLERANCE", 100)
+    monkeypatch.setattr(checks, "TOLERANCE", 100.0)
     rows = rows_of(tmp_path)
     for row in rows:
         assert row["kl_bound"] > 0

@@ -178,7 +178,7 @@ SAID = {
 def test_a_slip_in_the_scoring_code_is_named(tiny_policy: MakePolicy, slip: str) -> None:
     policy = tiny_policy()
     text = complaint(wrong_in_scoring(policy, slip), rolled_out(policy))
-    assert f"What explains it is the {slip}: " in text
+    assert f"The cause is the {slip}: " in text
     assert SAID[slip] in text
 
 
@@ -218,13 +218,13 @@ def test_a_setting_that_only_the_scoring_side_has_is_named(
 ) -> None:
     made = rolled_out(tiny_policy())
     text = complaint(change(tiny_policy()), made, temperature)
-    assert f"What explains it is the {slip}: " in text
+    assert f"The cause is the {slip}: " in text
     assert SAID[slip] in text
 
 
 def test_a_rollout_that_attends_to_its_padding_is_named(tiny_policy: MakePolicy) -> None:
     text = complaint(tiny_policy(), rolled_out(attending_to_padding(tiny_policy())))
-    assert "What explains it is the padding: the rollout attended to all positions, scoring the real ones" in text
+    assert "The cause is the padding: the rollout attended to all positions, scoring the real ones" in text
 
 
 def test_what_none_of_the_four_explains_is_said_so(tiny_policy: MakePolicy) -> None:
@@ -275,7 +275,7 @@ def test_a_run_checks_its_engine_before_it_trains(
 ) -> None:
     toy_run(tiny_policy(), tiny_policy(), tmp_path).check_parity()
     assert "scoring agrees with 4 replayed rollouts within" in capsys.readouterr().out
-    with pytest.raises(RolloutError, match="What explains it is the logit shift: the rollout used 1, scoring 0"):
+    with pytest.raises(RolloutError, match="The cause is the logit shift: the rollout used 1, scoring 0"):
         toy_run(with_shift(tiny_policy()), tiny_policy(), tmp_path).check_parity()
 
 

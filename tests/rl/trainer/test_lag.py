@@ -92,7 +92,7 @@ def test_groups_whose_rollouts_could_not_be_made_are_left_out_and_said(
     assert judged == [tuple(r.uid for r in requests[2:])]
     assert f"no rollouts of {lost.split('-', 2)[2].rpartition('/')[0]}" in " ".join(capsys.readouterr().out.split())
     monkeypatch.setattr(ClusterEngine, "rollouts", lambda self, step: {requests[0].uid: made[requests[0].uid]})
-    with pytest.raises(RolloutError, match="step 1 has no prompt all of whose completions could be made"):
+    with pytest.raises(RolloutError, match="in step 1 no prompt has all of its completions"):
         run.rollouts(1)
 
 

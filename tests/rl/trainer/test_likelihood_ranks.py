@@ -175,8 +175,8 @@ def test_a_run_that_loses_a_rank_names_it_and_is_resumed_by_any_number(
         started.append(ProcessRankHandle(*arguments))
         return started[-1]
 
-    def killed_after_two_steps(self: RunFolder, step: int, write: Any) -> Path:
-        folder = commit(self, step, write)
+    def killed_after_two_steps(self: RunFolder, step: int, write: Any, *facts: Any) -> Path:
+        folder = commit(self, step, write, *facts)
         if step == 2:
             os.kill(started[-1].pid, signal.SIGKILL)
         return folder

@@ -159,7 +159,7 @@ def test_replicas_that_begin_differently_are_refused(tiny_policy: MakePolicy) ->
 
     learner = RLLearner.__new__(RLLearner)
     learner.policy, learner._shards = tiny_policy(), None
-    with pytest.raises(RankError, match="the same adapters; those of rank 1 differ"):
+    with pytest.raises(RankError, match="the same adapters; adapters of rank 1 differ"):
         ready(learner, Heard(size=2))
 
 
