@@ -67,7 +67,7 @@ RANK_TESTS = ("test_rank_", "test_likelihood_ranks", "test_ray_ranks")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep on one test process what shares something costly: a Ray, ranks, or what a module opens once for its tests."""
+    """Keep on one test process what shares something costly: a Ray, ranks, or a fixture of a module."""
     for item in items:
         file = item.path.name
         if item.get_closest_marker("ray") is not None:
