@@ -62,6 +62,8 @@ HEAD_ROWS = 48
 MakePolicy = Callable[..., Policy]
 
 
+UNIT_TESTS = ("data", "estimators", "likelihood", "model", "objective", "recipe", "rollout", "run_folder")
+"""Folders of tests/rl/ whose tests start no process; those of all others do, and are marked so."""
 RANK_TESTS = ("test_rank_", "test_likelihood_ranks", "test_ray_ranks")
 
 
@@ -69,7 +71,9 @@ RANK_TESTS = ("test_rank_", "test_likelihood_ranks", "test_ray_ranks")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep on one test process what shares something costly: a Ray, ranks, or a fixture of a module."""
     for item in items:
-        file = item.path.name
+        file, folder = item.path.name, item.path.parent
+        if not (folder.parent.name == "rl" and folder.name in UNIT_TESTS) and file != "test_architecture.py":
+            item.add_marker(pytest.mark.processes)
         if item.get_closest_marker("ray") is not None:
             item.add_marker(pytest.mark.xdist_group("ray"))
         elif file.startswith(RANK_TESTS):

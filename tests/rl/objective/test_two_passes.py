@@ -19,6 +19,8 @@ from coupled.rl.model.policy import Policy
 from coupled.rl.recipe.objective import Estimator
 from coupled.rl.types import Anchor, TrainBatch
 
+pytestmark = pytest.mark.slow
+
 ROLLOUT = {"canvas": 6, "denoising_steps": 6, "temperature": 1.0}
 
 

@@ -28,6 +28,8 @@ from coupled.rl.rollout.readout import choose_positions
 from coupled.rl.rollout.sampler import Request, steps_per_block
 from coupled.rl.types import Prompt, Rollout
 
+pytestmark = pytest.mark.slow
+
 ENDS, MASK_ID = (0, 1), 2
 GREEDY = Sampler(canvas=10, denoising_steps=10, temperature=0.0, order="maskgit")
 SAMPLED = Sampler(canvas=10, denoising_steps=5, temperature=1.1, top_p=0.9)

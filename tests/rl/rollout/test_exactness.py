@@ -19,6 +19,8 @@ from coupled.rl.run import open_run
 from coupled.rl.train import train
 from coupled.rl.types import Group, Prompt, Rollout
 
+pytestmark = pytest.mark.slow
+
 TASK = Task(uid="t", prompt="p", hidden_tests=("assert True",))
 
 

@@ -31,6 +31,8 @@ from coupled.rl.run import Run
 from coupled.rl.run_folder.folder import RunFolder
 from coupled.rl.types import Prompt, Rollout
 
+pytestmark = pytest.mark.slow
+
 TEMPERATURE = 0.7
 SAMPLER = Sampler(canvas=8, denoising_steps=4, temperature=TEMPERATURE)
 

@@ -19,6 +19,8 @@ from coupled.rl.rollout.parity import sampler_for_parity
 from coupled.rl.rollout.sampler import Request, Step, plan_steps, unmask_counts
 from coupled.rl.types import Rollout
 
+pytestmark = pytest.mark.slow
+
 ENDS, MASK_ID = (0, 1), 2
 SAMPLED = Sampler(canvas=10, denoising_steps=10, temperature=1.1)
 GREEDY = SAMPLED.changed(temperature=0.0)

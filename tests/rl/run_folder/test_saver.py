@@ -19,6 +19,8 @@ from coupled.rl.run_folder.folder import RunFolder, committed_checkpoints, open_
 from coupled.rl.run_folder.saver import MAX_FAILED_SAVES, CheckpointSaver
 from coupled.rl.train import train
 
+pytestmark = pytest.mark.slow
+
 RECIPES = Path(__file__).parents[3] / "recipes"
 DISK_BYTES = 64 * 2**20
 ROOM_BYTES = 2**19
