@@ -79,7 +79,7 @@ def diffusion_loss(
 ) -> Float[Tensor, ""]:
     """Masked-diffusion bound `-Σ_{k masked} log p(y_k | rest) / w_k / num_positions`, in nats per position.
 
-    Source: docs/method.md, likelihood training, with w_k = t. It is an unbiased estimate of the negative ELBO when
-    t ~ U(0, 1) and w_k is the probability that k is masked.
+    Source: docs/method.md, with w_k = t; an unbiased estimate of the negative ELBO when t ~ U(0, 1) and w_k is the
+    probability that k is masked.
     """
     return -((logp * masked) / divisor).sum() / num_positions
