@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import runtime_checkable
+from typing import Any, runtime_checkable
 from unittest.mock import patch
 
 from jaxtyping import install_import_hook
@@ -64,22 +64,39 @@ MakePolicy = Callable[..., Policy]
 
 UNIT_TESTS = ("data", "estimators", "likelihood", "model", "objective", "recipe", "rollout", "run_folder")
 """Folders of tests/rl/ whose tests start no process; those of all others do, and are marked so."""
-RANK_TESTS = ("test_rank_", "test_likelihood_ranks", "test_ray_ranks")
+TOGETHER = {
+    "ranks": ("test_rank_equality.py", "test_likelihood_ranks.py", "test_rank_group.py"),
+    "ray": ("test_runs.py", "test_ray_sandbox.py", "test_nodes.py", "test_ray_ranks.py"),
+}
+"""Files that share a test process, so that their ranks or Rays never run side by side."""
+FIRST = ("test_runs.py", "test_rank_equality.py", "test_end_to_end.py", "test_attack_suite.py")
+"""Files that take longest, in the order in which test processes take them."""
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep on one test process what shares something costly: a Ray, ranks, or a fixture of a module."""
+    """Mark what starts processes, and put what takes longest first."""
     for item in items:
         file, folder = item.path.name, item.path.parent
         if not (folder.parent.name == "rl" and folder.name in UNIT_TESTS) and file != "test_architecture.py":
             item.add_marker(pytest.mark.processes)
-        if item.get_closest_marker("ray") is not None:
-            item.add_marker(pytest.mark.xdist_group("ray"))
-        elif file.startswith(RANK_TESTS):
-            item.add_marker(pytest.mark.xdist_group("ranks"))
-        elif any(f.scope == "module" for fs in item._fixtureinfo.name2fixturedefs.values() for f in fs):  # type: ignore[attr-defined]
-            item.add_marker(pytest.mark.xdist_group(file))
+    group_of = {file: group for group, files in TOGETHER.items() for file in files}
+    first = {group_of.get(file, file): rank for rank, file in enumerate(FIRST)}
+    items.sort(key=lambda item: first.get(group_of.get(item.path.name, item.path.name), len(FIRST)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A test process takes whole files: what a file opens once is opened once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    group_of = {file: group for group, files in TOGETHER.items() for file in files}
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::")[0]
+            return group_of.get(Path(file).name, file)
+
+    return ByFile(config, log)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
