@@ -181,10 +181,12 @@ def test_a_full_disk_keeps_the_earlier_checkpoints(tmp_path: Path, monkeypatch: 
 
     real = trained.write_checkpoint
 
-    def full_at_step_two(folder: Path, policy: object, optimizer: object, state: dict[str, int]) -> None:
+    def full_at_step_two(folder: Path, *parts: object) -> None:
+        state = parts[-1]
+        assert isinstance(state, dict)
         if state["step"] == 2:
             raise OSError(28, "No space left on device")
-        real(folder, policy, optimizer, state)  # type: ignore[arg-type]
+        real(folder, *parts)  # type: ignore[arg-type]
 
     monkeypatch.setattr(trained, "write_checkpoint", full_at_step_two)
     with pytest.raises(CheckpointError, match=r"No space left.*resume=auto"):

@@ -18,14 +18,14 @@ SMALL = ("num_threads=1", "num_steps=2", "optimizer.warmup_steps=0", "checkpoint
 
 def settings(tmp_path: Path, model: Path | None, *more: str) -> tuple[str, ...]:
     start = () if model is None else (f"model.path={model}",)
-    return (*SMALL, f"output_dir={tmp_path / 'runs'}", "fit.batch_size=4", *start, *more)
+    return (*SMALL, f"output_dir={tmp_path / 'runs'}", *start, *more)
 
 
 @pytest.mark.slow
 def test_every_stage_of_the_chain_goes_on_from_the_one_before(tmp_path: Path) -> None:
     checkpoint, losses = None, {}
     for stage in ("ar", "adapt", "sft"):
-        checkpoint = fit(load_recipe(TINY / f"{stage}.yaml", settings(tmp_path, checkpoint)))
+        checkpoint = fit(load_recipe(TINY / f"{stage}.yaml", settings(tmp_path, checkpoint, "fit.batch_size=4")))
         losses[stage] = [row["loss"] for row in read_rows(checkpoint.parents[1] / "metrics.jsonl")]
         stated = json.loads((checkpoint / "config.json").read_text())["diffusion"]
         assert stated == {"family": "dream", "shift": 1} | ({"block_length": 1} if stage == "ar" else {})
@@ -38,7 +38,9 @@ def test_every_stage_of_the_chain_goes_on_from_the_one_before(tmp_path: Path) ->
 
 def test_the_chain_s_checkpoint_is_configured_as_the_embedded_one(tmp_path: Path) -> None:
     """One step of adapt.yaml on the embedded weights leaves its config.json as it is."""
-    recipe = load_recipe(TINY / "adapt.yaml", settings(tmp_path, TINY / "checkpoint", "num_steps=1"))
+    recipe = load_recipe(
+        TINY / "adapt.yaml", settings(tmp_path, TINY / "checkpoint", "fit.batch_size=4", "num_steps=1")
+    )
     folder = fit(recipe.model_copy(update={"checkpoint": recipe.checkpoint.model_copy(update={"every": 1})}))
     for name in ("config.json", "tokenizer.json", "chat_template.jinja"):
         assert (folder / name).read_text() == (TINY / "checkpoint" / name).read_text()

@@ -242,7 +242,7 @@ def test_the_message_states_rule_value_and_place(tiny_policy: MakePolicy) -> Non
     text = complaint(policy, made, 1.0)
     found = re.search(
         r"within 1e-05 nats; of (\d+) tokens of 4 rollouts (\d+) differ, most by ([\d.e+-]+): (request-\d), step (\d), "
-        r"canvas position (\d), drawn with (\S+) and scored (\S+)\. What",
+        r"canvas position (\d), drawn with (\S+) and scored (\S+)\. The cause",
         text,
     )
     assert found, text
