@@ -73,15 +73,19 @@ FIRST = ("test_runs.py", "test_rank_equality.py", "test_end_to_end.py", "test_at
 """Files that take longest, in the order in which test processes take them."""
 
 
+def group_of(file: str) -> str:
+    """Name of the group of files that a file shares a test process with, or its own name."""
+    return next((group for group, files in TOGETHER.items() if file in files), file)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what starts processes, and put what takes longest first."""
     for item in items:
         file, folder = item.path.name, item.path.parent
         if not (folder.parent.name == "rl" and folder.name in UNIT_TESTS) and file != "test_architecture.py":
             item.add_marker(pytest.mark.processes)
-    group_of = {file: group for group, files in TOGETHER.items() for file in files}
-    first = {group_of.get(file, file): rank for rank, file in enumerate(FIRST)}
-    items.sort(key=lambda item: first.get(group_of.get(item.path.name, item.path.name), len(FIRST)))
+    first = {group_of(file): rank for rank, file in enumerate(FIRST)}
+    items.sort(key=lambda item: first.get(group_of(item.path.name), len(FIRST)))
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -89,12 +93,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """A test process takes whole files: what a file opens once is opened once."""
     from xdist.scheduler import LoadScopeScheduling
 
-    group_of = {file: group for group, files in TOGETHER.items() for file in files}
-
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::")[0]
-            return group_of.get(Path(file).name, file)
+            group = group_of(Path(file).name)
+            return group if group in TOGETHER else file
 
     return ByFile(config, log)
 

@@ -16,6 +16,7 @@ from coupled.rl.errors import CheckpointError
 from coupled.rl.estimators import scoring_cost
 from coupled.rl.estimators.cost import ScoringCost
 from coupled.rl.model.families import Family, family_of
+from coupled.rl.model.reference import reference_kind
 from coupled.rl.model.vocabulary import CHUNK_LOGITS
 from coupled.rl.recipe.schema import AnyRecipe, LikelihoodRecipe, Recipe
 from coupled.rl.rollout.sampler import plan_steps, steps_per_block
@@ -142,9 +143,9 @@ def memory_gib(recipe: AnyRecipe, shape: Shape, family: Family) -> dict[str, flo
     parts = {"weights": shape.parameters * bytes_each / shares, "gradients and moments": trained * 12 / shares}
     if adapter is not None:
         parts["adapter"] = trained * 4
-    if isinstance(recipe, Recipe) and recipe.loss.kl_beta > 0 and recipe.loss.reference != "old":
-        copied = trained if recipe.loss.reference == "synced" or adapter is None else 0
-        parts["reference"] = copied * bytes_each / shares
+    kind = reference_kind(recipe.loss, has_adapter=adapter is not None) if isinstance(recipe, Recipe) else "none"
+    if kind != "none":
+        parts["reference"] = (0 if kind == "adapter_off" else trained) * bytes_each / shares
     compute_bytes = 2 if recipe.model.compute_dtype == "bfloat16" else 4
     if shares > 1:
         parts["gathered"] = _gathered(recipe, shape, compute_bytes)
@@ -206,7 +207,7 @@ def rl_step_flops(recipe: Recipe, shape: Shape, family: Family) -> dict[str, int
     streams = 1 if size is None else 2
     tokens = scoring_rows(recipe, family, rows) * length * streams
     once = shape.forward_flops(tokens, length, round(rows * scoring_cost_of(recipe, family).scored))
-    has_reference = recipe.loss.kl_beta > 0 and recipe.loss.reference != "old"
+    has_reference = reference_kind(recipe.loss, has_adapter=recipe.model.adapter is not None) != "none"
     scored = once * (recipe.num_updates * int(has_reference) + recipe.num_updates - 1)
     backward = 2 if recipe.model.adapter is None else 1  # frozen weights need no gradient
     return {"rollout": made, "scoring": scored, "update": recipe.num_updates * once * (1 + backward)}
